@@ -1,0 +1,113 @@
+"""Types shared by every floor: batches, model outputs, geometry, models.
+
+Letters of the project: ``b`` batch, ``m`` modality, ``k`` class, ``d``
+feature, ``t`` time, ``h w c`` image.
+
+Fields of registered dataclasses are annotated loosely on purpose: JAX
+unflattens them with leaves that are no arrays (shardings, booleans, paths).
+Shapes are stated in the docstrings and checked by the functions.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+PyTree = Any
+Params = PyTree
+State = PyTree
+Inputs = Mapping[str, Any]
+Present = Mapping[str, Any]
+Batch = Mapping[str, Any]
+"""A plain dict: ``inputs`` {m: [b, ...]}, ``present`` {m: bool[b]}, ``label``
+[b] and ``id`` [b].
+
+A missing modality is ``present=False``; its input is zeros of the right shape.
+"""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outputs:
+  """What a model says about a batch.
+
+  Attributes:
+    logits: ``[b, k]``; the prediction is their argmax.
+    scores: ``{m: [b, k]}`` raw per-modality scores of a late-fusion head (the
+      logits are a sum of per-modality terms), or None.
+    embeddings: ``{m: [b, d_m]}``, zero where the modality is absent.
+    mixed: True when a score depends on other modalities as well; such a model
+      has no margin certificate.
+  """
+
+  logits: Any
+  scores: Any
+  embeddings: Any
+  mixed: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Geometry:
+  r"""What a certificate needs to know of a late-fusion model.
+
+  The logits are :math:`\sum_m present_m V_m \phi_m(x_m) + bias`.
+
+  Attributes:
+    head: ``{m: [k, d_m]}``, the rows :math:`V_m`, integration factors included.
+    bias: ``[k]``.
+    lipschitz: ``{m: [] | None}``, a sound l2 -> l2 bound of :math:`\phi_m`
+      from raw inputs (normalisation included); None where there is none.
+    factors: ``{m: [k]}`` or None. When given, ``head[m] = factors[m][:, None] *
+      W_m`` with :math:`\|W_m\|_2 \le 1`, so that :math:`\|V_m[y] - V_m[j]\|
+      \le \sqrt{a_m[y]^2 + a_m[j]^2}`.
+  """
+
+  head: Any
+  bias: Any
+  lipschitz: Any
+  factors: Any = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Model:
+  """A multimodal classifier as pure functions over pytrees.
+
+  Made from flax modules by ``robust_mm.models``, or by hand from any functions
+  that keep this contract.
+
+  Attributes:
+    modalities: sorted names.
+    num_classes: k.
+    init: ``init(key) -> (params, state)``, plain dict pytrees.
+    encode: ``encode(params, state, inputs, present, *, train=False, key=None)
+      -> ({m: [b, d_m]}, state)``. Normalisation of raw inputs happens inside.
+    fuse: ``fuse(params, embeddings, present) -> Outputs``.
+    geometry: ``geometry(params) -> Geometry``, or None where the logits are no
+      sum of per-modality terms.
+  """
+
+  modalities: tuple[str, ...]
+  num_classes: int
+  init: Callable[..., Any]
+  encode: Callable[..., Any]
+  fuse: Callable[..., Outputs]
+  geometry: Callable[..., Geometry] | None = None
+
+  def apply(
+    self,
+    params: Params,
+    state: State,
+    inputs: Inputs,
+    present: Present,
+    *,
+    train: bool = False,
+    key: Any = None,
+  ) -> tuple[Outputs, State]:
+    """``fuse . encode``; evaluation mode unless ``train``."""
+    embeddings, state = self.encode(
+      params, state, inputs, present, train=train, key=key
+    )
+    return self.fuse(params, embeddings, present), state

@@ -1,0 +1,80 @@
+"""Refuse early, by name: one clear sentence for a static bad argument.
+
+Every function takes keyword arguments ``name=value`` and raises ValueError
+naming the argument. Traced arrays pass through: their edge cases are
+documented where they are used.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+  """A user's mistake; the command line prints it and exits with 2."""
+
+
+def _static(value) -> bool:
+  # A traced array has an abstract value; jax itself is not imported here, so
+  # that the command line can answer a mistake without it.
+  return not hasattr(value, "aval") or not hasattr(value, "_trace")
+
+
+def positive(**arguments) -> None:
+  """``x must be positive and finite, got 0.0.``"""
+  for name, value in arguments.items():
+    if _static(value) and not (value > 0 and math.isfinite(value)):
+      raise ValueError(f"{name} must be positive and finite, got {value}.")
+
+
+def non_negative(**arguments) -> None:
+  """``x must be non-negative and finite, got -1.0.``"""
+  for name, value in arguments.items():
+    if _static(value) and not (value >= 0 and math.isfinite(value)):
+      raise ValueError(f"{name} must be non-negative and finite, got {value}.")
+
+
+def at_least(minimum: int, **arguments) -> None:
+  """``x must be an integer of at least 1, got 0.``"""
+  for name, value in arguments.items():
+    if int(value) != value or value < minimum:
+      raise ValueError(
+        f"{name} must be an integer of at least {minimum}, got {value}."
+      )
+
+
+def in_unit_interval(**arguments) -> None:
+  """``x must lie in [0, 1], got 2.0.``"""
+  for name, value in arguments.items():
+    if _static(value) and not 0 <= value <= 1:
+      raise ValueError(f"{name} must lie in [0, 1], got {value}.")
+
+
+def one_of(choices: Iterable, **arguments) -> None:
+  """``x must be one of 'a', 'b', got 'c'. Did you mean 'a'?``"""
+  choices = tuple(choices)
+  for name, value in arguments.items():
+    if value not in choices:
+      listed = ", ".join(repr(choice) for choice in choices)
+      raise ValueError(
+        f"{name} must be one of {listed}; got {value!r}."
+        f"{suggestion(value, choices)}"
+      )
+
+
+def known(names: Iterable[str], **arguments) -> None:
+  """Every key of a mapping or sequence of names must be in ``names``."""
+  names = tuple(names)
+  for argument, given in arguments.items():
+    for name in given:
+      if name not in names:
+        raise ValueError(
+          f"{argument} names the unknown modality {name!r}; known are "
+          f"{', '.join(names)}.{suggestion(name, names)}"
+        )
+
+
+def suggestion(value, choices: Iterable) -> str:
+  """`` Did you mean 'x'?`` for the closest choice, or an empty string."""
+  close = difflib.get_close_matches(str(value), [str(c) for c in choices], 1)
+  return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,29 @@
+"""Shared fixtures: strict rank promotion, fake devices, the real data sets."""
+
+import os
+import pathlib
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# CI names the folder, and then it must be there; elsewhere its tests skip.
+SHARED_VARIABLE = "ROBUST_MM_SHARED"
+
+
+@pytest.fixture(scope="session")
+def shared_path() -> pathlib.Path:
+  """The folder with real data sets and reference values; skips without it."""
+  named = os.environ.get(SHARED_VARIABLE)
+  path = pathlib.Path(
+    named or pathlib.Path(__file__).resolve().parents[2] / "shared"
+  )
+  if not path.is_dir():
+    if named:
+      pytest.fail(f"{SHARED_VARIABLE} names {path}, which is not a folder.")
+    pytest.skip("the shared data folder is not on this machine")
+  return path
