@@ -1,0 +1,275 @@
+"""Configurations: the default tree, files, overrides, and what is refused.
+
+A configuration is an ``ml_collections.ConfigDict`` made by ``get_config(arg)``
+of a Python file, as in ``configs/crmt.py:av_digits,smoke``. Nothing below the
+training loop's door sees one. jax is not imported here, so that a mistake is
+answered at once.
+"""
+
+import ast
+import importlib.util
+import pathlib
+import re
+
+import ml_collections
+from ml_collections import config_dict
+
+from robust_mm import _validate
+
+RECIPES = ("joint", "crmt", "certified_radius")
+FUSIONS = ("concat", "orthogonal", "token")
+SELECTION_METRICS = ("accuracy", "certified_accuracy", "loss", "last")
+
+
+def default() -> ml_collections.ConfigDict:
+  """Every key a run reads, with its default; config files fill in the rest."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.num_steps = 1000
+
+  config.data = ml_collections.ConfigDict()
+  config.data.name = "digits"
+  config.data.path = ""  # arrays: the folder; others: where they are prepared
+  config.data.modalities = ()  # () = the data set's default modalities
+  config.data.batch_size = 256
+  config.data.missing_rate = 0.0  # share of modality entries dropped for good
+  config.data.max_train_examples = 0  # 0 = all
+  config.data.max_eval_examples = 0
+
+  config.model = ml_collections.ConfigDict()
+  config.model.fusion = "concat"
+  config.model.fusion_options = ml_collections.ConfigDict()
+  config.model.normalization = "standardize"
+  # {modality: {"name": "mlp", ...}}; the key "default" serves the others.
+  config.model.encoders = ml_collections.ConfigDict()
+
+  config.recipe = ml_collections.ConfigDict()
+  config.recipe.name = "joint"
+  config.recipe.options = ml_collections.ConfigDict()
+
+  config.optimizer = ml_collections.ConfigDict()
+  config.optimizer.name = "adam"
+  config.optimizer.lr = 1e-3
+  config.optimizer.schedule = "cosine"
+  config.optimizer.warmup_steps = 0
+  config.optimizer.weight_decay = 0.0
+  config.optimizer.clip_norm = 0.0  # 0 = no clipping
+
+  config.training = ml_collections.ConfigDict()
+  config.training.log_every = 50
+  config.training.eval_every = 200
+  config.training.checkpoint_every = 500
+  config.training.keep_checkpoints = 2
+
+  config.selection = ml_collections.ConfigDict()
+  config.selection.metric = "accuracy"
+  config.selection.radius = 0.0
+
+  config.evaluation = ml_collections.ConfigDict()
+  config.evaluation.units = "raw"  # or "relative"
+  config.evaluation.norm = "l2"
+  config.evaluation.radii = (0.1, 0.25, 0.5, 1.0)
+  config.evaluation.attack = "pgd"
+  config.evaluation.loss = "margin"
+  config.evaluation.num_steps = 50
+  config.evaluation.num_restarts = 5
+  config.evaluation.certificate = "auto"
+  config.evaluation.batch_size = 512
+
+  config.mesh = ml_collections.ConfigDict()
+  config.mesh.data = -1  # -1 = all devices that are left
+  config.mesh.model = 1
+  # ((regex of a parameter path, (mesh axis or None, one per dimension)), ...)
+  config.mesh.rules = ()
+  return config
+
+
+def find(spec: str) -> tuple[pathlib.Path, str | None]:
+  """``FILE.py:ARGUMENT`` -> an existing file and the argument.
+
+  A path that is not below the working directory is looked up among the
+  configurations that come with the package, with or without ``configs/``.
+  """
+  match = re.fullmatch(r"(.*?\.py)(?::(.*))?", spec)
+  if not match:
+    raise _validate.UserError(
+      f"--config must name a Python file, as in configs/crmt.py:digits; "
+      f"got {spec!r}."
+    )
+  path, argument = pathlib.Path(match[1]), match[2]
+  if path.is_file():
+    return path.resolve(), argument
+  shipped = shipped_folder()
+  candidate = shipped / path.name
+  if path.parent.name in ("", "configs") and candidate.is_file():
+    return candidate, argument
+  names = sorted(p.name for p in shipped.glob("*.py") if p.name[0] != "_")
+  raise _validate.UserError(
+    f"--config names {match[1]}, which is no file here and none that comes "
+    f"with robust_mm ({', '.join(names)})."
+    f"{_validate.suggestion(path.name, names)}"
+  )
+
+
+def shipped_folder() -> pathlib.Path:
+  """Where the configurations that come with the package lie."""
+  package = pathlib.Path(__file__).resolve().parent
+  inside = package / "configs"
+  return inside if inside.is_dir() else package.parent / "configs"
+
+
+def load(spec: str, overrides: list[str] = ()) -> ml_collections.ConfigDict:
+  """The locked configuration of ``FILE.py:ARGUMENT`` with overrides applied.
+
+  Args:
+    spec: ``configs/crmt.py:digits,smoke``.
+    overrides: ``["--config.optimizer.lr=3e-4", ...]``.
+
+  Raises:
+    UserError: unknown file, argument, key or value, naming it.
+  """
+  path, argument = find(spec)
+  module_spec = importlib.util.spec_from_file_location(
+    f"_robust_mm_config_{path.stem}", path
+  )
+  module = importlib.util.module_from_spec(module_spec)
+  try:
+    module_spec.loader.exec_module(module)
+  except (ImportError, SyntaxError) as error:
+    raise _validate.UserError(f"{path} cannot be read: {error}.") from error
+  if not hasattr(module, "get_config"):
+    raise _validate.UserError(f"{path} has no function get_config(arg).")
+  config = module.get_config(argument or "")
+  config.lock()
+  for override in overrides:
+    _apply(config, override)
+  check(config)
+  return config
+
+
+def _apply(config: ml_collections.ConfigDict, override: str) -> None:
+  match = re.fullmatch(r"--config\.([\w.\-]+)=(.*)", override, re.DOTALL)
+  if not match:
+    raise _validate.UserError(
+      f"unknown argument {override!r}; overrides look like --config.key=value."
+    )
+  key, text = match.groups()
+  node, parts = config, key.split(".")
+  for depth, part in enumerate(parts):
+    if not isinstance(node, ml_collections.ConfigDict) or part not in node:
+      known = list(node) if isinstance(node, ml_collections.ConfigDict) else []
+      raise _validate.UserError(
+        f"--config.{key}: there is no key {'.'.join(parts[: depth + 1])!r}"
+        f"{'; known here: ' + ', '.join(known) if known else ''}."
+        f"{_validate.suggestion(part, known)}"
+      )
+    parent, node = node, node[part]
+  if isinstance(node, ml_collections.ConfigDict):
+    raise _validate.UserError(
+      f"--config.{key} is a group of keys ({', '.join(node)}), not a value."
+    )
+  value = _parse(text, node, key)
+  with parent.unlocked():
+    parent[parts[-1]] = value
+
+
+def _parse(text: str, old, key: str):
+  if isinstance(old, str):
+    return text
+  lowered = {"true": "True", "false": "False", "none": "None"}
+  try:
+    value = ast.literal_eval(lowered.get(text.lower(), text))
+  except (ValueError, SyntaxError):
+    # left,right without quotes is what a shell user writes.
+    value = tuple(text.split(",")) if isinstance(old, tuple) else text
+  if isinstance(old, tuple) and not isinstance(value, tuple):
+    value = tuple(value) if isinstance(value, list) else (value,)
+  if isinstance(old, float) and isinstance(value, int):
+    value = value if isinstance(value, bool) else float(value)
+  if old is not None and type(value) is not type(old):
+    raise _validate.UserError(
+      f"--config.{key} must be {_article(old)}, got {text!r}."
+    )
+  return value
+
+
+def _article(value) -> str:
+  words = {
+    "bool": "true or false",
+    "int": "an integer",
+    "float": "a number",
+    "tuple": "a list such as 0.1,0.5",
+  }
+  return words.get(type(value).__name__, type(value).__name__)
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Refuses a configuration by the name of the key that is wrong.
+
+  Raises:
+    UserError: one sentence.
+  """
+  try:
+    _check(config)
+  except ValueError as error:
+    raise _validate.UserError(str(error)) from error
+
+
+def _check(config: ml_collections.ConfigDict) -> None:
+  reference = config_dict.ConfigDict(default())
+  _same_keys(reference, config, "config")
+  _validate.one_of(RECIPES, **{"config.recipe.name": config.recipe.name})
+  _validate.one_of(FUSIONS, **{"config.model.fusion": config.model.fusion})
+  _validate.one_of(
+    SELECTION_METRICS, **{"config.selection.metric": config.selection.metric}
+  )
+  _validate.one_of(
+    ("raw", "relative"), **{"config.evaluation.units": config.evaluation.units}
+  )
+  _validate.one_of(
+    ("l2", "linf"), **{"config.evaluation.norm": config.evaluation.norm}
+  )
+  _validate.at_least(
+    1,
+    **{
+      "config.num_steps": config.num_steps,
+      "config.data.batch_size": config.data.batch_size,
+      "config.training.log_every": config.training.log_every,
+      "config.training.eval_every": config.training.eval_every,
+      "config.training.checkpoint_every": config.training.checkpoint_every,
+      "config.training.keep_checkpoints": config.training.keep_checkpoints,
+    },
+  )
+  _validate.positive(**{"config.optimizer.lr": config.optimizer.lr})
+  _validate.non_negative(
+    **{
+      "config.selection.radius": config.selection.radius,
+      "config.optimizer.weight_decay": config.optimizer.weight_decay,
+      "config.optimizer.clip_norm": config.optimizer.clip_norm,
+    },
+  )
+  _validate.in_unit_interval(
+    **{"config.data.missing_rate": config.data.missing_rate}
+  )
+  for radius in config.evaluation.radii:
+    _validate.positive(**{"config.evaluation.radii": radius})
+
+
+_FREE = ("config.model.encoders", "config.model.fusion_options")
+_FREE_RECIPE = "config.recipe.options"
+
+
+def _same_keys(reference, config, path: str) -> None:
+  if path in (*_FREE, _FREE_RECIPE):
+    return
+  for key in config:
+    if key not in reference:
+      raise _validate.UserError(
+        f"{path}.{key} is no known key; known here: {', '.join(reference)}."
+        f"{_validate.suggestion(key, reference)}"
+      )
+  for key, value in reference.items():
+    if key not in config:
+      raise _validate.UserError(f"{path}.{key} is missing.")
+    if isinstance(value, ml_collections.ConfigDict):
+      _same_keys(value, config[key], f"{path}.{key}")
