@@ -84,6 +84,46 @@ def default() -> ml_collections.ConfigDict:
   return config
 
 
+def parse(
+  argument: str, *, datasets: tuple[str, ...], flags: tuple[str, ...]
+) -> tuple[str, frozenset[str]]:
+  """``"av_digits,smoke"`` -> ``("av_digits", {"smoke"})``, for get_config.
+
+  Raises:
+    UserError: a word that is neither one of ``datasets`` nor of ``flags``.
+  """
+  words = [word for word in argument.split(",") if word] or [datasets[0]]
+  for word in words:
+    if word not in (*datasets, *flags):
+      raise _validate.UserError(
+        f"--config: {word!r} is unknown to this file; it knows the data sets "
+        f"{', '.join(datasets)} and the variants {', '.join(flags)}."
+        f"{_validate.suggestion(word, (*datasets, *flags))}"
+      )
+  named = [word for word in words if word in datasets]
+  if len(named) > 1:
+    raise _validate.UserError(
+      f"--config names more than one data set: {', '.join(named)}."
+    )
+  dataset = named[0] if named else datasets[0]
+  return dataset, frozenset(words) - {dataset}
+
+
+def shrink(config: ml_collections.ConfigDict) -> None:
+  """The smoke form of a configuration: every part runs, nothing is learnt."""
+  config.num_steps = 4
+  config.data.batch_size = 16
+  config.data.max_train_examples = 64
+  config.data.max_eval_examples = 32
+  config.training.log_every = 2
+  config.training.eval_every = 2
+  config.training.checkpoint_every = 2
+  config.evaluation.radii = (0.5,)
+  config.evaluation.num_steps = 2
+  config.evaluation.num_restarts = 1
+  config.evaluation.batch_size = 32
+
+
 def find(spec: str) -> tuple[pathlib.Path, str | None]:
   """``FILE.py:ARGUMENT`` -> an existing file and the argument.
 

@@ -1,0 +1,109 @@
+"""Certified robust multimodal training with 1-Lipschitz encoders.
+
+  robust-mm train --config=configs/crmt.py:digits --workdir=runs/crmt
+
+The argument names the data set (digits, av_digits, utd_mhad, mfeat, mosi,
+arrays) and, after a comma, a variant: AT (adversarial inputs), Mix (mixup),
+published (ordinary encoders, the published losses, nothing certified), radius
+(the certified-radius loss alone), smoke (a few steps of everything).
+"""
+
+from robust_mm import config as base
+
+DATASETS = ("digits", "av_digits", "utd_mhad", "mfeat", "mosi", "arrays")
+VARIANTS = ("AT", "Mix", "published", "radius", "smoke")
+
+MLP = {"name": "lipschitz_mlp", "width": 128, "embedding_dim": 64}
+CNN = {"name": "lipschitz_cnn", "embedding_dim": 64}
+TEMPORAL = {"name": "lipschitz_temporal_cnn", "embedding_dim": 64}
+ENCODERS = {
+  "digits": {"default": MLP},
+  "av_digits": {"image": MLP, "audio": MLP},
+  "utd_mhad": {"inertial": TEMPORAL, "skeleton": TEMPORAL, "depth": MLP},
+  "mfeat": {"default": MLP},
+  "mosi": {"default": MLP},
+  "arrays": {"default": {"name": "lipschitz_auto"}},
+}
+ORDINARY = {
+  "digits": {"default": {"name": "mlp"}},
+  "av_digits": {
+    "image": {"name": "cnn"},
+    "audio": {"name": "temporal_cnn"},
+  },
+  "utd_mhad": {
+    "inertial": {"name": "temporal_cnn"},
+    "skeleton": {"name": "temporal_cnn"},
+    "depth": {"name": "cnn"},
+  },
+  "mfeat": {"default": {"name": "mlp"}},
+  "mosi": {"default": {"name": "mlp"}},
+  "arrays": {"default": {"name": "auto"}},
+}
+STEPS = {
+  "digits": 1000,
+  "av_digits": 1200,
+  "utd_mhad": 800,
+  "mfeat": 1200,
+  "mosi": 300,
+  "arrays": 800,
+}
+BATCH = {"utd_mhad": 64, "arrays": 64}
+RAW = ("digits", "av_digits")
+
+
+def get_config(argument: str = ""):
+  """The configuration of one data set and its variants."""
+  dataset, variants = base.parse(argument, datasets=DATASETS, flags=VARIANTS)
+  config = base.default()
+  config.data.name = dataset
+  config.data.batch_size = BATCH.get(dataset, 256)
+  config.num_steps = STEPS[dataset]
+  config.model.fusion = "orthogonal"
+  config.training.eval_every = 100
+  if "published" in variants:
+    _published(config, dataset)
+  else:
+    _corrected(config, dataset, variants)
+  config.recipe.options.variant = next(
+    (v for v in ("AT", "Mix") if v in variants), "JT"
+  )
+  if "radius" in variants:
+    config.recipe.name = "certified_radius"
+    for key in ("variant", "rho"):
+      config.recipe.options.pop(key, None)
+  if "smoke" in variants:
+    base.shrink(config)
+    if "radius" not in variants:
+      config.recipe.options.integration_steps = 4
+  return config
+
+
+def _corrected(config, dataset: str, variants) -> None:
+  raw = dataset in RAW
+  config.model.encoders = ENCODERS[dataset]
+  config.model.normalization = "centre" if raw else "scale"
+  config.recipe.name = "crmt"
+  config.recipe.options.rho = 1.0
+  config.recipe.options.r0 = {"digits": 0.9, "av_digits": 1.5}.get(dataset, 0.3)
+  config.optimizer.lr = 2e-3
+  config.selection.metric = "certified_accuracy"
+  config.selection.radius = {"digits": 0.5, "av_digits": 0.5}.get(dataset, 0.2)
+  if not raw:
+    config.recipe.options.units = "relative"
+    config.evaluation.units = "relative"
+
+
+def _published(config, dataset: str) -> None:
+  config.model.encoders = ORDINARY[dataset]
+  config.model.fusion_options = {
+    "centre_rows": True,
+    "use_bias": True,
+    "integration": "softplus",
+    "integration_init": 0.1,
+  }
+  config.recipe.name = "crmt"
+  config.recipe.options.fidelity = "published"
+  config.recipe.options.rho = 2.0
+  config.optimizer.name = "sgd"
+  config.optimizer.lr = 1e-2
+  config.selection.metric = "accuracy"

@@ -1,0 +1,331 @@
+"""``robust-mm``: quickstart, train, evaluate, certify, report, data.
+
+Parsing and what a user can get wrong are answered here without importing jax;
+the work itself is in ``robust_mm.commands``. A user's mistake is one sentence
+on standard error and exit code 2, never a traceback.
+"""
+
+import argparse
+import sys
+
+from robust_mm import __version__
+from robust_mm import _validate
+
+_EPILOG = """\
+examples:
+  robust-mm quickstart
+  robust-mm train --config=configs/crmt.py:digits --workdir=runs/crmt
+  robust-mm train --config=configs/crmt.py:digits,smoke --workdir=runs/smoke \\
+      --config.optimizer.lr=3e-4
+  robust-mm evaluate --workdir=runs/crmt
+  robust-mm certify --workdir=runs/crmt --radius=0.25,0.5 --output=rows.csv
+  robust-mm data list
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command line; returns the exit code."""
+  arguments = sys.argv[1:] if argv is None else argv
+  # Flags a shell user may write before or after the command name.
+  arguments, overrides = _take_overrides(arguments)
+  parser = build_parser()
+  options = parser.parse_args(arguments)
+  if overrides and options.command != "train":
+    parser.error(f"{overrides[0]} is for robust-mm train only.")
+  if options.command == "train":
+    options.overrides = overrides
+  try:
+    return options.run(options) or 0
+  except (_validate.UserError, FloatingPointError) as error:
+    print(f"robust-mm: {error}", file=sys.stderr)
+    return 2 if isinstance(error, _validate.UserError) else 1
+  except KeyboardInterrupt:
+    print("robust-mm: interrupted", file=sys.stderr)
+    return 130
+
+
+def _take_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
+  rest, overrides, i = [], [], 0
+  while i < len(arguments):
+    word = arguments[i]
+    if word.startswith("--config."):
+      if "=" not in word and i + 1 < len(arguments):
+        i += 1
+        word = f"{word}={arguments[i]}"
+      overrides.append(word)
+    else:
+      rest.append(word)
+    i += 1
+  return rest, overrides
+
+
+class _Parser(argparse.ArgumentParser):
+  """One sentence and exit code 2, with the closest option named."""
+
+  def error(self, message: str):
+    self.exit(2, f"{self.prog}: {message}; see {self.prog} --help.\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+  """The parser of the whole command line."""
+  parser = _Parser(
+    prog="robust-mm",
+    description=(
+      "Train multimodal models that stay right when a modality is attacked, "
+      "corrupted or missing, and certify how far they stay right."
+    ),
+    epilog=_EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("--version", action="version", version=__version__)
+  commands = parser.add_subparsers(
+    dest="command", required=True, metavar="COMMAND"
+  )
+  _add_quickstart(commands)
+  _add_train(commands)
+  _add_evaluate(commands)
+  _add_certify(commands)
+  _add_report(commands)
+  _add_data(commands)
+  return parser
+
+
+def _command(commands, name: str, text: str, run):
+  command = commands.add_parser(name, help=text, description=text)
+  command.set_defaults(run=run)
+  return command
+
+
+def _add_quickstart(commands) -> None:
+  command = _command(
+    commands,
+    "quickstart",
+    "Train a joint baseline and a certified model on real digits, attack "
+    "both, certify, and write a report; about a minute.",
+    _quickstart,
+  )
+  command.add_argument("--workdir", default="runs/quickstart")
+  command.add_argument("--seed", type=int, default=0)
+
+
+def _add_train(commands) -> None:
+  command = _command(
+    commands,
+    "train",
+    "Train from a configuration; the same command resumes a stopped run.",
+    _train,
+  )
+  command.add_argument(
+    "--config",
+    required=True,
+    metavar="FILE.py:ARGUMENT",
+    help="such as configs/crmt.py:digits or configs/joint.py:digits,smoke; "
+    "change a key by --config.optimizer.lr=3e-4",
+  )
+  command.add_argument("--workdir", required=True, help="folder of the run")
+  _add_devices(command)
+  command.add_argument(
+    "--distributed",
+    action="store_true",
+    help="join the other processes of this job first "
+    "(jax.distributed.initialize; see launch/)",
+  )
+
+
+def _add_devices(command) -> None:
+  command.add_argument(
+    "--device-count",
+    type=_count,
+    metavar="N",
+    help="simulate N devices on the CPU",
+  )
+
+
+def _add_evaluate(commands) -> None:
+  command = _command(
+    commands,
+    "evaluate",
+    "Clean, missing, attacked and certified accuracy of a finished run, into "
+    "results.json, examples.csv and report.html in its work directory.",
+    _evaluate,
+  )
+  command.add_argument("--workdir", required=True)
+  command.add_argument(
+    "--split", default="test", choices=("train", "validation", "test")
+  )
+  command.add_argument("--phase", help="the phase whose model to take")
+  command.add_argument(
+    "--radius", type=_radii, help="attack radii, such as 0.1,0.5"
+  )
+  command.add_argument("--limit", type=_count, help="at most so many examples")
+  _add_devices(command)
+
+
+def _add_certify(commands) -> None:
+  command = _command(
+    commands,
+    "certify",
+    "Certified radii of a finished run, one row per example.",
+    _certify,
+  )
+  command.add_argument("--workdir", required=True)
+  command.add_argument("--radius", type=_radii, default=(0.1, 0.25, 0.5))
+  command.add_argument("--output", default=None, help="a .csv file")
+  command.add_argument(
+    "--source", default="global", choices=("global", "empirical")
+  )
+  command.add_argument("--units", default=None, choices=("raw", "relative"))
+  command.add_argument(
+    "--split", default="test", choices=("train", "validation", "test")
+  )
+  command.add_argument("--phase", help="the phase whose model to take")
+  command.add_argument("--limit", type=_count)
+  _add_devices(command)
+
+
+def _add_report(commands) -> None:
+  command = _command(
+    commands,
+    "report",
+    "Draw the report of one or several evaluated runs again; computes nothing.",
+    _report,
+  )
+  command.add_argument(
+    "--workdir", required=True, help="one folder, or several: a,b,c"
+  )
+  command.add_argument(
+    "--output", help="folder of the report (default: the first work directory)"
+  )
+
+
+def _add_data(commands) -> None:
+  command = _command(commands, "data", "List, inspect, prepare data.", None)
+  actions = command.add_subparsers(
+    dest="action", required=True, metavar="ACTION"
+  )
+  listing = actions.add_parser("list", help="the data sets and their state")
+  listing.set_defaults(run=_data_list)
+  inspection = actions.add_parser(
+    "inspect", help="shapes, ranges, classes, balance, share missing"
+  )
+  inspection.add_argument("name")
+  inspection.add_argument("--path", help="folder of the data")
+  inspection.set_defaults(run=_data_inspect)
+  preparing = actions.add_parser("prepare", help="raw files -> records")
+  preparing.add_argument("name")
+  preparing.add_argument("--source", required=True, help="raw files")
+  preparing.add_argument("--path", help="where to put the records")
+  preparing.add_argument("--overwrite", action="store_true")
+  preparing.set_defaults(run=_data_prepare)
+
+
+def _count(text: str) -> int:
+  value = int(text)
+  if value < 1:
+    raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+  return value
+
+
+def _radii(text: str) -> tuple[float, ...]:
+  values = tuple(sorted(float(part) for part in text.split(",")))
+  if not all(0 < value < float("inf") for value in values):
+    raise argparse.ArgumentTypeError(
+      f"must be positive numbers such as 0.1,0.5; got {text}"
+    )
+  return values
+
+
+def _quickstart(options):
+  from robust_mm import commands
+
+  return commands.quickstart(options.workdir, seed=options.seed)
+
+
+def _train(options):
+  from robust_mm import config as config_lib
+  from robust_mm import preflight
+
+  config = config_lib.load(options.config, options.overrides)
+  preflight.check(config, options.workdir)
+  from robust_mm import commands
+
+  return commands.train(
+    config,
+    options.workdir,
+    device_count=options.device_count,
+    distributed=options.distributed,
+  )
+
+
+def _evaluate(options):
+  from robust_mm import preflight
+
+  preflight.check_run(options.workdir)
+  from robust_mm import commands
+
+  return commands.evaluate(
+    options.workdir,
+    split=options.split,
+    phase=options.phase,
+    radii=options.radius,
+    limit=options.limit,
+    device_count=options.device_count,
+  )
+
+
+def _certify(options):
+  from robust_mm import preflight
+
+  preflight.check_run(options.workdir)
+  from robust_mm import commands
+
+  return commands.certify(
+    options.workdir,
+    radii=options.radius,
+    output=options.output,
+    source=options.source,
+    units=options.units,
+    split=options.split,
+    phase=options.phase,
+    limit=options.limit,
+    device_count=options.device_count,
+  )
+
+
+def _report(options):
+  from robust_mm import preflight
+
+  workdirs = options.workdir.split(",")
+  for workdir in workdirs:
+    preflight.check_evaluated(workdir)
+  from robust_mm import commands
+
+  return commands.report(workdirs, output=options.output)
+
+
+def _data_list(options):
+  from robust_mm import data
+
+  print(data.format_list())
+
+
+def _data_inspect(options):
+  from robust_mm import data
+
+  print(data.format_inspection(data.inspect(options.name, path=options.path)))
+
+
+def _data_prepare(options):
+  from robust_mm import data
+
+  path = data.prepare(
+    options.name,
+    options.source,
+    data_dir=options.path,
+    overwrite=options.overwrite,
+  )
+  print(f"prepared {options.name} in {path}")
+
+
+if __name__ == "__main__":
+  sys.exit(main())

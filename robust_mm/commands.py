@@ -1,0 +1,292 @@
+"""What the commands of ``robust-mm`` do, once jax is needed."""
+
+import contextlib
+import math
+import pathlib
+import sys
+import time
+
+import jax
+import ml_collections
+import numpy as np
+import tqdm
+
+from robust_mm import config as config_lib
+from robust_mm import _validate
+from robust_mm import certification
+from robust_mm import data
+from robust_mm import evaluation
+from robust_mm import training
+from robust_mm.evaluation import files
+from robust_mm.training import runs
+from robust_mm.training import setup as setup_lib
+from robust_mm.training import sharding
+from robust_mm.training import writers
+
+QUICKSTART = {
+  "joint": "configs/joint.py:digits",
+  "certified": "configs/crmt.py:digits",
+}
+
+
+def quickstart(workdir: str, *, seed: int = 0) -> int:
+  """Joint baseline and certified model on digits, compared in one report."""
+  began = time.perf_counter()
+  root = pathlib.Path(workdir)
+  reports = []
+  for name, spec in QUICKSTART.items():
+    config = config_lib.load(spec, [f"--config.seed={seed}"])
+    folder = root / name
+    result = _train_one(config, folder)
+    if not result.finished:
+      return 0
+    reports.append(_evaluate_one(folder, config=config))
+  path = evaluation.report.render(
+    [report.results for report in reports],
+    histories=[writers.read(root / name) for name in QUICKSTART],
+    path=root,
+  )
+  print()
+  print(evaluation.table([report.results for report in reports]))
+  print(
+    f"\nreport: {path}   ({time.perf_counter() - began:.0f} s since start-up)"
+  )
+  return 0
+
+
+def train(
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  *,
+  device_count: int | None = None,
+  distributed: bool = False,
+) -> int:
+  """Trains; 0 at the end and after SIGTERM."""
+  _devices(device_count)
+  if distributed:
+    jax.distributed.initialize()
+  _train_one(config, pathlib.Path(workdir))
+  return 0
+
+
+def evaluate(
+  workdir: str,
+  *,
+  split: str = "test",
+  phase: str | None = None,
+  radii: tuple[float, ...] | None = None,
+  limit: int | None = None,
+  device_count: int | None = None,
+) -> int:
+  """Evaluates a run into its folder and prints the table."""
+  _devices(device_count)
+  report = _evaluate_one(
+    pathlib.Path(workdir), split=split, phase=phase, radii=radii, limit=limit
+  )
+  print(evaluation.table([report.results]))
+  print(f"\nreport: {pathlib.Path(workdir) / 'report.html'}")
+  return 0
+
+
+def certify(
+  workdir: str,
+  *,
+  radii: tuple[float, ...],
+  output: str | None = None,
+  source: str = "global",
+  units: str | None = None,
+  split: str = "test",
+  phase: str | None = None,
+  limit: int | None = None,
+  device_count: int | None = None,
+) -> int:
+  """One row per example: prediction, joint and per-modality radii."""
+  _devices(device_count)
+  folder = pathlib.Path(workdir)
+  target = pathlib.Path(output) if output else folder / "certificates.csv"
+  if not target.parent.is_dir():
+    raise _validate.UserError(f"--output: {target.parent} is no folder.")
+  model, params, state, config = training.load(folder, phase=phase)
+  facts = runs.describe(folder)
+  chosen = units or config.evaluation.units
+  sizes = facts["relative_units"] if chosen == "relative" else None
+  rows = setup_lib.open_split(config, split, limit=limit)
+  tables = _tables(model, params, state, config, source)
+  mesh = sharding.make_mesh()
+  axis = sharding.batch_sharding(mesh)
+
+  @jax.jit
+  def run(batch):
+    found = certification.certify(
+      model, params, batch, state=state, tables=tables, units=sizes
+    )
+    return {
+      "prediction": found.prediction,
+      "radius": found.radius,
+      "modality_radius": found.modality_radius,
+      "nearest_class": found.nearest_class,
+      "valid": found.valid,
+    }
+
+  found = sharding.map_batches(
+    run,
+    data.evaluation_batches(
+      rows, sharding.padded_size(config.evaluation.batch_size, len(rows), mesh)
+    ),
+    axis,
+  )
+  _write_certificates(target, rows, found, radii, sound=source == "global")
+  right = found["prediction"] == rows.batch()["label"]
+  counted = found["valid"]
+  word = "certified" if source == "global" else "estimated (not certified)"
+  print(f"{word} accuracy, {len(rows)} {split} examples, {chosen} units")
+  print(f"  clean          {np.mean(right[counted]):.4f}")
+  for radius in radii:
+    sure = right & (found["radius"] > radius)
+    print(f"  joint {radius:<8g} {np.mean(sure[counted]):.4f}")
+  print(f"rows: {target}")
+  return 0
+
+
+def report(workdirs: list[str], *, output: str | None = None) -> int:
+  """Draws the report of evaluated runs again, from their files."""
+  folders = [pathlib.Path(workdir) for workdir in workdirs]
+  results = [runs.read_json(folder / "results.json") for folder in folders]
+  histories = [writers.read(folder) for folder in folders]
+  path = evaluation.report.render(
+    results, histories=histories, path=pathlib.Path(output or folders[0])
+  )
+  print(evaluation.table(results))
+  print(f"\nreport: {path}")
+  return 0
+
+
+def _tables(model, params, state, config, source: str):
+  try:
+    if source == "global":
+      return certification.sensitivity_tables(model, params)
+    reference = setup_lib.open_split(config, "train").take(
+      np.arange(setup_lib.REFERENCE_SIZE)
+    )
+    return certification.empirical_tables(model, params, reference, state=state)
+  except ValueError as error:
+    raise _validate.UserError(str(error)) from error
+
+
+def _write_certificates(target, rows, found, radii, *, sound: bool) -> None:
+  batch = rows.batch()
+  word = "radius" if sound else "estimated_radius"
+  columns = {
+    "id": batch["id"],
+    "label": batch["label"],
+    "prediction": found["prediction"],
+    "correct": found["prediction"] == batch["label"],
+    word: found["radius"],
+  }
+  for name, values in sorted(found["modality_radius"].items()):
+    columns[f"{word}_{name}"] = values
+  columns["nearest_class"] = found["nearest_class"]
+  columns["valid"] = found["valid"]
+  for radius in radii:
+    covered = "certified" if sound else "estimated"
+    columns[f"{covered}_at_{radius:g}"] = found["radius"] > radius
+  files.write_columns(target, columns)
+
+
+def _train_one(config, folder: pathlib.Path) -> training.Result:
+  with _bar() as progress:
+    result = training.train(config, folder, say=_say, progress=progress)
+  timing = result.timing
+  _say(
+    f"trained {result.step} steps in {timing.get('train', 0):.1f} s "
+    f"(set up {timing['setup']:.1f} s, compiled {timing['compile']:.1f} s)"
+  )
+  return result
+
+
+def _evaluate_one(
+  folder: pathlib.Path,
+  *,
+  split: str = "test",
+  phase: str | None = None,
+  radii: tuple[float, ...] | None = None,
+  limit: int | None = None,
+  config=None,
+):
+  model, params, state, stored = training.load(folder, phase=phase)
+  config = config or stored
+  facts = runs.describe(folder)
+  source = setup_lib.open_split(config, split, limit=limit)
+  reference = setup_lib.open_split(config, "train").take(
+    np.arange(min(facts["num_train"], setup_lib.REFERENCE_SIZE))
+  )
+  mesh = sharding.make_mesh()
+  with _bar() as progress:
+    found = evaluation.evaluate(
+      model,
+      params,
+      source.batch(),
+      state=state,
+      protocol=make_protocol(config, facts, radii),
+      seed=config.seed,
+      reference=reference,
+      dataset=config.data.name,
+      recipe=facts["recipe"],
+      progress=progress,
+      sharding=sharding.batch_sharding(mesh),
+    )
+  found.save(folder)
+  return found
+
+
+def make_protocol(config, facts: dict, radii=None) -> evaluation.Protocol:
+  """The evaluation protocol a configuration asks for."""
+  settings = config.evaluation
+  return evaluation.standard(
+    radii=radii or tuple(settings.radii),
+    norm=2 if settings.norm == "l2" else math.inf,
+    attack={
+      "name": settings.attack,
+      "loss": settings.loss,
+      "num_steps": settings.num_steps,
+      "num_restarts": settings.num_restarts,
+    },
+    units=facts["relative_units"] if settings.units == "relative" else None,
+    certificate=settings.certificate,
+    valid_range={
+      name: tuple(bounds)
+      for name, bounds in facts["value_range"].items()
+      if bounds is not None
+    }
+    or None,
+    batch_size=settings.batch_size,
+  )
+
+
+def _devices(count: int | None) -> None:
+  if count is not None:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+def _say(line: str) -> None:
+  tqdm.tqdm.write(line, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _bar():
+  """``progress(done, total, text)`` on a terminal, silent elsewhere."""
+  bar = tqdm.tqdm(
+    disable=not sys.stderr.isatty(), leave=False, dynamic_ncols=True
+  )
+
+  def progress(done: int, total: int, text: str = "") -> None:
+    bar.total = total
+    bar.n = done
+    bar.set_description_str(text, refresh=False)
+    bar.refresh()
+
+  try:
+    yield progress
+  finally:
+    bar.close()

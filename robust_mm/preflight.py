@@ -1,0 +1,60 @@
+"""What can be refused before jax is imported: within half a second."""
+
+import pathlib
+
+import ml_collections
+
+from robust_mm import _validate
+from robust_mm import data
+from robust_mm.training import runs
+
+
+def check(config: ml_collections.ConfigDict, workdir: str) -> None:
+  """Refuses a run whose data or folder cannot be used.
+
+  Raises:
+    UserError: an unknown data set or modality, data that is not there or
+      damaged, a folder in use or with another run.
+  """
+  workdir = pathlib.Path(workdir)
+  if workdir.exists() and not workdir.is_dir():
+    raise _validate.UserError(f"--workdir={workdir} is a file.")
+  info = data.registry.get(config.data.name)
+  wanted = tuple(config.data.modalities) or None
+  if info.kind == "folder":
+    for split in ("train", "validation"):
+      data.open_source(
+        config.data.name, split, path=config.data.path, modalities=wanted
+      )
+  else:
+    data.registry.choose_modalities(
+      info.name, tuple(sorted(info.modalities)), info.default_modalities, wanted
+    )
+    if info.kind == "prepared":
+      data.prepared.check_prepared(info, config.data.path or None)
+  runs.check_config(workdir, config)
+  runs.check_free(workdir)
+
+
+def check_run(workdir: str) -> None:
+  """Refuses a folder that holds no trained run."""
+  path = pathlib.Path(workdir)
+  if not path.is_dir():
+    raise _validate.UserError(f"--workdir={workdir} is no folder.")
+  runs.read_config(path)
+  facts = runs.describe(path)
+  if not facts["finished"]:
+    raise _validate.UserError(
+      f"no phase of the run in {workdir} has ended yet; run the same "
+      f"robust-mm train command again to go on."
+    )
+
+
+def check_evaluated(workdir: str) -> None:
+  """Refuses a folder without results."""
+  path = pathlib.Path(workdir)
+  if not (path / "results.json").is_file():
+    raise _validate.UserError(
+      f"{workdir} has no results.json; run "
+      f"robust-mm evaluate --workdir={workdir} first."
+    )

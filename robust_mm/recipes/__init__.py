@@ -1,0 +1,9 @@
+"""Training recipes: ordered phases that one loop runs."""
+
+from robust_mm.recipes.crmt import certified_radius
+from robust_mm.recipes.crmt import crmt
+from robust_mm.recipes.joint import joint
+from robust_mm.recipes.phases import Phase
+from robust_mm.recipes.phases import Recipe
+
+__all__ = ["Phase", "Recipe", "certified_radius", "crmt", "joint"]

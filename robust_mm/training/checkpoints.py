@@ -1,0 +1,122 @@
+"""Checkpoints of a run: the rolling state, and the model of every phase."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from robust_mm import _validate
+from robust_mm._types import PyTree
+from robust_mm.training import state as state_lib
+
+FOLDER = "checkpoints"
+_STATE = "state"
+
+
+class Checkpoints:
+  """A sequence of checkpoints in one folder.
+
+  Every write is atomic: a killed save leaves nothing that is taken for a
+  checkpoint.
+
+  Args:
+    folder: where they lie; made when missing.
+    keep: how many of the newest are kept.
+  """
+
+  def __init__(self, folder: pathlib.Path, *, keep: int = 2):
+    folder.mkdir(parents=True, exist_ok=True)
+    policies = ocp.training.preservation_policies
+    self._folder = folder.resolve()
+    self._checkpointer = ocp.training.Checkpointer(
+      self._folder,
+      preservation_policy=policies.LatestN(keep),
+      save_decision_policy=ocp.training.save_decision_policies.ContinuousCheckpointingPolicy(),
+      cleanup_tmp_directories=jax.process_index() == 0,
+    )
+
+  @property
+  def latest_step(self) -> int | None:
+    """The step of the newest checkpoint, or None."""
+    latest = self._checkpointer.latest
+    return None if latest is None else latest.step
+
+  def save(
+    self,
+    step: int,
+    tree: PyTree,
+    *,
+    data: Any = None,
+    metrics: Mapping[str, float] | None = None,
+  ) -> None:
+    """Saves a tree of arrays, the data iterator and metrics; waits for it."""
+    items = {_STATE: tree} if data is None else {_STATE: tree, "data": data}
+    self._checkpointer.save_checkpointables(
+      step, items, force=True, overwrite=True, metrics=dict(metrics or {})
+    )
+
+  def restore(
+    self, abstract: PyTree, *, step: int | None = None, data: Any = None
+  ) -> PyTree:
+    """Arrays as ``abstract`` says (shape, dtype, sharding); the iterator moves.
+
+    Raises:
+      UserError: the checkpoint is of another model, naming the leaf.
+    """
+    step = self.latest_step if step is None else step
+    self._compare(step, abstract)
+    items = {_STATE: abstract}
+    if data is not None:
+      items["data"] = data
+    return self._checkpointer.load_checkpointables(step, items)[_STATE]
+
+  def metrics(self, step: int | None = None) -> dict[str, float]:
+    """What was said when that checkpoint was saved."""
+    step = self.latest_step if step is None else step
+    return dict(self._checkpointer.checkpointables_metadata(step).metrics or {})
+
+  def close(self) -> None:
+    """Waits for writes."""
+    self._checkpointer.close()
+
+  def _compare(self, step: int, abstract: PyTree) -> None:
+    metadata = ocp.pytree_metadata(
+      self._folder / str(step), checkpointable_name=_STATE
+    ).metadata
+    stored = _shapes(metadata)
+    wanted = _shapes(abstract)
+    for name in sorted(set(stored) ^ set(wanted)):
+      where = "only in the checkpoint" if name in stored else "missing in it"
+      raise _validate.UserError(
+        f"{self._folder / str(step)} is a checkpoint of another model: "
+        f"{name} is {where}."
+      )
+    for name, shape in wanted.items():
+      if stored[name] != shape:
+        raise _validate.UserError(
+          f"{self._folder / str(step)} is a checkpoint of another model: "
+          f"{name} has shape {list(stored[name])} there and {list(shape)} here."
+        )
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+  # Metadata comes back as dicts and lists; a path by names is the same for a
+  # tuple and a list, and for a dataclass and a dict.
+  names = jax.tree.leaves(state_lib.paths(tree))
+  return {n: tuple(x.shape) for n, x in zip(names, jax.tree.leaves(tree))}
+
+
+def abstract_like(tree: PyTree, shardings: PyTree) -> PyTree:
+  """``ShapeDtypeStruct`` with shardings, what ``restore`` wants."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree,
+    shardings,
+  )
+
+
+def best(folder: pathlib.Path, phase: str) -> pathlib.Path:
+  """Where the selected model of a phase lies."""
+  return folder / FOLDER / phase

@@ -1,0 +1,364 @@
+"""The one training loop: every recipe, from a laptop to a pod.
+
+Phases under banners: devices and mesh, data, model, optimizer, state (created
+sharded), restore, compile, loop, finish.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import pathlib
+import signal
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from robust_mm import _validate
+from robust_mm import data
+from robust_mm.recipes import Phase
+from robust_mm.training import checkpoints
+from robust_mm.training import context
+from robust_mm.training import metrics as metrics_lib
+from robust_mm.training import runs
+from robust_mm.training import selection
+from robust_mm.training import setup as setup_lib
+from robust_mm.training import sharding
+from robust_mm.training import state as state_lib
+from robust_mm.training import steps
+from robust_mm.training import validation
+from robust_mm.training import writers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+  """How a run ended.
+
+  Attributes:
+    step: updates done.
+    finished: False when the run was asked to stop before its end.
+    metrics: validation metrics of the model that was kept.
+    timing: seconds by part: setup, compile, train, total.
+  """
+
+  step: int
+  finished: bool
+  metrics: dict
+  timing: dict
+
+
+def train(
+  config: ml_collections.ConfigDict, workdir, *, say=print, progress=None
+) -> Result:
+  """Trains what a configuration says, from where the folder stands.
+
+  The same call resumes a killed run exactly: bit-identical parameters on the
+  same number of devices. SIGTERM saves a checkpoint and returns.
+
+  Args:
+    config: see ``robust_mm.config.default``.
+    workdir: folder of the run; made when missing.
+    say: prints one line.
+    progress: ``progress(done, total, text)``, called now and then.
+
+  Returns:
+    The result; ``finished`` is False after SIGTERM.
+
+  Raises:
+    UserError: a mistake in the configuration, the data or the folder.
+    NonFiniteError: the loss is not finite; names step and last checkpoint.
+  """
+  workdir = pathlib.Path(workdir).resolve()
+  if jax.process_index():
+    return _train(config, workdir, lambda line: None, None)
+  with runs.lock(workdir):
+    return _train(config, workdir, say, progress)
+
+
+def _train(config, workdir, say, progress) -> Result:
+  started = time.perf_counter()
+  stop = threading.Event()
+
+  # ---- devices and mesh
+  try:
+    mesh = sharding.make_mesh(data=config.mesh.data, model=config.mesh.model)
+    sharding.check_batch_size(config.data.batch_size, mesh)
+    # ---- data, model
+    setup = setup_lib.prepare(config)
+    # ---- optimizer and recipe
+    recipe = setup_lib.make_recipe(config, setup.model, setup.facts)
+    validator = validation.make(config, setup, mesh)
+  except ValueError as error:
+    raise _validate.UserError(str(error)) from error
+  for note in setup.facts["notes"]:
+    say(f"note: {note}")
+
+  primary = jax.process_index() == 0
+  if primary:
+    runs.save_config(workdir, config)
+  rolling = checkpoints.Checkpoints(
+    workdir / checkpoints.FOLDER / "state",
+    keep=config.training.keep_checkpoints,
+  )
+  facts = _begin(workdir, config, setup, recipe, primary)
+  writer = writers.NullWriter()
+  if primary:
+    writer = writers.Writer(workdir, step=rolling.latest_step or 0)
+  run = context.Run(
+    config=config,
+    workdir=workdir,
+    setup=setup,
+    recipe=recipe,
+    mesh=mesh,
+    validator=validator,
+    rolling=rolling,
+    writer=writer,
+    say=say,
+    timing={"setup": time.perf_counter() - started, "compile": 0.0},
+    stop=stop,
+    facts=facts,
+  )
+  say(
+    f"{recipe.name} on {config.data.name}: {len(setup.train)} training "
+    f"examples, {recipe.num_steps} steps, {mesh.size} device(s)"
+  )
+  try:
+    with _on_sigterm(stop):
+      result = _run_phases(run, progress)
+  finally:
+    writer.close()
+    rolling.close()
+  run.timing["total"] = time.perf_counter() - started
+  return dataclasses.replace(result, timing=dict(run.timing))
+
+
+def _begin(workdir, config, setup, recipe, primary) -> dict:
+  """Facts of the run, on disk before the first step."""
+  path = workdir / runs.RUN_FILE
+  if path.is_file():
+    facts = runs.read_json(path)
+    for key in ("dataset", "input_shapes", "num_classes", "num_train"):
+      if facts[key] != setup.facts[key]:
+        raise _validate.UserError(
+          f"the work directory {workdir} holds a run on other data: {key} is "
+          f"{facts[key]} there and {setup.facts[key]} here."
+        )
+    return facts
+  facts = {
+    **setup.facts,
+    "recipe": recipe.name,
+    "seed": config.seed,
+    "phases": [
+      {"name": phase.name, "num_steps": phase.num_steps}
+      for phase in recipe.phases
+    ],
+    "finished": {},
+  }
+  if primary:
+    runs.write_json(path, facts)
+  return facts
+
+
+def _run_phases(run: context.Run, progress) -> Result:
+  # ---- state, created sharded; restored where there is a checkpoint
+  iterator = _iterator(run)
+  phases = run.recipe.phases
+  done = run.rolling.latest_step or 0
+  index, start = run.recipe.locate(done)
+  if done:
+    state = _restore(run, phases[min(index, len(phases) - 1)], iterator)
+    run.say(f"resumed at step {done} of {run.recipe.num_steps}")
+  else:
+    state = _initial(run, phases[0])
+  for position in range(index, len(phases)):
+    state, stopped = _run_phase(
+      run, phases[position], state, start, iterator, progress
+    )
+    if stopped:
+      return Result(step=int(state.step), finished=False, metrics={}, timing={})
+    state = selection.finish_phase(run, position, state)
+    start += phases[position].num_steps
+    if position + 1 < len(phases):
+      state = _enter(run, phases[position + 1], state)
+    run.rolling.save(start, state, data=iterator)
+  kept = run.facts["finished"][phases[-1].name]["metrics"]
+  return Result(step=start, finished=True, metrics=kept, timing={})
+
+
+def _iterator(run: context.Run):
+  return data.pipeline(
+    run.setup.train,
+    batch_size=run.config.data.batch_size,
+    seed=run.config.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+
+
+def _initial(run: context.Run, phase: Phase) -> state_lib.TrainState:
+  """The first state, every array created where it lives."""
+
+  def create(key):
+    params, model_state = run.setup.model.init(key)
+    return state_lib.create(
+      jnp.zeros((), jnp.int32), params, model_state, phase.tx, phase.trainable
+    )
+
+  key = jax.random.key(run.config.seed)
+  return jax.jit(create, out_shardings=_shardings(run, phase))(key)
+
+
+def _abstract(run: context.Run, phase: Phase) -> state_lib.TrainState:
+  def create(key):
+    params, model_state = run.setup.model.init(key)
+    return state_lib.create(
+      jnp.zeros((), jnp.int32), params, model_state, phase.tx, phase.trainable
+    )
+
+  return jax.eval_shape(create, jax.random.key(run.config.seed))
+
+
+def _shardings(run: context.Run, phase: Phase) -> state_lib.TrainState:
+  return sharding.state_shardings(
+    _abstract(run, phase), run.mesh, run.rules, phase.tx, phase.trainable
+  )
+
+
+def _restore(run: context.Run, phase: Phase, iterator) -> state_lib.TrainState:
+  abstract = checkpoints.abstract_like(
+    _abstract(run, phase), _shardings(run, phase)
+  )
+  return run.rolling.restore(abstract, data=iterator)
+
+
+def _enter(run: context.Run, phase: Phase, state) -> state_lib.TrainState:
+  """The state at the beginning of a phase: a fresh optimiser."""
+
+  def create(step, params, model_state):
+    return state_lib.create(
+      step, params, model_state, phase.tx, phase.trainable
+    )
+
+  return jax.jit(create, out_shardings=_shardings(run, phase))(
+    state.step, state.params, state.model_state
+  )
+
+
+def _run_phase(
+  run: context.Run, phase: Phase, state, start, iterator, progress
+):
+  """Steps to the end of the phase; (state, whether asked to stop)."""
+  end = start + phase.num_steps
+  key = jax.device_put(
+    jax.random.fold_in(jax.random.key(run.config.seed), 1),
+    sharding.replicated(run.mesh),
+  )
+  batches = _batches(run, phase, state, iterator)
+  # ---- compile
+  began = time.perf_counter()
+  batch = next(batches)
+  step_fn = jax.jit(
+    steps.make_train_step(phase),
+    donate_argnums=0,
+    out_shardings=(_shardings(run, phase), sharding.replicated(run.mesh)),
+  )
+  step_fn = step_fn.lower(state, batch, key).compile()
+  run.timing["compile"] += time.perf_counter() - began
+  # ---- loop
+  began = time.perf_counter()
+  seen = metrics_lib.Accumulator()
+  clock = _Clock(progress, run.recipe.num_steps)
+  best = selection.Best(run, phase)
+  step = int(state.step)
+  while step < end:
+    state, step_metrics = step_fn(state, batch, key)
+    step += 1
+    seen.push(step, step_metrics)
+    if _due(step, start, run.config.training.log_every) or step == end:
+      _log(run, phase, step, seen, clock)
+    stopping = _should_stop(run, step, start)
+    if _due(step, start, run.config.training.eval_every) or step == end:
+      best.consider(step, state)
+    if step < end:
+      if stopping or _due(step, start, run.config.training.checkpoint_every):
+        _log(run, phase, step, seen, clock)
+        # The batch in hand is drawn after the save: a resumed run draws it.
+        run.rolling.save(step, state, data=iterator)
+      if stopping:
+        run.say(f"stopped at step {step}; the same command goes on from here")
+        return state, True
+      batch = next(batches)
+  best.close()
+  run.timing["train"] = (
+    run.timing.get("train", 0.0) + time.perf_counter() - began
+  )
+  return state, False
+
+
+def _batches(run: context.Run, phase: Phase, state, iterator):
+  """Device batches: streamed, or one prepared batch again and again."""
+  if phase.prepare is None:
+    return (
+      sharding.put_batch(batch, run.batch_sharding)
+      for batch in iter(lambda: next(iterator), None)
+    )
+  batch = validation.whole_set(run.setup, run.config, run.mesh, phase, state)
+  return itertools.repeat(batch)
+
+
+def _due(step: int, start: int, period: int) -> bool:
+  return (step - start) % period == 0
+
+
+def _log(run: context.Run, phase: Phase, step: int, seen, clock) -> None:
+  try:
+    row = seen.mean()
+  except metrics_lib.NonFiniteError as error:
+    saved = run.rolling.latest_step
+    where = f"the last good checkpoint is of step {saved}"
+    raise metrics_lib.NonFiniteError(
+      f"{error} of phase {phase.name!r}; "
+      f"{where if saved is not None else 'no checkpoint was saved before'}. "
+      f"Lower config.optimizer.lr, or look at the data near that step."
+    ) from error
+  if row:
+    run.writer.write(step, phase.name, row)
+    clock.tick(step, f"{phase.name}: loss {row['loss']:.4f}")
+
+
+def _should_stop(run: context.Run, step: int, start: int) -> bool:
+  if jax.process_count() == 1:
+    return run.stop.is_set()
+  # All processes must agree, so they ask each other once a log period.
+  if not _due(step, start, run.config.training.log_every):
+    return False
+  asked = sharding.gather(jnp.asarray([run.stop.is_set()]))
+  return bool(np.any(asked))
+
+
+class _Clock:
+  """Tells the progress bar, and nobody when there is none."""
+
+  def __init__(self, progress, total: int):
+    self._progress = progress
+    self._total = total
+
+  def tick(self, step: int, text: str) -> None:
+    if self._progress is not None:
+      self._progress(step, self._total, text)
+
+
+@contextlib.contextmanager
+def _on_sigterm(stop: threading.Event):
+  """SIGTERM asks the loop to save and end; elsewhere than in main, nothing."""
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  old = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, old)

@@ -1,0 +1,37 @@
+"""Metrics read one step late, averaged over a log period, checked for NaN."""
+
+import math
+
+import jax
+import numpy as np
+
+
+class NonFiniteError(FloatingPointError):
+  """A loss that is NaN or infinite; names the step."""
+
+
+class Accumulator:
+  """Collects device scalars without waiting for them.
+
+  ``push`` keeps the arrays of a step; ``mean`` fetches them once a log period,
+  when all but the newest are long computed.
+  """
+
+  def __init__(self):
+    self._pending = []
+
+  def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    """Keeps the metrics of the update that made ``step``."""
+    self._pending.append((step, metrics))
+
+  def mean(self) -> dict[str, float]:
+    """Means since the last call; NonFiniteError naming the first bad step."""
+    steps = [step for step, _ in self._pending]
+    rows = jax.device_get([metrics for _, metrics in self._pending])
+    self._pending = []
+    for step, row in zip(steps, rows):
+      if not math.isfinite(row["loss"]):
+        raise NonFiniteError(f"the loss is {row['loss']} at step {step}")
+    if not rows:
+      return {}
+    return {name: float(np.mean([r[name] for r in rows])) for name in rows[0]}

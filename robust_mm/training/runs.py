@@ -1,0 +1,129 @@
+"""A run's folder: who works in it, what it holds, how to load it back."""
+
+import contextlib
+import json
+import os
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from robust_mm import _validate
+
+CONFIG_FILE = "config.json"
+RUN_FILE = "run.json"
+LOCK_FILE = "lock"
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes whole or not at all."""
+  temporary = path.with_name(f".{path.name}.tmp")
+  temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+  os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def lock(workdir: pathlib.Path):
+  """Holds the folder; UserError when another process does.
+
+  An advisory lock of the operating system: it ends with the process, however
+  that ends, so a killed run leaves nothing to clean up.
+  """
+  import fcntl
+
+  workdir.mkdir(parents=True, exist_ok=True)
+  with (workdir / LOCK_FILE).open("w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      raise _validate.UserError(
+        f"the work directory {workdir} is in use by another process."
+      ) from error
+    yield
+
+
+def check_free(workdir: pathlib.Path) -> None:
+  """UserError when another process holds the folder; makes nothing."""
+  if (workdir / LOCK_FILE).is_file():
+    with lock(workdir):
+      return
+
+
+def check_config(
+  workdir: pathlib.Path, config: ml_collections.ConfigDict
+) -> None:
+  """UserError when the folder holds a run of another configuration."""
+  path = workdir / CONFIG_FILE
+  if not path.is_file():
+    return
+  stored = _flatten(read_json(path))
+  given = _flatten(json.loads(config.to_json()))
+  for key in sorted(stored.keys() | given.keys()):
+    if key.startswith(_MAY_CHANGE):
+      continue
+    if stored.get(key) != given.get(key):
+      raise _validate.UserError(
+        f"the work directory {workdir} holds a run of another configuration: "
+        f"config.{key} is {stored.get(key)!r} there and {given.get(key)!r} "
+        f"here; choose another --workdir."
+      )
+
+
+def save_config(
+  workdir: pathlib.Path, config: ml_collections.ConfigDict
+) -> None:
+  """Stores the configuration, unless the folder holds another run."""
+  check_config(workdir, config)
+  write_json(workdir / CONFIG_FILE, json.loads(config.to_json()))
+
+
+# What may differ between the parts of a resumed run.
+_MAY_CHANGE = ("evaluation.", "mesh.", "training.")
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      flat.update(_flatten(value, f"{prefix}{key}."))
+    else:
+      flat[f"{prefix}{key}"] = value
+  return flat
+
+
+def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+  """The configuration of a run; UserError when there is none."""
+  path = workdir / CONFIG_FILE
+  if not path.is_file():
+    raise _validate.UserError(
+      f"{workdir} is no work directory of a run: it has no {CONFIG_FILE}."
+    )
+  tree = read_json(path)
+  return ml_collections.ConfigDict(_tuples(tree)).lock()
+
+
+def _tuples(value):
+  # JSON has no tuples, and the configuration has no lists.
+  if isinstance(value, dict):
+    return {key: _tuples(item) for key, item in value.items()}
+  if isinstance(value, list):
+    return tuple(_tuples(item) for item in value)
+  return value
+
+
+def read_json(path: pathlib.Path) -> Any:
+  """A JSON file; UserError naming it when it is damaged."""
+  try:
+    return json.loads(path.read_text())
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise _validate.UserError(f"{path} is damaged: {error}.") from error
+
+
+def describe(workdir: pathlib.Path) -> dict:
+  """``run.json``: data set facts, normalisation, finished phases."""
+  path = workdir / RUN_FILE
+  if not path.is_file():
+    raise _validate.UserError(
+      f"{workdir} has no {RUN_FILE}: the run there never started training."
+    )
+  return read_json(path)

@@ -1,0 +1,98 @@
+"""Which model of a phase is kept: by validation score, or by acceptance."""
+
+import dataclasses
+import pathlib
+
+import jax
+
+from robust_mm import _validate
+from robust_mm.recipes import Phase
+from robust_mm.training import checkpoints
+from robust_mm.training import context
+from robust_mm.training import runs
+from robust_mm.training import state as state_lib
+from robust_mm.training import validation
+
+
+class Best:
+  """Keeps the model of a phase that validation prefers, on disk."""
+
+  def __init__(self, run: context.Run, phase: Phase):
+    self._run = run
+    self._phase = phase
+    self._store = checkpoints.Checkpoints(
+      checkpoints.best(run.workdir, phase.name), keep=1
+    )
+
+  def consider(self, step: int, state) -> None:
+    """Validates, writes the metrics, saves when better than what is there."""
+    run = self._run
+    metrics = run.validator(state.params, state.model_state)
+    named = {f"validation_{name}": value for name, value in metrics.items()}
+    run.writer.write(step, self._phase.name, named)
+    latest = self._store.latest_step
+    if latest is not None and step <= latest:
+      # A resumed run: what lies there beat this very model before the kill.
+      return
+    metric = run.config.selection.metric
+    if latest is not None and metric != "last" and not self._phase.accept:
+      held = validation.score(self._store.metrics(), metric)
+      if validation.score(metrics, metric) <= held:
+        return
+    model = {"params": state.params, "model_state": state.model_state}
+    self._store.save(step, model, metrics=metrics)
+
+  def close(self) -> None:
+    self._store.close()
+
+
+def finish_phase(
+  run: context.Run, position: int, state
+) -> state_lib.TrainState:
+  """Takes the phase's selected model, or refuses it; records which."""
+  phase = run.recipe.phases[position]
+  name, sentence = phase.name, ""
+  model, metrics, step = read_model(run.workdir, name, _model_like(state))
+  if phase.accept is not None:
+    previous = run.recipe.phases[position - 1].name
+    before = run.facts["finished"][previous]
+    accepted, sentence = phase.accept(before["metrics"], metrics)
+    if not accepted:
+      name = before["model"]
+      model, metrics, step = read_model(run.workdir, name, _model_like(state))
+    sentence = f"{'accepted' if accepted else 'refused'}: {sentence}"
+  run.facts["finished"][phase.name] = {
+    "model": name,
+    "step": step,
+    "metrics": metrics,
+    "verdict": sentence,
+  }
+  if jax.process_index() == 0:
+    runs.write_json(run.workdir / runs.RUN_FILE, run.facts)
+  shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())
+  run.say(
+    f"phase {phase.name}: {sentence + '; ' if sentence else ''}keeps the "
+    f"{name} model of step {step}, validation {shown}"
+  )
+  return dataclasses.replace(state, **model)
+
+
+def _model_like(state: state_lib.TrainState):
+  tree = {"params": state.params, "model_state": state.model_state}
+  return checkpoints.abstract_like(
+    tree, jax.tree.map(lambda x: x.sharding, tree)
+  )
+
+
+def read_model(workdir: pathlib.Path, phase: str, abstract):
+  """(``{"params", "model_state"}``, metrics, step) kept by a phase."""
+  store = checkpoints.Checkpoints(checkpoints.best(workdir, phase), keep=1)
+  step = store.latest_step
+  if step is None:
+    raise _validate.UserError(
+      f"{workdir} holds no model of phase {phase!r} yet."
+    )
+  model = store.restore(abstract)
+  metrics = store.metrics()
+  store.close()
+  return model, metrics, step

@@ -1,0 +1,219 @@
+"""The door: a configuration becomes a data source, a model and a recipe."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from robust_mm import _validate
+from robust_mm import certification
+from robust_mm import data
+from robust_mm import models
+from robust_mm import recipes
+from robust_mm._types import Model
+from robust_mm.training import optimizers
+from robust_mm.training import runs
+
+REFERENCE_SIZE = 2048
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Setup:
+  """What a run works with.
+
+  Attributes:
+    train: training source.
+    validation: validation source.
+    model: the model.
+    facts: what ``run.json`` keeps so that the model can be made again without
+      the data: shapes, classes, ranges, normalisation, relative units.
+    reference: the first rows of the training set, as host arrays.
+  """
+
+  train: Any
+  validation: Any
+  model: Model
+  facts: dict
+  reference: dict
+
+
+def prepare(config: ml_collections.ConfigDict) -> Setup:
+  """Data, then the model that fits it.
+
+  Raises:
+    UserError: one sentence naming the key, file or argument.
+  """
+  train = open_split(config, "train")
+  validation = open_split(config, "validation")
+  reference = train.take(np.arange(min(len(train), REFERENCE_SIZE)))
+  normalization = {
+    name: models.fit_normalization(
+      config.model.normalization, value, reference["present"][name]
+    )
+    for name, value in reference["inputs"].items()
+  }
+  floats = {
+    name: value
+    for name, value in reference["inputs"].items()
+    if np.issubdtype(value.dtype, np.floating)
+  }
+  units = certification.relative_units({**reference, "inputs": floats})
+  facts = {
+    "dataset": config.data.name,
+    "num_classes": int(train.num_classes),
+    "num_train": len(train),
+    "num_validation": len(validation),
+    "input_shapes": {
+      name: list(value.shape[1:]) for name, value in reference["inputs"].items()
+    },
+    "kinds": {
+      name: "tokens" if np.issubdtype(value.dtype, np.integer) else "float"
+      for name, value in reference["inputs"].items()
+    },
+    "value_range": {
+      name: None if bounds is None else [float(b) for b in bounds]
+      for name, bounds in train.value_range.items()
+    },
+    "normalization": {n: v.to_json() for n, v in normalization.items()},
+    "relative_units": {n: float(v) for n, v in units.items()},
+    "notes": list(train.notes),
+  }
+  model = make_model(config, facts)
+  return Setup(
+    train=train,
+    validation=validation,
+    model=model,
+    facts=facts,
+    reference=reference,
+  )
+
+
+def open_split(
+  config: ml_collections.ConfigDict, split: str, *, limit: int | None = None
+):
+  """The data source of one split, as the configuration says."""
+  is_train = split == "train"
+  limit = limit or (
+    config.data.max_train_examples
+    if is_train
+    else config.data.max_eval_examples
+  )
+  source = data.open_source(
+    config.data.name,
+    split,
+    path=config.data.path or None,
+    modalities=tuple(config.data.modalities) or None,
+    limit=limit or None,
+  )
+  if config.data.missing_rate and is_train:
+    missing = data.transforms.missing_at_random(
+      config.data.missing_rate, seed=config.seed
+    )
+    source = source.with_transforms((missing,))
+  return source
+
+
+def make_model(config: ml_collections.ConfigDict, facts: dict) -> Model:
+  """The model of a configuration for data with the given facts."""
+  encoders = config.model.encoders.to_dict()
+  default = encoders.pop("default", None)
+  names = tuple(facts["input_shapes"])
+  for name in encoders:
+    if name not in names:
+      raise _validate.UserError(
+        f"config.model.encoders names the modality {name!r}; the data has "
+        f"{', '.join(names)}.{_validate.suggestion(name, names)}"
+      )
+  chosen = {name: encoders.get(name, default) for name in names}
+  for name, value in chosen.items():
+    if value is None:
+      raise _validate.UserError(
+        f"config.model.encoders has no entry for modality {name!r} and no "
+        f"'default'."
+      )
+  chosen = {
+    name: automatic(value, facts["input_shapes"][name], facts["kinds"][name])
+    for name, value in chosen.items()
+  }
+  return models.build(
+    fusion=config.model.fusion,
+    encoders=chosen,
+    num_classes=facts["num_classes"],
+    input_shapes={n: tuple(s) for n, s in facts["input_shapes"].items()},
+    normalization={
+      name: models.Normalization.from_json(value)
+      for name, value in facts["normalization"].items()
+    },
+    fusion_options=config.model.fusion_options.to_dict(),
+  )
+
+
+_BY_RANK = {1: "mlp", 2: "temporal_cnn", 3: "cnn", 4: "cnn"}
+
+
+def automatic(encoder: dict, shape: list[int], kind: str) -> dict:
+  """An encoder named ``auto`` or ``lipschitz_auto``, chosen by the input.
+
+  Vectors get an MLP, ``[t, d]`` a temporal CNN, ``[h, w, c]`` and
+  ``[t, h, w, c]`` a CNN, integer tokens a transformer.
+  """
+  if encoder["name"] not in ("auto", "lipschitz_auto"):
+    return encoder
+  lipschitz = encoder["name"] == "lipschitz_auto"
+  if kind == "tokens":
+    if lipschitz:
+      raise _validate.UserError(
+        "lipschitz_auto: integer tokens have no 1-Lipschitz encoder; leave "
+        "that modality out of config.data.modalities."
+      )
+    return {**encoder, "name": "transformer"}
+  if len(shape) not in _BY_RANK:
+    raise _validate.UserError(
+      f"auto: an input of shape {shape} has no encoder; name one in "
+      f"config.model.encoders."
+    )
+  prefix = "lipschitz_" if lipschitz else ""
+  return {**encoder, "name": prefix + _BY_RANK[len(shape)]}
+
+
+def make_recipe(
+  config: ml_collections.ConfigDict, model: Model, facts: dict
+) -> recipes.Recipe:
+  """The recipe of a configuration, its options checked by name."""
+  options = config.recipe.options.to_dict()
+  tx = optimizers.make(num_steps=config.num_steps, **config.optimizer.to_dict())
+  factory = getattr(recipes, config.recipe.name)
+  if options.get("units") == "relative":
+    options["units"] = facts["relative_units"]
+  else:
+    options.pop("units", None)
+  try:
+    return factory(model, num_steps=config.num_steps, tx=tx, **options)
+  except TypeError as error:
+    raise _validate.UserError(f"config.recipe.options: {error}.") from error
+
+
+def units(config: ml_collections.ConfigDict, facts: dict):
+  """``{modality: size of one unit}`` of the evaluation, or None for raw."""
+  if config.evaluation.units == "relative":
+    return facts["relative_units"]
+  return None
+
+
+def has_constants(model: Model) -> bool:
+  """Whether the model states a sound Lipschitz bound for every modality."""
+  if model.geometry is None:
+    return False
+  abstract = jax.eval_shape(lambda key: model.init(key)[0], jax.random.key(0))
+  constants = jax.eval_shape(model.geometry, abstract).lipschitz
+  return all(constant is not None for constant in constants.values())
+
+
+def restore_model(workdir: pathlib.Path):
+  """(model, config, facts) of a run, from its folder alone."""
+  config = runs.read_config(workdir)
+  facts = runs.describe(workdir)
+  return make_model(config, facts), config, facts

@@ -1,0 +1,89 @@
+"""A run's state, and the split of parameters into trainable and frozen."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import optax
+
+from robust_mm._types import PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+  """Everything a run needs to go on: one pytree, one checkpoint.
+
+  Attributes:
+    step: ``[]`` int32, updates done since the start of the run.
+    params: parameters, nested dict.
+    model_state: state of the model (statistics), nested dict.
+    opt_state: state of the current phase's optimiser, over its trainable
+      parameters only.
+  """
+
+  step: Any
+  params: PyTree
+  model_state: PyTree
+  opt_state: PyTree
+
+
+def paths(tree: PyTree, separator: str = "/") -> PyTree:
+  """A tree of the same form whose leaves are their paths, ``a/b/kernel``."""
+
+  def name(path, leaf):
+    del leaf
+    return jax.tree_util.keystr(path, simple=True, separator=separator)
+
+  return jax.tree_util.tree_map_with_path(name, tree)
+
+
+def split(params: PyTree, trainable: str) -> tuple[PyTree, PyTree]:
+  """(trainable, frozen): both of the form of ``params``, None elsewhere.
+
+  Args:
+    params: nested dict.
+    trainable: regex searched for in parameter paths.
+
+  Raises:
+    ValueError: nothing matches.
+  """
+  matches = jax.tree.map(
+    lambda path: bool(re.search(trainable, path)), paths(params)
+  )
+  if not any(jax.tree.leaves(matches)):
+    raise ValueError(
+      f"trainable={trainable!r} matches no parameter; there are "
+      f"{', '.join(jax.tree.leaves(paths(params)))}."
+    )
+  chosen = jax.tree.map(lambda m, p: p if m else None, matches, params)
+  frozen = jax.tree.map(lambda m, p: None if m else p, matches, params)
+  return chosen, frozen
+
+
+def merge(trainable: PyTree, frozen: PyTree) -> PyTree:
+  """The inverse of :func:`split`."""
+  return jax.tree.map(
+    lambda a, b: b if a is None else a,
+    trainable,
+    frozen,
+    is_leaf=lambda leaf: leaf is None,
+  )
+
+
+def create(
+  step,
+  params: PyTree,
+  model_state: PyTree,
+  tx: optax.GradientTransformation,
+  trainable: str,
+) -> TrainState:
+  """A state with a fresh optimiser for the trainable parameters."""
+  chosen, _ = split(params, trainable)
+  return TrainState(
+    step=step,
+    params=params,
+    model_state=model_state,
+    opt_state=tx.init(chosen),
+  )

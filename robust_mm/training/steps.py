@@ -1,0 +1,104 @@
+"""The pure steps: one update, one evaluation pass over a batch."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from robust_mm import certification
+from robust_mm import modalities
+from robust_mm._types import Model
+from robust_mm.recipes import Phase
+from robust_mm.training import state as state_lib
+
+
+def make_train_step(phase: Phase) -> Callable:
+  """``step(state, batch, run_key) -> (state, metrics)``, pure.
+
+  The step's randomness is folded from the run's key and the state's step, so a
+  resumed run draws what the undisturbed one draws.
+
+  Args:
+    phase: loss, optimiser, trainable parameters and interventions.
+  """
+
+  def train_step(state: state_lib.TrainState, batch, run_key):
+    key = jax.random.fold_in(run_key, state.step)
+    loss_key, *keys = jax.random.split(key, 1 + len(phase.interventions))
+    for intervention, subkey in zip(phase.interventions, keys):
+      batch = intervention(subkey, state.params, state.model_state, batch)
+    chosen, frozen = state_lib.split(state.params, phase.trainable)
+
+    def loss_fn(chosen):
+      params = state_lib.merge(chosen, frozen)
+      return phase.loss(params, state.model_state, batch, key=loss_key)
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, (model_state, metrics)), grads = grad_fn(chosen)
+    updates, opt_state = phase.tx.update(grads, state.opt_state, chosen)
+    new_state = state_lib.TrainState(
+      step=state.step + 1,
+      params=state_lib.merge(optax.apply_updates(chosen, updates), frozen),
+      model_state=model_state,
+      opt_state=opt_state,
+    )
+    metrics = {
+      "loss": loss,
+      **metrics,
+      "gradient_norm": optax.tree.norm(grads),
+    }
+    return new_state, metrics
+
+  return train_step
+
+
+def make_predict(model: Model, *, units=None, certified: bool) -> Callable:
+  """``predict(params, state, batch) -> {correct, loss, counted, radius?}``.
+
+  Each is ``[b]``; ``counted`` is False for an example without any modality.
+
+  ``radius`` is the joint certified l2 radius; it is there for models that
+  state sound constants, and when ``certified`` asks for it.
+  """
+
+  def predict(params, model_state, batch):
+    outputs, _ = model.apply(
+      params, model_state, batch["inputs"], batch["present"]
+    )
+    label = batch["label"]
+    result = {
+      "correct": jnp.argmax(outputs.logits, axis=-1) == label,
+      "counted": jnp.any(modalities.stack(batch["present"]), axis=0),
+      "loss": optax.losses.softmax_cross_entropy_with_integer_labels(
+        outputs.logits, label
+      ),
+    }
+    if certified:
+      certificate = certification.certify(
+        model, params, batch, state=model_state, units=units
+      )
+      result["radius"] = certificate.radius
+    return result
+
+  return predict
+
+
+def make_encode(model: Model) -> Callable:
+  """``encode(params, state, batch) -> {scores, logits, label, present}``.
+
+  In evaluation mode; what a phase that works on cached outputs needs.
+  """
+
+  def encode(params, model_state, batch):
+    outputs, _ = model.apply(
+      params, model_state, batch["inputs"], batch["present"]
+    )
+    return {
+      "scores": outputs.scores,
+      "logits": outputs.logits,
+      "label": batch["label"],
+      "present": batch["present"],
+    }
+
+  return encode

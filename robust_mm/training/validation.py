@@ -1,0 +1,91 @@
+"""Scores on the validation set, and passes over the whole training set."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from robust_mm import _validate
+from robust_mm import data
+from robust_mm._types import PyTree
+from robust_mm.recipes import Phase
+from robust_mm.training import setup as setup_lib
+from robust_mm.training import sharding
+from robust_mm.training import steps
+
+Validator = Callable[[PyTree, PyTree], dict[str, float]]
+
+
+def make(config, setup: setup_lib.Setup, mesh) -> Validator:
+  """``validate(params, state) -> {accuracy, loss, certified_accuracy?}``.
+
+  Examples without any modality are left out of every mean.
+
+  Raises:
+    ValueError: certified accuracy is asked of a model without constants.
+  """
+  certified = setup_lib.has_constants(setup.model)
+  if config.selection.metric == "certified_accuracy" and not certified:
+    raise ValueError(
+      "config.selection.metric='certified_accuracy' needs encoders with sound "
+      "Lipschitz constants (such as lipschitz_mlp) and a late-fusion head; "
+      "choose 'accuracy', or other encoders."
+    )
+  axis = sharding.batch_sharding(mesh)
+  predict = jax.jit(
+    steps.make_predict(
+      setup.model,
+      units=setup_lib.units(config, setup.facts),
+      certified=certified,
+    ),
+    out_shardings=axis,
+  )
+  batch_size = sharding.padded_size(
+    config.evaluation.batch_size, len(setup.validation), mesh
+  )
+  radius = config.selection.radius
+
+  def validate(params, model_state):
+    rows = sharding.map_batches(
+      lambda batch: predict(params, model_state, batch),
+      data.evaluation_batches(setup.validation, batch_size),
+      axis,
+    )
+    counted = rows["counted"]
+    metrics = {
+      "accuracy": float(np.mean(rows["correct"][counted])),
+      "loss": float(np.mean(rows["loss"][counted])),
+    }
+    if certified:
+      sure = rows["correct"] & (rows["radius"] > radius)
+      metrics["certified_accuracy"] = float(np.mean(sure[counted]))
+    return metrics
+
+  return validate
+
+
+def score(metrics: dict[str, float], name: str) -> float:
+  """Larger is better; ties go to the earlier model."""
+  _validate.one_of(metrics, **{"config.selection.metric": name})
+  return -metrics[name] if name == "loss" else metrics[name]
+
+
+def whole_set(setup: setup_lib.Setup, config, mesh, phase: Phase, state) -> Any:
+  """The one batch of a phase that works on cached outputs, replicated."""
+  axis = sharding.batch_sharding(mesh)
+  encode = jax.jit(steps.make_encode(setup.model), out_shardings=axis)
+  cached = sharding.map_batches(
+    lambda batch: encode(state.params, state.model_state, batch),
+    data.evaluation_batches(
+      setup.train,
+      sharding.padded_size(
+        config.evaluation.batch_size, len(setup.train), mesh
+      ),
+    ),
+    axis,
+  )
+  batch = phase.prepare(
+    state.params, state.model_state, cached, setup.reference
+  )
+  return sharding.put_global(batch, sharding.replicated(mesh))
