@@ -1,0 +1,185 @@
+"""Resumable streams of batches: grain chains over batches of indices.
+
+A batch is one permutation slice and one gather per modality; Python does no
+work per example.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from robust_mm import _validate
+from robust_mm.data import sources
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Gather:
+  """Step number -> this process's part of the step's batch."""
+
+  source: sources.Source
+  batch_size: int
+  steps_per_epoch: int
+  seed: int
+  shuffle: bool
+  process_index: int
+  process_count: int
+
+  def __call__(self, step: int, _) -> dict:
+    return self.source.take(self.indices(step))
+
+  def indices(self, step: int) -> np.ndarray:
+    epoch, position = divmod(step, self.steps_per_epoch)
+    order = self._order(epoch)
+    start = position * self.batch_size
+    whole = order[start : start + self.batch_size]
+    # array_split also divides a last, smaller batch.
+    return np.array_split(whole, self.process_count)[self.process_index]
+
+  def _order(self, epoch: int) -> np.ndarray:
+    size = len(self.source)
+    return (
+      _permutation(size, self.seed, epoch) if self.shuffle else _range(size)
+    )
+
+
+# Batches of an epoch share its order; the next epoch may be prefetched.
+@functools.lru_cache(maxsize=8)
+def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+  return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+@functools.lru_cache(maxsize=8)
+def _range(size: int) -> np.ndarray:
+  return np.arange(size)
+
+
+def pipeline(
+  source: sources.Source,
+  *,
+  batch_size: int,
+  seed: int,
+  num_epochs: int | None = None,
+  shuffle: bool = True,
+  drop_remainder: bool = True,
+  process_index: int = 0,
+  process_count: int = 1,
+  transforms: Sequence[Callable[[dict], dict]] = (),
+) -> grain.IterDataset:
+  """Batches of a source, shuffled anew every epoch.
+
+  Formal guarantees:
+    - Step ``i`` depends on the arguments alone; an iterator restored from
+      ``get_state()`` gives exactly the remaining batches.
+    - The parts of all processes, put together in order of ``process_index``,
+      are the batch of a single process: the stream is the same for every
+      ``process_count``, so a run can resume on another number.
+
+  Args:
+    source: where examples come from.
+    batch_size: of the global batch, over all processes.
+    seed: of the order; epochs have different orders.
+    num_epochs: None goes on for ever.
+    shuffle: False keeps the source's order in every epoch.
+    drop_remainder: leaves out the last, smaller batch of an epoch (other
+      examples every epoch when shuffled).
+    process_index: which part of each batch to give.
+    process_count: must divide ``batch_size``.
+    transforms: applied to each batch, in order.
+
+  Returns:
+    A grain dataset; ``iter(dataset)`` has ``get_state``, ``set_state`` and
+    ``close``.
+
+  Raises:
+    UserError: the batch is larger than the source (with ``drop_remainder``)
+      or not divisible by the number of processes.
+  """
+  _check_shards(batch_size, process_index, process_count)
+  if num_epochs is not None:
+    _validate.at_least(1, num_epochs=num_epochs)
+  size = len(source)
+  steps = size // batch_size if drop_remainder else -(-size // batch_size)
+  if steps == 0:
+    raise _validate.UserError(
+      f"batch_size {batch_size} exceeds the {size} examples of "
+      f"{source.name} {source.split}."
+    )
+  gather = _Gather(
+    source=source,
+    batch_size=batch_size,
+    steps_per_epoch=steps,
+    seed=seed,
+    shuffle=shuffle,
+    process_index=process_index,
+    process_count=process_count,
+  )
+  dataset = grain.MapDataset.range(steps).repeat(num_epochs)
+  dataset = dataset.map_with_index(gather)
+  for transform in transforms:
+    dataset = dataset.map(transform)
+  # A batch is cheap to make: one thread and two batches ahead are enough, and
+  # grain's default of 500 would hold gigabytes.
+  return dataset.to_iter_dataset(
+    grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+  )
+
+
+def evaluation_batches(
+  source: sources.Source,
+  batch_size: int,
+  *,
+  process_index: int = 0,
+  process_count: int = 1,
+  transforms: Sequence[Callable[[dict], dict]] = (),
+) -> Iterator[tuple[dict[str, Any], int]]:
+  """Every example once, in order, in batches that all have the same shape.
+
+  The last batch is filled up with repetitions of the last example, whose
+  ``id`` is -1; only the first ``num_valid`` examples count.
+
+  Args:
+    source: where examples come from.
+    batch_size: of the global batch, over all processes.
+    process_index: which part of each batch to give.
+    process_count: must divide ``batch_size``; all processes get the same
+      number of batches, possibly with none valid in the last.
+    transforms: applied to each batch before filling up is marked.
+
+  Returns:
+    An iterator of ``(batch, num_valid)``.
+  """
+  _check_shards(batch_size, process_index, process_count)
+  return _evaluation_batches(
+    source, batch_size // process_count, batch_size, process_index, transforms
+  )
+
+
+def _evaluation_batches(source, size, stride, process_index, transforms):
+  for step in range(-(-len(source) // stride)):
+    start = step * stride + process_index * size
+    rows = np.arange(start, start + size)
+    num_valid = int(np.clip(len(source) - start, 0, size))
+    batch = source.take(np.minimum(rows, len(source) - 1))
+    for transform in transforms:
+      batch = transform(batch)
+    valid = np.arange(size) < num_valid
+    yield {**batch, "id": np.where(valid, batch["id"], -1)}, num_valid
+
+
+def _check_shards(batch_size, process_index, process_count) -> None:
+  _validate.at_least(1, batch_size=batch_size, process_count=process_count)
+  if not 0 <= process_index < process_count:
+    raise ValueError(
+      f"process_index must lie in [0, {process_count}), got {process_index}."
+    )
+  if batch_size % process_count:
+    raise _validate.UserError(
+      f"batch_size {batch_size} must be divisible by the {process_count} "
+      "processes."
+    )

@@ -1,0 +1,119 @@
+"""Named data sets, found by name or refused with the closest one.
+
+Imports nothing but the standard library, so that the command line can answer a
+misspelt name at once.
+"""
+
+import os
+import pathlib
+
+from robust_mm import _validate
+from robust_mm.data import catalogue
+from robust_mm.data.catalogue import DatasetInfo
+from robust_mm.data.catalogue import ModalityInfo
+
+__all__ = [
+  "DATA_DIR_VARIABLE",
+  "MARKER",
+  "SPLITS",
+  "DatasetInfo",
+  "ModalityInfo",
+  "check_split",
+  "choose_modalities",
+  "data_dir",
+  "get",
+  "names",
+  "of_builder",
+  "prepared_path",
+]
+
+SPLITS = ("train", "validation", "test")
+# The file TFDS writes last.
+MARKER = "dataset_info.json"
+DATA_DIR_VARIABLE = "ROBUST_MM_DATA_DIR"
+
+_DATASETS = {info.name: info for info in catalogue.DATASETS}
+
+
+def names() -> tuple[str, ...]:
+  """Every name ``get`` knows, sorted."""
+  return tuple(sorted(_DATASETS))
+
+
+def get(name: str) -> DatasetInfo:
+  """The data set of that name; UserError with the closest name otherwise.
+
+  >>> get("digits").num_classes
+  10
+  """
+  if name not in _DATASETS:
+    raise _validate.UserError(
+      f"There is no data set {name!r}; known are {', '.join(names())}."
+      f"{_validate.suggestion(name, names())}"
+    )
+  return _DATASETS[name]
+
+
+def of_builder(builder_name: str, config: str) -> DatasetInfo:
+  """The data set a TFDS builder makes in a configuration."""
+  for info in _DATASETS.values():
+    if (info.builder_name, info.config) == (builder_name, config):
+      return info
+  raise ValueError(f"No data set has builder {builder_name!r}, {config!r}.")
+
+
+def check_split(split: str) -> str:
+  """``split`` itself; UserError if it is none of ``SPLITS``."""
+  if split not in SPLITS:
+    hint = _validate.suggestion({"val": "validation"}.get(split, split), SPLITS)
+    raise _validate.UserError(
+      f"split must be one of {', '.join(SPLITS)}; got {split!r}.{hint}"
+    )
+  return split
+
+
+def choose_modalities(
+  info_name: str,
+  available: tuple[str, ...],
+  default: tuple[str, ...],
+  modalities: tuple[str, ...] | list[str] | str | None,
+) -> tuple[str, ...]:
+  """The modalities asked for, sorted; UserError for an unknown name or none."""
+  if modalities is None:
+    return tuple(sorted(default))
+  if isinstance(modalities, str):
+    modalities = modalities.split(",")
+  for name in modalities:
+    if name not in available:
+      raise _validate.UserError(
+        f"Data set {info_name!r} has no modality {name!r}; it has "
+        f"{', '.join(available)}.{_validate.suggestion(name, available)}"
+      )
+  if not modalities:
+    raise _validate.UserError("modalities must name at least one modality.")
+  return tuple(sorted(set(modalities)))
+
+
+def data_dir(path: str | os.PathLike | None = None) -> pathlib.Path:
+  """Where prepared sets live: ``path``, else the variable, else the cache.
+
+  The variable is ``ROBUST_MM_DATA_DIR``, the cache ``~/.cache/robust_mm``.
+  """
+  named = path or os.environ.get(DATA_DIR_VARIABLE)
+  return pathlib.Path(named or "~/.cache/robust_mm").expanduser().absolute()
+
+
+def prepared_path(
+  name: str, path: str | os.PathLike | None = None
+) -> pathlib.Path:
+  """The folder of a prepared set; UserError with the command that makes it."""
+  info = get(name)
+  folder = data_dir(path) / info.folder
+  if not (folder / MARKER).is_file():
+    raise _validate.UserError(
+      f"Data set {name!r} is not prepared in {data_dir(path)}. Prepare it "
+      f"once: robust-mm data prepare {name} --source=DIR"
+      f"{f' --data_dir={data_dir(path)}' if path else ''} (DIR holds "
+      f"{', '.join(info.raw_files)})."
+    )
+  return folder

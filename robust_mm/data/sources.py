@@ -1,0 +1,229 @@
+"""A split of a data set as columns: gather any rows as one batch of arrays."""
+
+import dataclasses
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+
+from robust_mm import _validate
+from robust_mm.data import registry
+
+
+class Spec(NamedTuple):
+  """Shape of one example and dtype, as a batch holds them."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Column:
+  """One value per example: ``array[index] / divisor`` as ``dtype``.
+
+  Attributes:
+    array: stored rows, in memory or memory-mapped.
+    index: row of every example, or None for the identity. Examples may share
+      rows (one recording in many pairs), and a subset copies nothing.
+    divisor: stored integers are divided by it.
+    dtype: of the values given out.
+  """
+
+  array: Any
+  index: Any = None
+  divisor: float = 1.0
+  dtype: str = "float32"
+
+  def __len__(self) -> int:
+    return len(self.array) if self.index is None else len(self.index)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Shape of one value."""
+    return self.array.shape[1:]
+
+  def take(self, indices: np.ndarray) -> np.ndarray:
+    """The values of these examples, a fresh array."""
+    rows = indices if self.index is None else self.index[indices]
+    values = self.array[rows].astype(self.dtype, copy=False)
+    if self.divisor != 1.0:
+      values /= np.float32(self.divisor)
+    return values
+
+  def subset(self, indices: np.ndarray) -> "Column":
+    """The column of these examples; shares the stored rows."""
+    rows = indices if self.index is None else self.index[indices]
+    return dataclasses.replace(self, index=rows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Source:
+  """One split of a data set.
+
+  Attributes:
+    name: of the data set.
+    split: ``"train"``, ``"validation"`` or ``"test"``.
+    columns: ``{m: Column}``.
+    present: ``{m: bool[n] | None}``; None where nothing is missing.
+    labels: ``int32[n]``.
+    ids: ``int32[n]``, unique over all splits of a named data set.
+    num_classes: k.
+    value_range: ``{m: (low, high) | None}``.
+    metadata: ``{name: [n]}``, such as the subject of a recording.
+    notes: sentences a user has to be told.
+  """
+
+  name: str
+  split: str
+  columns: Mapping[str, Column]
+  present: Mapping[str, Any]
+  labels: Any
+  ids: Any
+  num_classes: int
+  value_range: Mapping[str, tuple[float, float] | None]
+  metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  notes: tuple[str, ...] = ()
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+  @property
+  def modalities(self) -> tuple[str, ...]:
+    """Names, sorted."""
+    return tuple(sorted(self.columns))
+
+  @property
+  def spec(self) -> dict[str, Spec]:
+    """``{m: (shape, dtype)}`` of one example."""
+    return {
+      name: Spec(self.columns[name].shape, np.dtype(self.columns[name].dtype))
+      for name in self.modalities
+    }
+
+  def take(self, indices: Any) -> dict:
+    """The examples at ``indices`` as one batch of fresh numpy arrays.
+
+    Absent inputs are zeros. One gather per modality, no work per example.
+    """
+    indices = np.asarray(indices, np.int64)
+    inputs = {}
+    present = {}
+    for name in self.modalities:
+      values = self.columns[name].take(indices)
+      flags = self.present[name]
+      if flags is None:
+        present[name] = np.ones(len(indices), bool)
+      else:
+        present[name] = flags[indices]
+        values[~present[name]] = 0
+      inputs[name] = values
+    return {
+      "inputs": inputs,
+      "present": present,
+      "label": self.labels[indices],
+      "id": self.ids[indices],
+    }
+
+  def batch(self) -> dict:
+    """The whole split as one batch."""
+    return self.take(np.arange(len(self)))
+
+  def select(self, modalities: Sequence[str] | str) -> "Source":
+    """The source with these modalities only; UserError for an unknown name."""
+    chosen = registry.choose_modalities(
+      self.name, self.modalities, self.modalities, modalities
+    )
+    return dataclasses.replace(
+      self,
+      columns={name: self.columns[name] for name in chosen},
+      present={name: self.present[name] for name in chosen},
+      value_range={name: self.value_range[name] for name in chosen},
+    )
+
+  def subset(self, indices: Any) -> "Source":
+    """The source of these examples, in this order; copies no inputs."""
+    indices = np.asarray(indices, np.int64)
+    return dataclasses.replace(
+      self,
+      columns={name: c.subset(indices) for name, c in self.columns.items()},
+      present={
+        name: None if flags is None else flags[indices]
+        for name, flags in self.present.items()
+      },
+      labels=self.labels[indices],
+      ids=self.ids[indices],
+      metadata={
+        name: values[indices] for name, values in self.metadata.items()
+      },
+    )
+
+  def limit(self, size: int | None) -> "Source":
+    """A fixed, class-balanced subset of at most ``size`` examples.
+
+    Subsets are nested: the examples of ``limit(10)`` are the first ten of
+    ``limit(20)``. None, or a size beyond the split, changes nothing.
+    """
+    if size is None:
+      return self
+    if isinstance(size, bool) or int(size) != size or size < 1:
+      raise _validate.UserError(
+        f"limit must be an integer of at least 1, got {size}."
+      )
+    if size >= len(self):
+      return self
+    return self.subset(balanced_order(self.labels, seed=0)[: int(size)])
+
+
+def balanced_order(labels: np.ndarray, *, seed: int) -> np.ndarray:
+  """A random order in which every prefix is as class-balanced as possible.
+
+  The first examples of all classes come first, then the second ones, and so
+  on; within a class the order is random, fixed by ``seed``.
+  """
+  shuffled = np.random.default_rng(seed).permutation(len(labels))
+  by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+  counts = np.unique(labels, return_counts=True)[1]
+  rank = np.concatenate([np.arange(count) for count in counts])
+  return by_class[np.argsort(rank, kind="stable")]
+
+
+def digits(split: str) -> Source:
+  """scikit-learn's 8x8 digits, left and right half, each ``[8, 4, 1]``.
+
+  Test: ``train_test_split(test_size=360, random_state=0, stratify=y)``;
+  validation: a stratified tenth of the rest, drawn the same way.
+  """
+  import sklearn.datasets
+  import sklearn.model_selection
+
+  registry.check_split(split)
+  info = registry.get("digits")
+  raw = sklearn.datasets.load_digits()
+  scans = (raw.images / 16.0).astype(np.float32)[..., None]
+  labels = raw.target.astype(np.int32)
+
+  def divide(rows, size):
+    return sklearn.model_selection.train_test_split(
+      rows, test_size=size, random_state=0, stratify=labels[rows]
+    )
+
+  rest, test = divide(np.arange(len(labels)), 360)
+  train, validation = divide(rest, 0.1)
+  rows = {"train": train, "validation": validation, "test": test}[split]
+  halves = {"left": scans[:, :, :4], "right": scans[:, :, 4:]}
+  return Source(
+    name="digits",
+    split=split,
+    columns={
+      name: Column(array=np.ascontiguousarray(half[rows]))
+      for name, half in halves.items()
+    },
+    present=dict.fromkeys(halves),
+    labels=labels[rows],
+    ids=rows.astype(np.int32),
+    num_classes=10,
+    value_range={name: m.value_range for name, m in info.modalities.items()},
+    notes=info.notes,
+  )
