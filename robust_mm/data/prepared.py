@@ -99,6 +99,13 @@ def open_prepared(
   return _source(info, split, modalities, columns)
 
 
+def check_prepared(
+  info: registry.DatasetInfo, path: str | os.PathLike | None = None
+) -> None:
+  """UserError with the command to run, if the set is not prepared."""
+  registry.prepared_path(info.name, path)
+
+
 def _complete(folder: pathlib.Path) -> bool:
   return (folder / registry.MARKER).is_file()
 

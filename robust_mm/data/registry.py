@@ -21,6 +21,7 @@ __all__ = [
   "check_split",
   "choose_modalities",
   "data_dir",
+  "format_list",
   "get",
   "names",
   "of_builder",
@@ -113,7 +114,28 @@ def prepared_path(
     raise _validate.UserError(
       f"Data set {name!r} is not prepared in {data_dir(path)}. Prepare it "
       f"once: robust-mm data prepare {name} --source=DIR"
-      f"{f' --data_dir={data_dir(path)}' if path else ''} (DIR holds "
+      f"{f' --path={data_dir(path)}' if path else ''} (DIR holds "
       f"{', '.join(info.raw_files)})."
     )
   return folder
+
+
+def format_list(path: str | os.PathLike | None = None) -> str:
+  """All data sets as text, and which prepared ones are there."""
+  lines = []
+  for name in names():
+    info = get(name)
+    state = info.kind
+    if info.kind == "prepared":
+      there = (data_dir(path) / info.folder / MARKER).is_file()
+      state = "prepared" if there else "not prepared"
+    lines.append(f"{name} ({state}): {info.description}")
+    if info.modalities:
+      sizes = ", ".join(f"{size} {s}" for s, size in info.splits.items())
+      listed = ", ".join(
+        f"{modality}{'*' if modality in info.default_modalities else ''}"
+        for modality in sorted(info.modalities)
+      )
+      lines.append(f"  {info.num_classes} classes; {sizes}; {listed}")
+  lines.append("(* used by default)")
+  return "\n".join(lines)

@@ -1,6 +1,7 @@
 """A split of a data set as columns: gather any rows as one batch of arrays."""
 
 import dataclasses
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -73,6 +74,7 @@ class Source:
     value_range: ``{m: (low, high) | None}``.
     metadata: ``{name: [n]}``, such as the subject of a recording.
     notes: sentences a user has to be told.
+    transforms: applied in order to every batch taken.
   """
 
   name: str
@@ -85,6 +87,7 @@ class Source:
   value_range: Mapping[str, tuple[float, float] | None]
   metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   notes: tuple[str, ...] = ()
+  transforms: tuple[Callable[[dict], dict], ...] = ()
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -119,12 +122,15 @@ class Source:
         present[name] = flags[indices]
         values[~present[name]] = 0
       inputs[name] = values
-    return {
+    batch = {
       "inputs": inputs,
       "present": present,
       "label": self.labels[indices],
       "id": self.ids[indices],
     }
+    for transform in self.transforms:
+      batch = transform(batch)
+    return batch
 
   def batch(self) -> dict:
     """The whole split as one batch."""
@@ -141,6 +147,12 @@ class Source:
       present={name: self.present[name] for name in chosen},
       value_range={name: self.value_range[name] for name in chosen},
     )
+
+  def with_transforms(
+    self, transforms: Sequence[Callable[[dict], dict]]
+  ) -> "Source":
+    """The source whose batches also pass through these batch transforms."""
+    return dataclasses.replace(self, transforms=(*self.transforms, *transforms))
 
   def subset(self, indices: Any) -> "Source":
     """The source of these examples, in this order; copies no inputs."""
