@@ -11,9 +11,9 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from robust_mm import config as config_lib
 from robust_mm import _validate
 from robust_mm import certification
+from robust_mm import config as config_lib
 from robust_mm import data
 from robust_mm import evaluation
 from robust_mm import training
