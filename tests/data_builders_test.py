@@ -185,6 +185,22 @@ def test_av_digits_pairs_are_those_of_the_raw_files(
   assert not (seen[0] | seen[1]) & seen[2]
 
 
+@pytest.mark.parametrize("prefix", ["", "spk_"])
+def test_official_pairs_have_the_registry_s_sizes_and_are_disjoint(
+  prefix, shared_path
+):
+  pairs = np.load(shared_path / "data/av_digits/pairs.npz")
+  train, validation, test = (
+    pairs[prefix + name] for name in ("train", "val", "test")
+  )
+  sizes = registry.get("av_digits").splits
+  assert [len(train), len(validation), len(test)] == list(sizes.values())
+  recordings = [set(rows[:, 1].tolist()) for rows in (train, validation, test)]
+  assert not recordings[0] & recordings[1]
+  assert not (recordings[0] | recordings[1]) & recordings[2]
+  assert not set(train[:, 0].tolist()) & set(validation[:, 0].tolist())
+
+
 def test_speakers_of_the_disjoint_test_set_are_unheard(data_dir):
   speakers = {
     split: set(
