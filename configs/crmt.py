@@ -69,8 +69,8 @@ def get_config(argument: str = ""):
   )
   if "radius" in variants:
     config.recipe.name = "certified_radius"
-    for key in ("variant", "rho"):
-      config.recipe.options.pop(key, None)
+    del config.recipe.options["variant"]
+    del config.recipe.options["rho"]
   if "smoke" in variants:
     base.shrink(config)
     if "radius" not in variants:

@@ -230,7 +230,7 @@ def _evaluate_one(
       protocol=make_protocol(config, facts, radii),
       seed=config.seed,
       reference=reference,
-      dataset=config.data.name,
+      dataset_name=config.data.name,
       recipe=facts["recipe"],
       progress=progress,
       sharding=sharding.batch_sharding(mesh),

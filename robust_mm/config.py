@@ -179,7 +179,12 @@ def load(spec: str, overrides: list[str] = ()) -> ml_collections.ConfigDict:
     raise _validate.UserError(f"{path} cannot be read: {error}.") from error
   if not hasattr(module, "get_config"):
     raise _validate.UserError(f"{path} has no function get_config(arg).")
-  config = module.get_config(argument or "")
+  try:
+    config = module.get_config(argument or "")
+  except (AttributeError, KeyError, TypeError) as error:
+    raise _validate.UserError(
+      f"get_config of {path} fails: {type(error).__name__}: {error}"
+    ) from error
   config.lock()
   for override in overrides:
     _apply(config, override)

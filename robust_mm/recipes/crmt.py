@@ -257,7 +257,7 @@ def integration_phase(
   def loss_fn(params, state, batch, *, key):
     del key
     geometry = model.geometry(params)
-    loss = certification.integration_loss(
+    loss = certification.factors_loss(
       geometry.factors,
       batch["scores"],
       batch["label"],

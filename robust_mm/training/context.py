@@ -5,12 +5,16 @@ import pathlib
 import threading
 from typing import Any
 
+import jax
 import ml_collections
 
+from robust_mm._types import Model
+from robust_mm.recipes import Phase
 from robust_mm.recipes import Recipe
 from robust_mm.training import checkpoints
 from robust_mm.training import setup as setup_lib
 from robust_mm.training import sharding
+from robust_mm.training import state as state_lib
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -32,8 +36,21 @@ class Run:
 
   @property
   def batch_sharding(self):
+    """Where batches live."""
     return sharding.batch_sharding(self.mesh)
 
-  @property
-  def rules(self):
-    return self.config.mesh.rules
+  def abstract(self, phase: Phase) -> state_lib.TrainState:
+    """Shapes and types of the state in a phase."""
+    return abstract_state(self.setup.model, phase)
+
+  def shardings(self, phase: Phase) -> state_lib.TrainState:
+    """Where the state of a phase lives."""
+    return sharding.state_shardings(
+      self.abstract(phase), self.mesh, self.config.mesh.rules, phase
+    )
+
+
+def abstract_state(model: Model, phase: Phase) -> state_lib.TrainState:
+  """Shapes and types of the state in a phase."""
+  initialize = state_lib.initializer(model, phase)
+  return jax.eval_shape(initialize, jax.random.key(0))

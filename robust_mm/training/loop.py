@@ -90,7 +90,11 @@ def _train(config, workdir, say, progress) -> Result:
     setup = setup_lib.prepare(config)
     # ---- optimizer and recipe
     recipe = setup_lib.make_recipe(config, setup.model, setup.facts)
+    for phase in recipe.phases:
+      abstract = context.abstract_state(setup.model, phase)
+      sharding.state_shardings(abstract, mesh, config.mesh.rules, phase)
     validator = validation.make(config, setup, mesh)
+    stream = _stream(config, setup)
   except ValueError as error:
     raise _validate.UserError(str(error)) from error
   for note in setup.facts["notes"]:
@@ -127,7 +131,7 @@ def _train(config, workdir, say, progress) -> Result:
   )
   try:
     with _on_sigterm(stop):
-      result = _run_phases(run, progress)
+      result = _run_phases(run, iter(stream), progress)
   finally:
     writer.close()
     rolling.close()
@@ -162,9 +166,8 @@ def _begin(workdir, config, setup, recipe, primary) -> dict:
   return facts
 
 
-def _run_phases(run: context.Run, progress) -> Result:
+def _run_phases(run: context.Run, iterator, progress) -> Result:
   # ---- state, created sharded; restored where there is a checkpoint
-  iterator = _iterator(run)
   phases = run.recipe.phases
   done = run.rolling.latest_step or 0
   index, start = run.recipe.locate(done)
@@ -188,11 +191,11 @@ def _run_phases(run: context.Run, progress) -> Result:
   return Result(step=start, finished=True, metrics=kept, timing={})
 
 
-def _iterator(run: context.Run):
+def _stream(config, setup: setup_lib.Setup):
   return data.pipeline(
-    run.setup.train,
-    batch_size=run.config.data.batch_size,
-    seed=run.config.seed,
+    setup.train,
+    batch_size=config.data.batch_size,
+    seed=config.seed,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
@@ -200,51 +203,25 @@ def _iterator(run: context.Run):
 
 def _initial(run: context.Run, phase: Phase) -> state_lib.TrainState:
   """The first state, every array created where it lives."""
-
-  def create(key):
-    params, model_state = run.setup.model.init(key)
-    return state_lib.create(
-      jnp.zeros((), jnp.int32), params, model_state, phase.tx, phase.trainable
-    )
-
+  create = state_lib.initializer(run.setup.model, phase)
   key = jax.random.key(run.config.seed)
-  return jax.jit(create, out_shardings=_shardings(run, phase))(key)
-
-
-def _abstract(run: context.Run, phase: Phase) -> state_lib.TrainState:
-  def create(key):
-    params, model_state = run.setup.model.init(key)
-    return state_lib.create(
-      jnp.zeros((), jnp.int32), params, model_state, phase.tx, phase.trainable
-    )
-
-  return jax.eval_shape(create, jax.random.key(run.config.seed))
-
-
-def _shardings(run: context.Run, phase: Phase) -> state_lib.TrainState:
-  return sharding.state_shardings(
-    _abstract(run, phase), run.mesh, run.rules, phase.tx, phase.trainable
-  )
+  return jax.jit(create, out_shardings=run.shardings(phase))(key)
 
 
 def _restore(run: context.Run, phase: Phase, iterator) -> state_lib.TrainState:
   abstract = checkpoints.abstract_like(
-    _abstract(run, phase), _shardings(run, phase)
+    run.abstract(phase), run.shardings(phase)
   )
   return run.rolling.restore(abstract, data=iterator)
 
 
 def _enter(run: context.Run, phase: Phase, state) -> state_lib.TrainState:
-  """The state at the beginning of a phase: a fresh optimiser."""
-
-  def create(step, params, model_state):
-    return state_lib.create(
-      step, params, model_state, phase.tx, phase.trainable
-    )
-
-  return jax.jit(create, out_shardings=_shardings(run, phase))(
-    state.step, state.params, state.model_state
+  """The state at the beginning of a later phase."""
+  enter = jax.jit(
+    lambda *arrays: state_lib.create(*arrays, phase),
+    out_shardings=run.shardings(phase),
   )
+  return enter(state.step, state.params, state.model_state)
 
 
 def _run_phase(
@@ -263,7 +240,7 @@ def _run_phase(
   step_fn = jax.jit(
     steps.make_train_step(phase),
     donate_argnums=0,
-    out_shardings=(_shardings(run, phase), sharding.replicated(run.mesh)),
+    out_shardings=(run.shardings(phase), sharding.replicated(run.mesh)),
   )
   step_fn = step_fn.lower(state, batch, key).compile()
   run.timing["compile"] += time.perf_counter() - began

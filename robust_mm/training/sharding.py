@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 
 from robust_mm import _validate
 from robust_mm._types import PyTree
+from robust_mm.recipes import Phase
 from robust_mm.training import state as state_lib
 
 DATA_AXIS = "data"
@@ -31,14 +32,16 @@ def make_mesh(*, data: int = -1, model: int = 1, devices=None) -> Mesh:
     devices: the devices; all of the job by default.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: more devices than there are, or, with several processes, not
+      all of them.
   """
   devices = jax.devices() if devices is None else devices
   _validate.at_least(1, **{"mesh.model": model})
   if data == -1:
     data = max(len(devices) // model, 1)
   _validate.at_least(1, **{"mesh.data": data})
-  if data * model != len(devices):
+  used = data * model
+  if used > len(devices) or (used < len(devices) and jax.process_count() > 1):
     raise ValueError(
       f"mesh.data x mesh.model must be the number of devices "
       f"({len(devices)}), got {data} x {model}."
@@ -47,7 +50,7 @@ def make_mesh(*, data: int = -1, model: int = 1, devices=None) -> Mesh:
     (data, model),
     (DATA_AXIS, MODEL_AXIS),
     axis_types=(AxisType.Auto, AxisType.Auto),
-    devices=devices,
+    devices=devices[:used],
   )
 
 
@@ -104,18 +107,14 @@ def _check_rule(path, shape, axes, mesh: Mesh) -> None:
 
 
 def state_shardings(
-  state: state_lib.TrainState,
-  mesh: Mesh,
-  rules: Rules,
-  tx: optax.GradientTransformation,
-  trainable: str,
+  state: state_lib.TrainState, mesh: Mesh, rules: Rules, phase: Phase
 ) -> state_lib.TrainState:
   """Shardings of a whole state: the optimiser's follow its parameters'."""
   params = parameter_shardings(state.params, mesh, rules)
-  chosen, _ = state_lib.split(params, trainable)
+  chosen, _ = state_lib.split(params, phase.trainable)
   everywhere = replicated(mesh)
   opt_state = optax.tree.map_params(
-    tx,
+    phase.tx,
     lambda leaf, sharding: sharding,
     state.opt_state,
     chosen,

@@ -2,12 +2,15 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import optax
+import jax.numpy as jnp
 
+from robust_mm._types import Model
 from robust_mm._types import PyTree
+from robust_mm.recipes import Phase
 
 
 @jax.tree_util.register_dataclass
@@ -73,17 +76,23 @@ def merge(trainable: PyTree, frozen: PyTree) -> PyTree:
 
 
 def create(
-  step,
-  params: PyTree,
-  model_state: PyTree,
-  tx: optax.GradientTransformation,
-  trainable: str,
+  step, params: PyTree, model_state: PyTree, phase: Phase
 ) -> TrainState:
-  """A state with a fresh optimiser for the trainable parameters."""
-  chosen, _ = split(params, trainable)
+  """The state at the beginning of a phase: a fresh optimiser."""
+  chosen, _ = split(params, phase.trainable)
   return TrainState(
     step=step,
     params=params,
     model_state=model_state,
-    opt_state=tx.init(chosen),
+    opt_state=phase.tx.init(chosen),
   )
+
+
+def initializer(model: Model, phase: Phase) -> Callable[..., TrainState]:
+  """``key -> state`` of a run that begins with ``phase``."""
+
+  def initialize(key):
+    params, model_state = model.init(key)
+    return create(jnp.zeros((), jnp.int32), params, model_state, phase)
+
+  return initialize

@@ -1,0 +1,197 @@
+"""The loop: resumes exactly, stops cleanly, refuses by name."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+import robust_mm
+from robust_mm import _validate
+from robust_mm import config as config_lib
+from robust_mm import training
+from robust_mm.training import runs
+from robust_mm.training import writers
+
+
+def load(spec="configs/crmt.py:digits,smoke", *overrides):
+  return config_lib.load(
+    spec, ["--config.mesh.data=1", *(f"--config.{o}" for o in overrides)]
+  )
+
+
+def train(config, workdir, **keywords):
+  return training.train(config, workdir, say=lambda line: None, **keywords)
+
+
+def leaves(workdir, phase=None):
+  _, params, _, _ = robust_mm.load(workdir, phase=phase)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+
+
+def assert_same(first, second):
+  assert first.keys() == second.keys()
+  for name, value in first.items():
+    np.testing.assert_array_equal(value, second[name], err_msg=name)
+
+
+class Killed(Exception):
+  """Stands for kill -9 at a point of the test's choosing."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("whole")
+  train(load(), workdir)
+  return workdir
+
+
+@pytest.mark.parametrize("kill_at", [2, 4, 6])
+def test_killed_run_resumes_bit_identically(tmp_path, whole, kill_at):
+  def progress(done, total, text):
+    if done == kill_at:
+      raise Killed
+
+  with pytest.raises(Killed):
+    train(load(), tmp_path, progress=progress)
+  result = train(load(), tmp_path)
+  assert result.finished
+  assert_same(leaves(tmp_path), leaves(whole))
+  assert writers.read(tmp_path) == writers.read(whole)
+
+
+def test_sigterm_saves_and_the_same_call_goes_on(tmp_path, whole):
+  def progress(done, total, text):
+    if done == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  result = train(load(), tmp_path, progress=progress)
+  assert not result.finished
+  assert result.step == 2
+  result = train(load(), tmp_path)
+  assert result.finished
+  assert_same(leaves(tmp_path), leaves(whole))
+
+
+def test_a_finished_run_called_again_changes_nothing(tmp_path, whole):
+  before = leaves(whole)
+  result = train(load(), whole)
+  assert result.finished
+  assert_same(leaves(whole), before)
+
+
+def test_another_seed_gives_other_parameters(tmp_path, whole):
+  train(load("configs/crmt.py:digits,smoke", "seed=1"), tmp_path)
+  mine, other = leaves(tmp_path), leaves(whole)
+  assert any(np.any(mine[name] != other[name]) for name in mine)
+
+
+def test_step_two_leaves_everything_but_alpha_bit_identical(tmp_path):
+  config = load(
+    "configs/crmt.py:digits,smoke",
+    "recipe.options.clean_tolerance=1.0",
+    "selection.radius=0.0",
+  )
+  train(config, tmp_path)
+  margins, integration = leaves(tmp_path, "margins"), leaves(tmp_path)
+  for name, value in margins.items():
+    if not name.startswith("fusion/integration"):
+      np.testing.assert_array_equal(value, integration[name], err_msg=name)
+
+
+def test_non_finite_loss_stops_with_a_sentence(tmp_path):
+  config = load("configs/joint.py:digits,smoke", "optimizer.lr=1e38")
+  with pytest.raises(training.NonFiniteError, match=r"at step \d.*checkpoint"):
+    train(config, tmp_path)
+
+
+def test_folder_of_another_run_is_refused(whole):
+  config = load("configs/crmt.py:digits,smoke", "optimizer.lr=0.5")
+  with pytest.raises(_validate.UserError, match=r"config.optimizer.lr is"):
+    train(config, whole)
+
+
+def test_folder_in_use_is_refused(tmp_path):
+  with (
+    runs.lock(tmp_path),
+    pytest.raises(_validate.UserError, match="in use by another process"),
+  ):
+    train(load(), tmp_path)
+
+
+def test_checkpoint_of_another_model_is_refused_by_leaf(tmp_path, whole):
+  import shutil
+
+  workdir = tmp_path / "copy"
+  shutil.copytree(whole, workdir)
+  stored = json.loads((workdir / runs.CONFIG_FILE).read_text())
+  stored["model"]["encoders"]["default"]["embedding_dim"] = 32
+  (workdir / runs.CONFIG_FILE).write_text(json.dumps(stored))
+  with pytest.raises(
+    _validate.UserError, match=r"another model: .*(encoders|fusion)/.*shape"
+  ):
+    robust_mm.load(workdir)
+
+
+def test_unfinished_folder_is_refused(tmp_path):
+  with pytest.raises(_validate.UserError, match="no work directory of a run"):
+    robust_mm.load(tmp_path)
+
+
+def losses(workdir):
+  return [row["loss"] for row in writers.read(workdir) if "loss" in row]
+
+
+@pytest.mark.parametrize(
+  "override",
+  [
+    "mesh.data=8",
+    "mesh.rules=((r'encoders/.*kernel', ('data', None)),)",
+  ],
+)
+def test_eight_devices_give_the_losses_of_one(tmp_path, override):
+  spec = "configs/joint.py:digits,smoke"
+  one = load(spec)
+  eight = load(spec, "mesh.data=8", override)
+  train(one, tmp_path / "one")
+  train(eight, tmp_path / "eight")
+  np.testing.assert_allclose(
+    losses(tmp_path / "eight"), losses(tmp_path / "one"), rtol=1e-5
+  )
+
+
+def test_a_run_resumes_on_another_number_of_devices(tmp_path, whole):
+  def progress(done, total, text):
+    if done == 4:
+      raise Killed
+
+  with pytest.raises(Killed):
+    train(load(), tmp_path, progress=progress)
+  config = load("configs/crmt.py:digits,smoke", "mesh.data=8")
+  assert train(config, tmp_path).finished
+  mine, other = leaves(tmp_path), leaves(whole)
+  for name, value in mine.items():
+    np.testing.assert_allclose(value, other[name], atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(
+  "override, sentence",
+  [
+    ("mesh.data=9", "mesh.data x mesh.model must be the number of devices"),
+    ("data.batch_size=12", "data.batch_size must be a multiple of 8"),
+    ("mesh.rules=(('alpha', ('data',)),)", "dimensions, its rule has"),
+    ("mesh.rules=(('left.*kernel', ('date', None)),)", "mesh.rules axis"),
+    ("data.modalities=left,wright", "wright"),
+    ("recipe.options.rho=-1.0", "rho must be non-negative"),
+  ],
+)
+def test_mistakes_in_a_run_are_sentences(tmp_path, override, sentence):
+  config = load("configs/crmt.py:digits,smoke", "mesh.data=8", override)
+  with pytest.raises(_validate.UserError, match=sentence):
+    train(config, tmp_path)
+  assert not (tmp_path / runs.CONFIG_FILE).exists()
