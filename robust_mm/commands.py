@@ -165,9 +165,8 @@ def _tables(model, params, state, config, source: str):
   try:
     if source == "global":
       return certification.sensitivity_tables(model, params)
-    reference = setup_lib.open_split(config, "train").take(
-      np.arange(setup_lib.REFERENCE_SIZE)
-    )
+    train_source = setup_lib.open_split(config, "train")
+    reference = setup_lib.reference_batch(train_source)
     return certification.empirical_tables(model, params, reference, state=state)
   except ValueError as error:
     raise _validate.UserError(str(error)) from error
@@ -217,9 +216,7 @@ def _evaluate_one(
   config = config or stored
   facts = runs.describe(folder)
   source = setup_lib.open_split(config, split, limit=limit)
-  reference = setup_lib.open_split(config, "train").take(
-    np.arange(min(facts["num_train"], setup_lib.REFERENCE_SIZE))
-  )
+  reference = setup_lib.reference_batch(setup_lib.open_split(config, "train"))
   mesh = sharding.make_mesh()
   with _bar() as progress:
     found = evaluation.evaluate(

@@ -7,6 +7,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax
 import pytest
+import small_data
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -27,3 +28,23 @@ def shared_path() -> pathlib.Path:
       pytest.fail(f"{SHARED_VARIABLE} names {path}, which is not a folder.")
     pytest.skip("the shared data folder is not on this machine")
   return path
+
+
+@pytest.fixture(scope="session")
+def _prepared(shared_path, tmp_path_factory, worker_id):
+  root = tmp_path_factory.getbasetemp()
+  # Workers of pytest-xdist have base folders beside each other.
+  root = root if worker_id == "master" else root.parent
+  return small_data.prepare_all(shared_path, root / "prepared")
+
+
+@pytest.fixture(scope="session")
+def raw_av_digits(_prepared) -> pathlib.Path:
+  """A few hundred real pairs of av_digits in the form of the raw files."""
+  return _prepared / "raw"
+
+
+@pytest.fixture(scope="session")
+def data_dir(_prepared) -> pathlib.Path:
+  """Where every data set is prepared; read-only."""
+  return _prepared / "data"

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import sklearn.decomposition
+import small_data
 import tensorflow_datasets as tfds
 
 from robust_mm import _validate
@@ -20,67 +21,6 @@ from robust_mm.data.builders import utd_mhad
 
 SPLITS = ("train", "validation", "test")
 SMALL = ("mfeat", "mosi", "utd_mhad")
-COUNTS = {"train": 300, "val": 60, "test": 120}
-
-
-def _raw_av_digits(source, folder):
-  """The first pairs of every split with the images and recordings they use."""
-  images = dict(np.load(source / "mnist_images.npz"))
-  mels = dict(np.load(source / "fsdd_logmel.npz"))
-  waves = dict(np.load(source / "fsdd_wave.npz"))
-  pairs = dict(np.load(source / "pairs.npz"))
-  cut = {}
-  for prefix in ("", "spk_"):
-    for split, count in COUNTS.items():
-      cut[prefix + split] = pairs[prefix + split][:count]
-      name = f"{prefix}{split}_label"
-      cut[name] = pairs[name][:count]
-  rows = {n: v for n, v in cut.items() if not n.endswith("label")}
-  recordings = np.unique(np.concatenate([v[:, 1] for v in rows.values()]))
-  for side, is_test in (("train_images", False), ("test_images", True)):
-    chosen = [n for n in rows if n.endswith("test") == is_test]
-    used = np.unique(np.concatenate([rows[n][:, 0] for n in chosen]))
-    images[side] = images[side][used]
-    for name in chosen:
-      image = np.searchsorted(used, rows[name][:, 0])
-      recording = np.searchsorted(recordings, rows[name][:, 1])
-      cut[name] = np.stack([image, recording], 1).astype(np.int32)
-  offset = waves["offset"]
-  pieces = [waves["wave"][offset[i] : offset[i + 1]] for i in recordings]
-  lengths = np.cumsum([0, *map(len, pieces)])
-  np.savez(folder / "mnist_images.npz", **images)
-  np.savez(
-    folder / "fsdd_wave.npz",
-    wave=np.concatenate(pieces),
-    offset=lengths.astype(np.int32),
-  )
-  np.savez(
-    folder / "fsdd_logmel.npz",
-    logmel=mels["logmel"][recordings],
-    speaker=mels["speaker"][recordings],
-    logmel_range=mels["logmel_range"],
-    mel_filters=mels["mel_filters"],
-  )
-  np.savez(folder / "pairs.npz", **cut)
-
-
-@pytest.fixture(scope="session")
-def raw_av_digits(shared_path, tmp_path_factory):
-  folder = tmp_path_factory.mktemp("raw")
-  _raw_av_digits(shared_path / "data/av_digits", folder)
-  return folder
-
-
-@pytest.fixture(scope="session")
-def data_dir(shared_path, raw_av_digits, tmp_path_factory):
-  folder = tmp_path_factory.mktemp("data_dir")
-  for name in registry.names():
-    source = shared_path / "data" / name
-    if registry.get(name).builder_name == "av_digits":
-      source = raw_av_digits
-    if registry.get(name).kind == "prepared":
-      data.prepare(name, source, folder, progress=False)
-  return folder
 
 
 def _expected(name, raw):
@@ -163,7 +103,7 @@ def test_av_digits_pairs_are_those_of_the_raw_files(
   for split, key in zip(SPLITS, ("train", "val", "test")):
     source = data.open_source(f"av_digits{config}", split, path=data_dir)
     rows = raw["pairs"][prefix + key]
-    assert len(source) == COUNTS[key]
+    assert len(source) == small_data.COUNTS[key]
     np.testing.assert_array_equal(source.metadata["image_index"], rows[:, 0])
     np.testing.assert_array_equal(source.metadata["recording"], rows[:, 1])
     np.testing.assert_array_equal(

@@ -82,7 +82,7 @@ class Checkpoints:
     self._checkpointer.close()
 
   def _compare(self, step: int, abstract: PyTree) -> None:
-    metadata = ocp.pytree_metadata(
+    metadata = ocp.metadata(
       self._folder / str(step), checkpointable_name=_STATE
     ).metadata
     stored = _shapes(metadata)

@@ -30,7 +30,7 @@ class Setup:
     model: the model.
     facts: what ``run.json`` keeps so that the model can be made again without
       the data: shapes, classes, ranges, normalisation, relative units.
-    reference: the first rows of the training set, as host arrays.
+    reference: a class-balanced part of the training set, as host arrays.
   """
 
   train: Any
@@ -48,7 +48,7 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
   """
   train = open_split(config, "train")
   validation = open_split(config, "validation")
-  reference = train.take(np.arange(min(len(train), REFERENCE_SIZE)))
+  reference = reference_batch(train)
   normalization = {
     name: models.fit_normalization(
       config.model.normalization, value, reference["present"][name]
@@ -89,6 +89,11 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
     facts=facts,
     reference=reference,
   )
+
+
+def reference_batch(train) -> dict:
+  """A class-balanced part of the training set, the same in every process."""
+  return train.limit(REFERENCE_SIZE).batch()
 
 
 def open_split(
