@@ -181,9 +181,7 @@ def cayley(V: Float[Array, "*b k d"]) -> Float[Array, "*b k d"]:
   eye = _eye(A)
   stacked = jnp.concatenate([eye - A, -2 * Y], axis=-2)
   # (I - A)(I + A)^-1 as a solve from the right.
-  return _transpose(
-    jnp.linalg.solve(_transpose(eye + A), _transpose(stacked))
-  )
+  return _transpose(jnp.linalg.solve(_transpose(eye + A), _transpose(stacked)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

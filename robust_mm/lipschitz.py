@@ -1,0 +1,247 @@
+r"""Certified l2 -> l2 Lipschitz constants of layers, and how they compose.
+
+Every function returns an upper bound. Constants of a whole network are made
+from these by hand, or read off encoders built from ``models.lipschitz``. There
+is no rule for dot-product attention, recurrent cells, embedding tables or batch
+statistics: nothing finite and useful is true of them.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from jaxtyping import Float
+
+from robust_mm import _validate
+from robust_mm import linalg
+
+ACTIVATION_SLOPES = {
+  "abs": 1.0,
+  "elu": 1.0,
+  "gelu": 1.13,
+  "groupsort": 1.0,
+  "hardtanh": 1.0,
+  "identity": 1.0,
+  "leaky_relu": 1.0,
+  "maxmin": 1.0,
+  "mish": 1.09,
+  "relu": 1.0,
+  "sigmoid": 0.25,
+  "silu": 1.10,
+  "softplus": 1.0,
+  "tanh": 1.0,
+}
+"""Largest slope of each activation. The suprema of gelu (erf and tanh forms),
+silu and mish are 1.1290, 1.0999 and 1.0886, rounded up; leaky_relu is that with
+a negative slope of at most 1, elu that with alpha = 1."""
+
+_SVD_LIMIT = 2048
+
+_Scalar = Float[Array, ""] | float
+
+
+def activation(name: str) -> float:
+  """The largest slope of a named activation; ValueError for an unknown one."""
+  _validate.one_of(ACTIVATION_SLOPES, activation=name)
+  return ACTIVATION_SLOPES[name]
+
+
+def dense_norm(
+  W: Float[Array, "k d"] | Float[np.ndarray, "k d"],
+  *,
+  method: str = "gram",
+  num_iters: int = 16,
+) -> _Scalar:
+  r"""Upper bound of :math:`\|W\|_2`.
+
+  Args:
+    W: ``[k, d]``; whether rows or columns are outputs does not matter.
+    method: "gram" (:func:`linalg.gram_norm`, traceable and differentiable);
+      "svd" (float64 on the host, the exact norm, concrete arrays with a side of
+      at most 2048); "schur" (cheapest); "frobenius".
+    num_iters: of the Gram iteration.
+
+  Returns:
+    A scalar array; a float for "svd".
+  """
+  _validate.one_of(("gram", "svd", "schur", "frobenius"), method=method)
+  if method == "svd":
+    if isinstance(W, jax.core.Tracer):
+      raise ValueError("method='svd' runs on the host; use 'gram' under jit.")
+    if min(W.shape) > _SVD_LIMIT:
+      raise ValueError(f"method='svd' takes a side of at most {_SVD_LIMIT}.")
+    return float(np.linalg.norm(np.asarray(W, np.float64), 2))
+  W = jnp.asarray(W)
+  if method == "schur":
+    return schur_norm(W)
+  if method == "frobenius":
+    return jnp.linalg.norm(W)
+  return linalg.gram_norm(W, num_iters=num_iters)
+
+
+def schur_norm(W: Float[Array, "k d"]) -> Float[Array, ""]:
+  r"""The bound :math:`\sqrt{\|W\|_1 \|W\|_\infty}`, at most Frobenius times
+  :math:`\sqrt[4]{kd}`."""
+  magnitude = jnp.abs(W)
+  rows = jnp.max(jnp.sum(magnitude, axis=1))
+  columns = jnp.max(jnp.sum(magnitude, axis=0))
+  return jnp.sqrt(rows * columns)
+
+
+def conv_norm(
+  kernel: Float[Array, "... i o"],
+  input_shape: Sequence[int] | None = None,
+  *,
+  groups: int = 1,
+  dilation: int = 1,
+  num_iters: int = 16,
+) -> Float[Array, ""]:
+  r"""Upper bound of the norm of a convolution, any stride, zero padding.
+
+  Stride 1, VALID, SAME and FULL zero padding are restrictions of the circular
+  convolution on maps of size :math:`N \ge n + n_k - 1`, whose norm is the
+  largest norm of its ``c_out x c_in`` transfer matrices over the frequencies; a
+  stride only removes rows. ``N = n`` would *not* be a bound.
+
+  Formal guarantees:
+    - Sound for strides, the paddings named, dilation and groups. A transposed
+      convolution has the norm of its convolution.
+    - Without ``input_shape``: :math:`\sqrt{\max_{in}\sum_{out}|K| \cdot
+      \max_{out}\sum_{in}|K|}` (Schur), cheaper and looser.
+
+  Args:
+    kernel: ``[*n_k, c_in / groups, c_out]``, the layout of flax.
+    input_shape: spatial input size, one entry an axis, without channels.
+    groups: ``feature_group_count``.
+    dilation: ``kernel_dilation``, the same on all axes.
+    num_iters: of the Gram iteration on the transfer matrices.
+
+  References:
+    `Delattre et al. (2024) <https://arxiv.org/abs/2402.00240>`_ for padding.
+  """
+  _validate.at_least(1, groups=groups, dilation=dilation)
+  if kernel.shape[-1] % groups:
+    raise ValueError(f"groups must divide {kernel.shape[-1]}, got {groups}.")
+  # [groups, *n_k, c_in, c_out]: block-diagonal over groups.
+  split = jnp.stack(jnp.split(kernel, groups, axis=-1))
+  axes = tuple(range(1, kernel.ndim - 1))
+  if input_shape is None:
+    magnitude = jnp.sum(jnp.abs(split), axis=axes)
+    sums = jnp.max(jnp.sum(magnitude, 1), -1) * jnp.max(
+      jnp.sum(magnitude, 2), -1
+    )
+    return jnp.sqrt(jnp.max(sums))
+  if len(input_shape) != len(axes):
+    raise ValueError(
+      f"input_shape must have {len(axes)} entries, got {tuple(input_shape)}."
+    )
+  sizes = [
+    n + (n_k - 1) * dilation for n, n_k in zip(input_shape, kernel.shape[:-2])
+  ]
+  spread = _dilate(split, axes, dilation)
+  transfer = jnp.fft.fftn(spread, s=sizes, axes=axes)
+  transfer = jnp.reshape(transfer, (-1, *transfer.shape[-2:]))
+  return jnp.max(linalg.gram_norm(_real(transfer), num_iters=num_iters))
+
+
+def _dilate(kernel: Array, axes: Sequence[int], dilation: int) -> Array:
+  config = [(0, 0, 0)] * kernel.ndim
+  for axis in axes:
+    config[axis] = (0, 0, dilation - 1)
+  return jax.lax.pad(kernel, jnp.zeros((), kernel.dtype), config)
+
+
+def _real(matrix: Array) -> Array:
+  """The real form ``[[A, -B], [B, A]]`` of ``A + iB``: the same norm."""
+  real, imag = jnp.real(matrix), jnp.imag(matrix)
+  top = jnp.concatenate([real, -imag], axis=-1)
+  return jnp.concatenate([top, jnp.concatenate([imag, real], -1)], axis=-2)
+
+
+def mean_pool(num_items: int) -> float:
+  r"""Mean over ``T`` items: :math:`1/\sqrt T`.
+
+  A masked mean over the ``T_i`` present frames of an example has
+  :math:`1/\sqrt{T_i}`, sound because masks are not attacked.
+  """
+  _validate.at_least(1, num_items=num_items)
+  return 1 / math.sqrt(num_items)
+
+
+def average_pool(window: Sequence[int], stride: Sequence[int]) -> float:
+  r"""Average pooling: :math:`\prod \sqrt{\lceil w/s \rceil / w}` over axes."""
+  return _pool(window, stride) / math.sqrt(math.prod(window))
+
+
+def max_pool(window: Sequence[int], stride: Sequence[int]) -> float:
+  r"""Max pooling: :math:`\prod \sqrt{\lceil w/s \rceil}`; 1 without overlap.
+
+  A global maximum has constant 1 as well.
+  """
+  return _pool(window, stride)
+
+
+def _pool(window: Sequence[int], stride: Sequence[int]) -> float:
+  if len(window) != len(stride):
+    raise ValueError(
+      f"stride must have as many axes as window, got {tuple(stride)} for "
+      f"{tuple(window)}."
+    )
+  for w, s in zip(window, stride):
+    _validate.at_least(1, window=w, stride=s)
+  return math.sqrt(math.prod(-(-w // s) for w, s in zip(window, stride)))
+
+
+def normalization(scale) -> float:
+  r"""``x -> (x - mean) / scale``: ``1 / min |scale|``; inf for a zero scale."""
+  smallest = float(np.min(np.abs(np.asarray(scale, np.float64))))
+  return 1 / smallest if smallest > 0 else math.inf
+
+
+def batch_norm(
+  scale: Float[Array, " d"],
+  variance: Float[Array, " d"],
+  *,
+  epsilon: float = 1e-5,
+) -> Float[Array, ""]:
+  """Batch normalisation in *evaluation* mode, a plain affine map.
+
+  With batch statistics there is no bound at all.
+  """
+  return jnp.max(jnp.abs(scale) * jax.lax.rsqrt(variance + epsilon))
+
+
+def layer_norm(
+  scale: Float[Array, " d"], *, epsilon: float = 1e-5
+) -> Float[Array, ""]:
+  """Layer normalisation: its true supremum, 316 at the usual epsilon."""
+  _validate.positive(epsilon=epsilon)
+  return jnp.max(jnp.abs(scale)) / math.sqrt(epsilon)
+
+
+def compose(*constants):
+  """``f . g``: the product."""
+  return math.prod(constants)
+
+
+def add(*constants):
+  """``f + g`` of one input: the sum."""
+  return sum(constants)
+
+
+def residual(constant):
+  """``x + f(x)``: ``1 + L_f``."""
+  return 1 + constant
+
+
+def concatenate(*constants):
+  """Concatenated outputs of one input: root of the sum of squares."""
+  return jnp.sqrt(sum(jnp.square(jnp.asarray(c)) for c in constants))
+
+
+def parallel(*constants):
+  """Maps of disjoint parts of the input, side by side: the maximum."""
+  return jnp.max(jnp.stack([jnp.asarray(c) for c in constants]))

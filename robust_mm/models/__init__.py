@@ -1,0 +1,46 @@
+"""Models: encoders and fusion heads behind one contract of pure functions.
+
+flax lives here and nowhere else.
+"""
+
+from robust_mm.models import encoders
+from robust_mm.models import functional
+from robust_mm.models import fusion
+from robust_mm.models import lipschitz
+from robust_mm.models import lipschitz_layers
+from robust_mm.models import normalization
+from robust_mm.models.encoders import custom
+from robust_mm.models.functional import Encoder
+from robust_mm.models.fusion import ConcatFusion
+from robust_mm.models.fusion import OrthogonalFusion
+from robust_mm.models.fusion import TokenFusion
+from robust_mm.models.fusion import head_defect
+from robust_mm.models.multimodal import build
+from robust_mm.models.multimodal import concat_fusion
+from robust_mm.models.multimodal import from_parts
+from robust_mm.models.multimodal import late_fusion
+from robust_mm.models.multimodal import token_fusion
+from robust_mm.models.normalization import Normalization
+from robust_mm.models.normalization import fit_normalization
+
+__all__ = [
+  "ConcatFusion",
+  "Encoder",
+  "Normalization",
+  "OrthogonalFusion",
+  "TokenFusion",
+  "build",
+  "concat_fusion",
+  "custom",
+  "encoders",
+  "fit_normalization",
+  "from_parts",
+  "functional",
+  "fusion",
+  "head_defect",
+  "late_fusion",
+  "lipschitz",
+  "lipschitz_layers",
+  "normalization",
+  "token_fusion",
+]

@@ -1,0 +1,237 @@
+"""Encoders as values, by factory or by name.
+
+A factory returns an :class:`Encoder`: a description that is built once the
+input shape is known. The ordinary ones state no Lipschitz constant (theirs
+would be vacuous or does not exist); the ``lipschitz_*`` ones state 1.
+
+>>> make("mlp", hidden_sizes=(32,), embedding_dim=16).embedding_dim
+16
+"""
+
+import inspect
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from robust_mm import _validate
+from robust_mm.models import lipschitz
+from robust_mm.models import networks
+from robust_mm.models.functional import Encoder
+
+lipschitz_mlp = lipschitz.lipschitz_mlp
+lipschitz_cnn = lipschitz.lipschitz_cnn
+lipschitz_temporal_cnn = lipschitz.lipschitz_temporal_cnn
+
+
+def make(name: str, **options) -> Encoder:
+  """The encoder of a configuration: ``make("mlp", embedding_dim=32)``.
+
+  Raises:
+    UserError: for an unknown name or option, with the nearest known one.
+  """
+  if name not in FACTORIES:
+    raise _validate.UserError(
+      f"encoder name must be one of {', '.join(FACTORIES)}; got {name!r}."
+      f"{_validate.suggestion(name, FACTORIES)}"
+    )
+  factory = FACTORIES[name]
+  known = tuple(inspect.signature(factory).parameters)
+  for option in options:
+    if option not in known:
+      raise _validate.UserError(
+        f"encoder {name} has no option {option!r}; it has "
+        f"{', '.join(known)}.{_validate.suggestion(option, known)}"
+      )
+  return factory(**options)
+
+
+def mlp(
+  *,
+  hidden_sizes: Sequence[int] = (128,),
+  embedding_dim: int = 64,
+  activation: str = "relu",
+) -> Encoder:
+  """A perceptron for inputs of any shape, flattened."""
+  _validate.one_of(networks.ACTIVATIONS, activation=activation)
+  _widths(hidden_sizes=hidden_sizes)
+  _validate.at_least(1, embedding_dim=embedding_dim)
+
+  def build(input_shape, rngs):
+    return networks.MLP(
+      input_shape, rngs, hidden_sizes, embedding_dim, activation
+    )
+
+  return Encoder(name="mlp", embedding_dim=embedding_dim, build=build)
+
+
+def cnn(
+  *, features: Sequence[int] = (32, 64), embedding_dim: int = 64
+) -> Encoder:
+  """Strided 3 x 3 convolutions for ``h w c`` (or ``h w``); then dense.
+
+  Video ``t h w c`` is folded: frames become channels. The last map is averaged
+  down to at most 8 x 8 positions and flattened.
+  """
+  _widths(features=features)
+  _validate.at_least(1, embedding_dim=embedding_dim)
+
+  def build(input_shape, rngs):
+    return networks.CNN(input_shape, rngs, features, embedding_dim)
+
+  return Encoder(name="cnn", embedding_dim=embedding_dim, build=build)
+
+
+def temporal_cnn(
+  *,
+  features: Sequence[int] = (96, 96),
+  kernel_size: int = 5,
+  embedding_dim: int = 64,
+) -> Encoder:
+  """Strided convolutions over time for ``t d``, mean over time, dense.
+
+  Axes after the first of an input are flattened into features.
+  """
+  _widths(features=features)
+  _validate.at_least(1, kernel_size=kernel_size, embedding_dim=embedding_dim)
+
+  def build(input_shape, rngs):
+    return networks.TemporalCNN(
+      input_shape, rngs, features, kernel_size, embedding_dim
+    )
+
+  return Encoder(name="temporal_cnn", embedding_dim=embedding_dim, build=build)
+
+
+def transformer(
+  *,
+  width: int = 64,
+  num_layers: int = 2,
+  num_heads: int = 4,
+  embedding_dim: int = 64,
+  vocabulary_size: int | None = None,
+) -> Encoder:
+  """A transformer over frames ``t d``, or over integer tokens ``t``.
+
+  With ``vocabulary_size`` inputs are tokens, of which 0 is padding: it neither
+  attends nor is attended to, and the mean over time leaves it out.
+  """
+  _validate.at_least(
+    1,
+    width=width,
+    num_layers=num_layers,
+    num_heads=num_heads,
+    embedding_dim=embedding_dim,
+  )
+  if width % num_heads:
+    raise ValueError(f"num_heads must divide width {width}, got {num_heads}.")
+  if vocabulary_size is not None:
+    _validate.at_least(2, vocabulary_size=vocabulary_size)
+
+  def build(input_shape, rngs):
+    return networks.Transformer(
+      input_shape,
+      rngs,
+      width,
+      num_layers,
+      num_heads,
+      embedding_dim,
+      vocabulary_size,
+    )
+
+  return Encoder(
+    name="transformer",
+    embedding_dim=embedding_dim,
+    build=build,
+    tokens=vocabulary_size is not None,
+  )
+
+
+def resnet18(*, embedding_dim: int = 512, width: int = 64) -> Encoder:
+  """ResNet-18 with group normalisation for ``h w c`` (or ``h w``).
+
+  Images up to 64 x 64 get a 3 x 3 stem without stride. Video ``t h w c`` is
+  encoded frame by frame and the embeddings are averaged, as the reference
+  experiments on Kinetics-Sounds do. Group normalisation in place of batch
+  normalisation: no statistics, so an example means the same in any batch.
+  """
+  _validate.at_least(1, embedding_dim=embedding_dim, width=width)
+
+  def build(input_shape, rngs):
+    return networks.ResNet(input_shape, rngs, width, embedding_dim)
+
+  return Encoder(name="resnet18", embedding_dim=embedding_dim, build=build)
+
+
+def custom(
+  build: Callable[..., Any],
+  embedding_dim: int,
+  *,
+  lipschitz: float | Callable[..., Any] | None = None,
+  tokens: bool = False,
+) -> Encoder:
+  """Your own nnx module as an encoder.
+
+  >>> class Mine(nnx.Module):
+  ...   def __init__(self, input_shape, rngs):
+  ...     self.dense = nnx.Linear(input_shape[0], 8, rngs=rngs)
+  ...   def __call__(self, x):
+  ...     return nnx.relu(self.dense(x))
+  >>> encoder = custom(Mine, 8)
+
+  Args:
+    build: ``build(input_shape, rngs) -> nnx.Module``, called with ``[b,
+      *input_shape]`` and with ``train=`` and ``key=`` if it takes them.
+    embedding_dim: d, the size of what it returns.
+    lipschitz: a *sound* l2 bound, or ``lipschitz(module) -> scalar``. Without
+      one the module's own ``lipschitz()`` counts, if it has that.
+    tokens: True when inputs are integer tokens.
+  """
+  _validate.at_least(1, embedding_dim=embedding_dim)
+  if lipschitz is not None and not callable(lipschitz):
+    _validate.positive(lipschitz=lipschitz)
+  return Encoder(
+    name="custom",
+    embedding_dim=embedding_dim,
+    build=build,
+    tokens=tokens,
+    lipschitz=lipschitz,
+  )
+
+
+def from_linen(
+  module,
+  embedding_dim: int,
+  *,
+  lipschitz: float | None = None,
+  tokens: bool = False,
+) -> Encoder:
+  """Your own flax.linen module as an encoder, through the nnx bridge."""
+
+  def build(input_shape, rngs):
+    dtype = jnp.int32 if tokens else jnp.float32
+    return nnx.bridge.ToNNX(module, rngs=rngs).lazy_init(
+      jnp.zeros((1, *input_shape), dtype)
+    )
+
+  return custom(build, embedding_dim, lipschitz=lipschitz, tokens=tokens)
+
+
+def _widths(**arguments) -> None:
+  for name, widths in arguments.items():
+    for width in widths:
+      _validate.at_least(1, **{name: width})
+
+
+FACTORIES = {
+  "cnn": cnn,
+  "lipschitz_cnn": lipschitz_cnn,
+  "lipschitz_mlp": lipschitz_mlp,
+  "lipschitz_temporal_cnn": lipschitz_temporal_cnn,
+  "mlp": mlp,
+  "resnet18": resnet18,
+  "temporal_cnn": temporal_cnn,
+  "transformer": transformer,
+}

@@ -1,0 +1,190 @@
+"""Flax nnx modules as pure functions over plain dict pytrees.
+
+Nothing outside ``models`` sees a flax object: parameters and state are nested
+dicts with string keys, so that regex rules, optax and checkpoints see paths
+such as ``encoders/audio/dense/kernel``.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+from jaxtyping import PRNGKeyArray
+
+from robust_mm._types import Params
+from robust_mm._types import PyTree
+from robust_mm._types import State
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Encoder:
+  """One modality's encoder as a value: what to build, not yet built.
+
+  Attributes:
+    name: of its factory.
+    embedding_dim: d, the size of the embedding.
+    build: ``build(input_shape, rngs) -> nnx.Module`` for inputs ``[b,
+      *input_shape]``. The module is called ``module(x, train=, key=)`` (each
+      keyword only if it takes it) and returns ``[b, d]``.
+    one_lipschitz: True when the embedding is 1-Lipschitz by construction.
+    tokens: True when inputs are integer tokens, 0 for padding.
+    lipschitz: a sound bound, or ``lipschitz(module) -> scalar | None``; by
+      default the module's own ``lipschitz()`` if it has one.
+  """
+
+  name: str
+  embedding_dim: int
+  build: Callable[..., Any]
+  one_lipschitz: bool = False
+  tokens: bool = False
+  lipschitz: Callable[..., Any] | float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Functions:
+  """A module as functions.
+
+  Attributes:
+    init: ``init(key) -> (params, state)``, plain dicts.
+    apply: ``apply(params, state, *args, train=False, key=None) -> (output,
+      state)``. Random streams of the module are seeded from ``key``.
+    bind: ``bind(params, state) -> module`` in evaluation mode; change of it
+      reaches nothing.
+    stateful: True when there is any state.
+  """
+
+  init: Callable[..., Any]
+  apply: Callable[..., Any]
+  bind: Callable[..., Any]
+  stateful: bool
+
+
+def from_module(build: Callable[[nnx.Rngs], nnx.Module]) -> Functions:
+  """Pure functions of ``build(rngs) -> nnx.Module``.
+
+  ``state`` holds every variable that is neither a parameter nor a random
+  stream: batch statistics, caches.
+  """
+  graphdef, param_spec, random_spec, other_spec = nnx.split(
+    nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, nnx.RngState, ...
+  )
+
+  def init(key: PRNGKeyArray) -> tuple[Params, State]:
+    _, params, _, state = nnx.split(
+      build(nnx.Rngs(key)), nnx.Param, nnx.RngState, ...
+    )
+    return _to_dict(params), _to_dict(state)
+
+  def bind(params, state, *, train=False, key=None):
+    # copy=True, or BatchNorm inside jax.grad fails: nnx.merge shares
+    # variables by default, and updates them in an outer trace.
+    module = nnx.merge(
+      graphdef,
+      _from_dict(param_spec, params),
+      _random_state(random_spec, key),
+      _from_dict(other_spec, state),
+      copy=True,
+    )
+    module.train() if train else module.eval()
+    return module
+
+  def apply(params, state, *args, train=False, key=None):
+    module = bind(params, state, train=train, key=key)
+    output = call(module, *args, train=train, key=key)
+    _, _, _, state = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    return output, _to_dict(state)
+
+  return Functions(
+    init=init,
+    apply=apply,
+    bind=bind,
+    stateful=bool(jax.tree.leaves(other_spec)),
+  )
+
+
+def call(module: nnx.Module, *args, train: bool, key) -> Any:
+  """Calls a module with those of ``train`` and ``key`` it takes."""
+  accepted = inspect.signature(type(module).__call__).parameters
+  anything = any(
+    p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()
+  )
+  given = {"train": train, "key": key}
+  return module(
+    *args,
+    **{
+      name: value
+      for name, value in given.items()
+      if anything or name in accepted
+    },
+  )
+
+
+def encoder_functions(
+  encoder: Encoder, input_shape: tuple[int, ...]
+) -> Functions:
+  """The functions of an encoder for inputs ``[b, *input_shape]``."""
+  return from_module(lambda rngs: encoder.build(tuple(input_shape), rngs))
+
+
+def encoder_constant(
+  encoder: Encoder, functions: Functions, params: Params
+) -> Array | None:
+  """The encoder's sound Lipschitz bound, float32 ``[]``, or None.
+
+  None as well where the bound would have to be read off a module with state
+  (batch statistics): the geometry of a model depends on parameters only.
+  """
+  constant = encoder.lipschitz
+  if constant is None or callable(constant):
+    if functions.stateful:
+      return None
+    module = functions.bind(params, {})
+    if constant is None:
+      constant = getattr(module, "lipschitz", lambda: None)()
+    else:
+      constant = constant(module)
+  return None if constant is None else jnp.asarray(constant, jnp.float32)
+
+
+def _to_dict(state: nnx.State) -> dict:
+  """A plain dict with string keys; lists of modules have integer ones."""
+
+  def rename(tree):
+    if not isinstance(tree, dict):
+      return tree
+    return {str(name): rename(value) for name, value in tree.items()}
+
+  return rename(nnx.to_pure_dict(state))
+
+
+def _from_dict(spec: nnx.State, tree: PyTree) -> nnx.State:
+  """The nnx.State of the structure of ``spec`` with the leaves of ``tree``."""
+
+  def restore(spec_tree, tree):
+    if not isinstance(spec_tree, dict):
+      return tree
+    return {
+      name: restore(value, tree[str(name)]) for name, value in spec_tree.items()
+    }
+
+  state = jax.tree.map(lambda leaf: leaf, spec)
+  nnx.replace_by_pure_dict(state, restore(nnx.to_pure_dict(spec), tree))
+  return state
+
+
+def _random_state(spec: nnx.State, key: PRNGKeyArray | None) -> nnx.State:
+  """Random streams restarted from ``key``: keys folded in, counts zero."""
+  key = jax.random.key(0) if key is None else key
+  leaves, structure = jax.tree.flatten(spec)
+  values = [
+    jax.random.fold_in(key, index)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    else jnp.zeros(leaf.shape, leaf.dtype)
+    for index, leaf in enumerate(leaves)
+  ]
+  return jax.tree.unflatten(structure, values)
