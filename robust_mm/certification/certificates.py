@@ -1,0 +1,263 @@
+"""The certificate as a value: what it says, and what can be asked of it."""
+
+import dataclasses
+from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+
+from robust_mm import _validate
+from robust_mm import margins
+from robust_mm import modalities
+
+
+class Slack(NamedTuple):
+  """Safety margins for floating point, static.
+
+  Attributes:
+    margin: margins are lowered by this many machine epsilons of the largest
+      ``sum_m |c_m| + |bias|`` of the example.
+    sensitivity: sensitivities are raised by this relative amount.
+  """
+
+  margin: float = 64.0
+  sensitivity: float = 1e-5
+
+
+DEFAULT_SLACK = Slack()
+NO_SLACK = Slack(margin=0.0, sensitivity=0.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Certificate:
+  r"""How far every example may move before its prediction can change.
+
+  Sizes are :math:`\epsilon_m = \|\delta_m\| / s_m` with the units
+  :math:`s_m`; balls are open; ties have radius 0.
+
+  Formal guarantees:
+    - Sound (``sound=True``): for every perturbation of the present inputs
+      with :math:`\sum_m \epsilon_m^2 < radius^2` the predicted class stays
+      ``prediction``; likewise for ``modality_radius`` (one modality alone) and
+      ``covers``.
+    - With ``sound=False`` all numbers are estimates and guarantee nothing;
+      ``kind`` says "estimated".
+
+  Attributes:
+    prediction: int ``[b]``.
+    radius: ``[b]``, all modalities together in one l2 ball. ``+inf`` where
+      nothing can be attacked, 0 for ties and for non-finite values.
+    modality_radius: ``{m: [b]}``, that modality alone.
+    margins: ``[b, k]`` logit of the prediction minus the others, lowered by
+      the slack; ``+inf`` at the prediction, and everywhere for an example with
+      nothing present; 0 in examples with non-finite values.
+    sensitivity: ``{m: [b, k]}`` change of those margins per unit of size.
+    contributions: ``{m: [b, k]}`` terms of the logits, or None.
+    nearest_class: int ``[b]``, the rival that sets ``radius``.
+    runner_up: int ``[b]``, the second-largest logit (often another class).
+    vulnerability: ``{m: [b]}`` shares of the squared sensitivity at
+      ``nearest_class``; they depend on the units and sum to 1 (or are all 0).
+    valid: bool ``[b]``, False with nothing present: left out of averages.
+    units: ``{m: []}``.
+    fusion: "additive" (a polytope of budgets) or "joint" (an ellipsoid).
+    source: where the encoder constants come from.
+    sound: whether this is a certificate at all.
+    rival: "all" classes, or the published "runner_up" only.
+    norm: ``((m, "l2" | "linf" | "l1"), ...)``, how :math:`\|\delta_m\|` is
+      measured.
+  """
+
+  prediction: Any
+  radius: Any
+  modality_radius: Any
+  margins: Any
+  sensitivity: Any
+  contributions: Any
+  nearest_class: Any
+  runner_up: Any
+  vulnerability: Any
+  valid: Any
+  units: Any
+  fusion: str = dataclasses.field(metadata={"static": True})
+  source: str = dataclasses.field(metadata={"static": True})
+  sound: bool = dataclasses.field(metadata={"static": True})
+  rival: str = dataclasses.field(metadata={"static": True})
+  norm: tuple = dataclasses.field(metadata={"static": True})
+
+  @property
+  def kind(self) -> str:
+    """``"certified"`` or ``"estimated"``."""
+    return "certified" if self.sound else "estimated"
+
+  @property
+  def modalities(self) -> tuple[str, ...]:
+    """Sorted names."""
+    return modalities.names(self.sensitivity)
+
+  def __repr__(self) -> str:
+    shape = getattr(self.prediction, "shape", "?")
+    return (
+      f"Certificate({self.kind}, source={self.source!r}, "
+      f"fusion={self.fusion!r}, modalities={self.modalities}, shape={shape})"
+    )
+
+  def covers(
+    self, budgets: Mapping[str, Any], max_missing: int = 0
+  ) -> Bool[Array, "*b"]:
+    r"""Whether the prediction survives these budgets, all used at once.
+
+    .. math:: \forall j:\ M_j - \sum_m S_{m,j} \epsilon_m > 0
+
+    and, when the attacker may also remove modalities, minus the
+    ``max_missing`` largest positive values of keeping one.
+
+    Args:
+      budgets: ``{m: eps}`` in units of the certificate, scalars or ``[b]``;
+        ``inf`` is allowed; a modality that is not named has budget 0.
+      max_missing: how many present modalities may be removed as well.
+
+    Returns:
+      bool ``[b]``; the set of covered budgets is down-closed.
+    """
+    self._check_budgets(budgets)
+    if max_missing not in range(len(self.modalities) + 1):
+      raise ValueError(
+        f"max_missing must be an integer in 0..{len(self.modalities)}, got "
+        f"{max_missing}."
+      )
+    cost = {
+      name: _cost(self.sensitivity[name], budgets.get(name, 0.0))
+      for name in self.modalities
+    }
+    ball = "linf" if self.fusion == "additive" else "l2"
+    left = self.rival_margins() - margins.joint_sensitivity(cost, ball=ball)
+    if max_missing:
+      drops = self._drops("max_missing")
+      keeping = {name: drops[name] - cost[name] for name in self.modalities}
+      gain = jnp.maximum(modalities.stack(keeping, axis=-1), 0)
+      left = left - jnp.sum(jax.lax.top_k(gain, max_missing)[0], axis=-1)
+    return jnp.all(left > 0, axis=-1)
+
+  def radius_without(self, removed: Iterable[str]) -> Float[Array, "*b"]:
+    """The joint radius for ``prediction`` once ``removed`` are gone.
+
+    0 where removing them alone already changes the prediction; the prediction
+    is still that of the full input.
+    """
+    removed = modalities.names(removed)
+    _validate.known(self.modalities, removed=removed)
+    if not removed:
+      return self.radius
+    drops = self._drops("radius_without")
+    margin = self.rival_margins() - sum(drops[name] for name in removed)
+    kept = {
+      name: jnp.zeros_like(value) if name in removed else value
+      for name, value in self.sensitivity.items()
+    }
+    return margins.radii(margins.joint_ratios(margin, kept))
+
+  def joint_radius(self, ball: str = "l2") -> Float[Array, "*b"]:
+    r"""The radius of another joint ball over the sizes.
+
+    Args:
+      ball: ``"l2"`` (``radius``), ``"linf"`` (every :math:`\epsilon_m < r`) or
+        ``"l1"`` (:math:`\sum_m \epsilon_m < r`).
+    """
+    _validate.one_of(margins.BALLS, ball=ball)
+    dual = ball
+    if self.fusion == "joint":
+      # The largest root of sum_m (S_m eps_m)^2 over the ball.
+      dual = "l2" if ball == "linf" else "l1"
+    return margins.radii(
+      margins.joint_ratios(self.rival_margins(), self.sensitivity, ball=dual)
+    )
+
+  def frontier(
+    self, first: str, second: str, grid: Float[Array, " g"]
+  ) -> Float[Array, "*b g"]:
+    r"""The largest certified budget of ``second`` for each of ``first``.
+
+    .. math:: \epsilon_2(\epsilon_1) = \max\Bigl(0, \min_j
+              \frac{M_j - S_{1,j} \epsilon_1}{S_{2,j}}\Bigr)
+
+    Concave and piecewise linear for additive fusion; other modalities have
+    budget 0.
+
+    Args:
+      first: modality of the grid.
+      second: modality of the answer.
+      grid: ``[g]`` budgets of ``first``.
+
+    Returns:
+      ``[b, g]``.
+    """
+    _validate.known(self.modalities, frontier=(first, second))
+    margin = self.rival_margins()[..., None]
+    one = self.sensitivity[first][..., None]
+    two = self.sensitivity[second][..., None]
+    size = jnp.reshape(grid, (1,) * (one.ndim - 1) + (-1,))
+    cost = jnp.where(one == 0, 0, one * size)
+    left = margin - cost
+    if self.fusion == "joint":
+      # The product form of a difference of squares does not overflow.
+      root = jnp.sqrt(jnp.maximum(left, 0)) * jnp.sqrt(margin + cost)
+      left = jnp.where(left > 0, root, left)
+    ratio = margins.ratio(left, jnp.broadcast_to(two, left.shape))
+    return jnp.maximum(jnp.min(ratio, axis=-2), 0)
+
+  def vulnerability_ratio(
+    self, first: str, second: str
+  ) -> Float[Array, "*b k"]:
+    r"""Per rival :math:`\eta = S_{1,j} / S_{2,j}`.
+
+    Above 1 ``first`` is the more vulnerable one, in these units.
+    1 at the prediction and where neither modality matters.
+    """
+    _validate.known(self.modalities, vulnerability_ratio=(first, second))
+    one, two = self.sensitivity[first], self.sensitivity[second]
+    neither = (one == 0) & (two == 0)
+    return jnp.where(neither, 1, margins.ratio(one, two))
+
+  def rival_margins(self) -> Float[Array, "*b k"]:
+    """``margins`` of the classes that count: all, or the runner-up's only."""
+    if self.rival == "all":
+      return self.margins
+    num_classes = self.margins.shape[-1]
+    chosen = margins.one_hot(self.runner_up, num_classes)
+    return jnp.where(chosen, self.margins, jnp.inf)
+
+  def _drops(self, argument):
+    """``c_m[y] - c_m[j]``: what removing a modality costs each margin."""
+    if self.contributions is None:
+      raise ValueError(
+        f"{argument} needs an additive head with its contributions; this "
+        f"certificate has fusion={self.fusion!r} and none."
+      )
+    selected = margins.one_hot(self.prediction, self.margins.shape[-1])
+    return {
+      name: margins.pick(value, selected) - value
+      for name, value in self.contributions.items()
+    }
+
+  def _check_budgets(self, budgets):
+    _validate.known(self.modalities, budgets=budgets)
+    for name, value in budgets.items():
+      if margins.known_values(value) and not np.all(np.asarray(value) >= 0):
+        raise ValueError(
+          f"budgets[{name!r}] must be non-negative, got {value}."
+        )
+
+
+def _cost(sensitivity, budget):
+  """S * eps, where an unlimited budget of something inert costs nothing."""
+  budget = jnp.asarray(budget, sensitivity.dtype)
+  budget = budget[..., None] if budget.ndim else budget
+  return jnp.where(sensitivity == 0, 0, sensitivity * budget)

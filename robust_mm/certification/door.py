@@ -1,0 +1,364 @@
+"""The front door: ``certify`` a model, and what is read off a certificate."""
+
+import statistics
+from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from jaxtyping import Float
+
+from robust_mm import _validate
+from robust_mm import margins
+from robust_mm._types import Batch
+from robust_mm._types import Model
+from robust_mm._types import Params
+from robust_mm._types import State
+from robust_mm.certification import arrays
+from robust_mm.certification import certificates
+from robust_mm.certification import empirical
+from robust_mm.certification import tables as tables_lib
+from robust_mm.certification.certificates import Certificate
+from robust_mm.certification.certificates import Slack
+from robust_mm.certification.tables import SensitivityTables
+
+SOURCES = ("global", "empirical")
+_LOW_PRECISION = 4  # bytes: anything narrower voids the slack
+
+
+def certify(
+  model: Model,
+  params: Params,
+  batch: Batch,
+  *,
+  state: State = None,
+  source: str = "global",
+  tables: SensitivityTables | None = None,
+  units: Mapping[str, Any] | str | None = None,
+  norm: Mapping[str, str] | str | None = None,
+  slack: Slack = certificates.DEFAULT_SLACK,
+  fidelity: str = "corrected",
+) -> Certificate:
+  r"""How far every example may move before its prediction can change.
+
+  .. math:: R = \min_{j \ne y} \frac{M_j}{\sqrt{\sum_m S_{m,j}^2}}, \qquad
+            R_m = \min_{j \ne y} \frac{M_j}{S_{m,j}}
+
+  with margins :math:`M_j` of the prediction y and sensitivities
+  :math:`S_{m,j} = s_m L_m \|V_m[y] - V_m[j]\|`, 0 where m is absent. The
+  minimum is over all classes: the runner-up is often not the nearest.
+
+  Formal guarantees:
+    - With ``source="global"``: no perturbation of the present arrays of
+      ``batch["inputs"]`` inside the certified set changes the prediction of
+      this network, evaluation mode, in real arithmetic with these parameters.
+    - With ``source="empirical"`` or ``fidelity="published"``: none; the
+      certificate has ``sound=False`` and ``kind == "estimated"``.
+    - Nothing about correctness (``certified_accuracy``), about raw data before
+      preprocessing, or about other threats.
+
+  Pure: works under jit, vmap and with the batch axis sharded. Make ``tables``
+  once per parameter set when certifying many batches.
+
+  Args:
+    model: a late-fusion model with a geometry.
+    params: its parameters, float32 or float64.
+    batch: ``inputs`` and (default: all) ``present``; others are not read.
+    state: the model's state.
+    source: ``"global"`` or ``"empirical"``; ignored where ``tables`` are given.
+    tables: from ``sensitivity_tables`` or ``empirical_tables``. Without them
+      ``"empirical"`` estimates on this very batch.
+    units: ``{m: s_m}``, the size that counts as 1; ``relative_units`` makes
+      them from data. A joint radius means nothing without its units.
+    norm: how :math:`\|\delta_m\|` is measured: ``"l2"`` (default), ``"linf"``
+      or ``"l1"``, for all or ``{m: norm}``.
+    slack: for floating point.
+    fidelity: ``"corrected"``, or ``"published"``: split denominator, estimated
+      constants, runner-up only.
+
+  Returns:
+    a ``Certificate``. Non-finite logits or sensitivities have radius 0 and
+    cover nothing; an example with nothing present has an infinite radius and
+    ``valid=False``.
+
+  Raises:
+    ValueError: naming the modality whose encoder states no bound; for models
+      that mix modalities before their scores; for a geometry that does not
+      reproduce the logits (inside jit: radius 0); for 16-bit arithmetic.
+  """
+  _validate.one_of(SOURCES, source=source)
+  _validate.one_of(arrays.FIDELITIES, fidelity=fidelity)
+  present = tables_lib.presence(batch, model.modalities)
+  inputs = {name: jnp.asarray(batch["inputs"][name]) for name in present}
+  state = {} if state is None else state
+  tables_lib.need_geometry(model)
+  outputs = _evaluate(model, params, state, inputs, present)
+  geometry = tables_lib.model_geometry(model, params)
+  if tables is None:
+    tables = _tables(model, params, batch, state, geometry, source, fidelity)
+  contributions = _contributions(geometry, outputs, present)
+  agree = _agreement(geometry, outputs, contributions)
+  # Logits that the geometry does not explain carry no certificate.
+  contributions = jax.tree.map(
+    lambda value: jnp.where(agree[..., None], value, jnp.nan), contributions
+  )
+  return arrays.margin_certificate(
+    contributions,
+    tables,
+    present,
+    bias=geometry.bias,
+    logits=outputs.logits,
+    units=units,
+    norm=norm,
+    sizes={name: int(np.prod(x.shape[1:])) for name, x in inputs.items()},
+    slack=slack,
+    fidelity=fidelity,
+  )
+
+
+def recheck_fp64(
+  model: Model,
+  params: Params,
+  batch: Batch,
+  certificate: Certificate,
+  *,
+  state: State = None,
+) -> int:
+  """Counts examples with a radius that float64 arithmetic does not confirm.
+
+  Everything (constants, tables, forward pass) is computed again in float64
+  without slack; an example counts when its joint or any modality radius is
+  larger than there, or when its prediction is another one. Must be 0.
+
+  Raises:
+    ValueError: for an estimated certificate, or a model that computes in
+      float32 whatever its inputs.
+  """
+  if not certificate.sound:
+    raise ValueError("certificate is estimated: there is nothing to recheck.")
+  with jax.enable_x64(True):
+    units = {name: float(value) for name, value in certificate.units.items()}
+    exact = certify(
+      model,
+      _widen(params),
+      {**batch, "inputs": _widen(dict(batch["inputs"]))},
+      state=_widen({} if state is None else state),
+      units=units,
+      norm=dict(certificate.norm),
+      slack=certificates.NO_SLACK,
+    )
+    if exact.radius.dtype != np.float64:
+      raise ValueError("model computes in float32 whatever its inputs.")
+    exact = jax.device_get(exact)
+  same = np.asarray(certificate.prediction) == exact.prediction
+  pairs = [(certificate.radius, exact.radius)]
+  for name in certificate.modalities:
+    pairs.append(
+      (certificate.modality_radius[name], exact.modality_radius[name])
+    )
+  wrong = np.zeros(same.shape, bool)
+  for ours, reference in pairs:
+    wrong |= np.asarray(ours, np.float64) > np.where(same, reference, 0)
+  return int(wrong.sum())
+
+
+def relative_units(batch: Batch) -> dict[str, float]:
+  r"""Units in which a typical input has size 1.
+
+  .. math:: s_m = \mathrm{median}\, \|x_m - \bar x_m\|_2
+
+  over the examples of training data that have modality m. Host-side.
+
+  Raises:
+    ValueError: naming a modality that is never present or constant.
+  """
+  names = tuple(sorted(batch["inputs"]))
+  present = tables_lib.presence(batch, names)
+  units = {}
+  for name in names:
+    values = np.asarray(batch["inputs"][name], np.float64)
+    values = values[np.asarray(present[name])].reshape(-1, values[0].size)
+    distances = (
+      np.linalg.norm(values - values.mean(axis=0), axis=-1)
+      if len(values)
+      else np.zeros(1)
+    )
+    units[name] = float(np.median(distances))
+    if not units[name] > 0:
+      raise ValueError(
+        f"units of modality {name!r} cannot be relative: it is constant or "
+        "never present."
+      )
+  return units
+
+
+def certified_accuracy(
+  certificate: Certificate,
+  label,
+  radius: Any = None,
+  *,
+  budgets: Mapping[str, Any] | None = None,
+  modality: str | None = None,
+  max_missing: int = 0,
+) -> Float[Array, "..."]:
+  """Share of valid examples that are right and proved to stay so.
+
+  Args:
+    certificate: of the examples.
+    label: int ``[b]``.
+    radius: a number or ``[g]`` of them; an example counts where its radius is
+      larger (at 0: margins beyond the slack).
+    budgets: instead of ``radius``, see ``Certificate.covers``.
+    modality: take this modality's radius rather than the joint one.
+    max_missing: with ``budgets``.
+
+  Returns:
+    a scalar, or ``[g]``; 0 where no example is valid.
+  """
+  if (radius is None) == (budgets is None):
+    raise ValueError("certified_accuracy needs either radius or budgets.")
+  margins.check_label(
+    label, certificate.margins.shape[-1], certificate.prediction.shape
+  )
+  counted = (certificate.prediction == label) & certificate.valid
+  number = jnp.maximum(jnp.sum(certificate.valid), 1)
+  if budgets is not None:
+    if modality is not None:
+      raise ValueError("modality goes with radius, not with budgets.")
+    return jnp.sum(counted & certificate.covers(budgets, max_missing)) / number
+  if max_missing:
+    raise ValueError("max_missing goes with budgets, not with radius.")
+  proved = certificate.radius
+  if modality is not None:
+    _validate.known(certificate.modalities, modality=(modality,))
+    proved = certificate.modality_radius[modality]
+  sizes = jnp.asarray(radius, proved.dtype)
+  inside = proved[..., None] > jnp.reshape(sizes, (1,) * proved.ndim + (-1,))
+  share = jnp.sum(counted[..., None] & inside, axis=tuple(range(proved.ndim)))
+  return jnp.reshape(share / number, sizes.shape)
+
+
+def wilson_interval(
+  successes: Any, count: int, *, confidence: float = 0.95
+) -> tuple[Any, Any]:
+  """Wilson score interval of a share, for bands around accuracies.
+
+  >>> low, high = wilson_interval(9, 10)
+  >>> round(float(low), 3), round(float(high), 3)
+  (0.596, 0.982)
+  """
+  _validate.at_least(1, count=count)
+  if not 0 < confidence < 1:
+    raise ValueError(f"confidence must lie in (0, 1), got {confidence}.")
+  z = statistics.NormalDist().inv_cdf(0.5 + confidence / 2)
+  share = np.asarray(successes, np.float64) / count
+  centre = share + z * z / (2 * count)
+  spread = z * np.sqrt(
+    share * (1 - share) / count + z * z / (4 * count * count)
+  )
+  total = 1 + z * z / count
+  return (
+    np.clip((centre - spread) / total, 0, 1),
+    np.clip((centre + spread) / total, 0, 1),
+  )
+
+
+def _tables(model, params, batch, state, geometry, source, fidelity):
+  if source == "empirical" or fidelity == "published":
+    form = "split" if fidelity == "published" else "difference"
+    return empirical.empirical_tables(
+      model, params, batch, state=state, form=form
+    )
+  return SensitivityTables(
+    tables=tables_lib.pairwise_sensitivity(geometry),
+    source="global",
+    sound=True,
+  )
+
+
+def _evaluate(model, params, state, inputs, present):
+  """Outputs in evaluation mode at full precision, refused where unfit."""
+
+  def forward(params, state, inputs, present):
+    return model.apply(params, state, inputs, present, train=False)[0]
+
+  with jax.default_matmul_precision("highest"):
+    jaxpr, outputs = jax.make_jaxpr(forward, return_shape=True)(
+      params, state, inputs, present
+    )
+    tables_lib.refuse_mixed(outputs)
+    narrow = sorted(
+      {
+        str(dtype)
+        for dtype in _dtypes(jaxpr.jaxpr)
+        if jnp.issubdtype(dtype, jnp.floating)
+        and dtype.itemsize < _LOW_PRECISION
+      }
+    )
+    if narrow:
+      raise ValueError(
+        f"the model computes in {', '.join(narrow)}, whose rounding a "
+        "certificate cannot absorb. Cast its parameters and its dtype to "
+        "float32; the certificate is then about that model."
+      )
+    return forward(params, state, inputs, present)
+
+
+def _dtypes(jaxpr) -> Iterator[Any]:
+  """Types of everything computed, inner functions included."""
+  for equation in jaxpr.eqns:
+    for variable in equation.outvars:
+      if hasattr(variable.aval, "dtype"):
+        yield variable.aval.dtype
+    for value in equation.params.values():
+      for inner in value if isinstance(value, tuple | list) else (value,):
+        inner = getattr(inner, "jaxpr", inner)
+        if hasattr(inner, "eqns"):
+          yield from _dtypes(inner)
+
+
+def _contributions(geometry, outputs, present):
+  return {
+    name: jnp.where(
+      present[name][..., None],
+      jnp.einsum(
+        "...d,kd->...k",
+        outputs.embeddings[name],
+        geometry.head[name],
+        precision="highest",
+      ),
+      0,
+    )
+    for name in present
+  }
+
+
+def _agreement(geometry, outputs, contributions) -> Array:
+  """Whether contributions and bias add up to the logits, per example."""
+  bias = jnp.broadcast_to(geometry.bias, outputs.logits.shape)
+  total, size = bias, jnp.max(jnp.abs(bias), axis=-1)
+  for name, value in contributions.items():
+    total = total + value
+    rows = jnp.max(margins.norm(geometry.head[name]))
+    # Rounding is relative to the norms, not to a sum that may cancel.
+    size = size + rows * margins.norm(outputs.embeddings[name])
+  difference = jnp.max(jnp.abs(total - outputs.logits), axis=-1)
+  differs = difference > 1e-4 * size
+  if margins.known_values(differs) and bool(jnp.any(differs)):
+    raise ValueError(
+      "geometry does not explain the logits: they must be the sum over "
+      "present modalities of head[m] @ embedding[m], plus bias."
+    )
+  return ~differs
+
+
+def _widen(tree):
+  def widen(leaf):
+    if jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+      return jnp.asarray(np.asarray(leaf), np.float64)
+    return leaf
+
+  return jax.tree.map(widen, tree)

@@ -1,0 +1,305 @@
+r"""Pairwise sensitivities: how fast a logit difference can move.
+
+.. math:: C_m[y, j] = L_m \|V_m[y] - V_m[j]\|_2
+
+bounds the change of modality m's contribution to :math:`z_y - z_j` per unit of
+l2 change of its raw input. One ``[k, k]`` table per modality and parameter set,
+outside the batch loop.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+from jaxtyping import Float
+
+from robust_mm import _validate
+from robust_mm import margins
+from robust_mm import modalities
+from robust_mm._types import Batch
+from robust_mm._types import Geometry
+from robust_mm._types import Model
+from robust_mm._types import Params
+
+FORMS = ("general", "orthonormal", "split")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class SensitivityTables:
+  """What a certificate rests on; made once per parameter set.
+
+  Attributes:
+    tables: ``{m: [k, k]}`` per unit of raw l2 distance, diagonal 0.
+    source: ``"global"`` (sound on the whole input space) or ``"empirical"``
+      (an estimate from data, no bound).
+    sound: whether every entry is an upper bound.
+  """
+
+  tables: Any
+  source: str = dataclasses.field(metadata={"static": True})
+  sound: bool = dataclasses.field(metadata={"static": True})
+
+
+def sensitivity_tables(
+  model: Model, params: Params, *, source: str = "global"
+) -> SensitivityTables:
+  """Sound tables from the constants that the model states.
+
+  Args:
+    model: a late-fusion model.
+    params: its parameters.
+    source: only ``"global"``; ``empirical_tables`` needs data.
+
+  Raises:
+    ValueError: naming the modality whose encoder states no constant, or for a
+      model whose logits are no sum of per-modality terms.
+  """
+  _validate.one_of(("global",), source=source)
+  geometry = model_geometry(model, params)
+  return SensitivityTables(
+    tables=pairwise_sensitivity(geometry), source="global", sound=True
+  )
+
+
+def model_geometry(model: Model, params: Params) -> Geometry:
+  """The geometry at full precision, or a ValueError that says what to do."""
+  need_geometry(model)
+  # Tensor-float or bfloat16 products are wrong by more than the slack.
+  with jax.default_matmul_precision("highest"):
+    geometry = model.geometry(params)
+  if geometry is None:
+    raise ValueError("model.geometry must return a Geometry, got None.")
+  return geometry
+
+
+def need_geometry(model: Model) -> None:
+  """ValueError for a model whose logits are no sum over modalities."""
+  if model.geometry is None:
+    raise ValueError(
+      f"the model over {', '.join(model.modalities)} has no geometry: its "
+      "logits are no sum of per-modality terms, so it has no margin "
+      "certificate. Use a late-fusion head, or randomised smoothing."
+    )
+
+
+def pairwise_sensitivity(
+  geometry: Geometry,
+  form: str = "general",
+  *,
+  defect: Mapping[str, Any] | None = None,
+) -> dict[str, Float[Array, "k k"]]:
+  r"""Sensitivity tables in one of three forms.
+
+  ==============  =====================================  ======================
+  form            table over :math:`L_m`                 sound for
+  ==============  =====================================  ======================
+  "general"       :math:`\|V[y] - V[j]\|`                any head, the smallest
+  "orthonormal"   :math:`\sqrt{a[y]^2 + a[j]^2}`         factors, norm(W) <= 1
+  "split"         :math:`|a[y]| + |a[j]|`                factors, unit rows
+  ==============  =====================================  ======================
+
+  Args:
+    geometry: of the model.
+    form: see above.
+    defect: ``{m: max|W W^T - I|}``; the orthonormal form of a head of which
+      only that is known is multiplied by :math:`\sqrt{1 + 2 D}`.
+
+  Returns:
+    ``{m: [k, k]}``, diagonal 0.
+  """
+  _validate.one_of(FORMS, form=form)
+  tables = {}
+  for name in modalities.names(geometry.head):
+    if form == "general":
+      table = row_distances(geometry.head[name])
+    elif form == "orthonormal":
+      table = _closed_form(_factors(geometry, name))
+      if defect is not None:
+        table = table * jnp.sqrt(1 + 2 * jnp.asarray(defect[name]))
+    else:
+      factors = {name: _factors(geometry, name)}
+      ones = {name: jnp.ones_like(factors[name])}
+      table = split_tables(factors, ones)[name]
+    tables[name] = table * _bound(geometry, name, table.dtype)
+  return tables
+
+
+def split_tables(
+  factors: Mapping[str, Array], constants: Mapping[str, Array]
+) -> dict[str, Float[Array, "k k"]]:
+  r"""The published form :math:`|a_y| \tau_y + |a_j| \tau_j`.
+
+  Args:
+    factors: ``{m: [k]}`` integration factors.
+    constants: ``{m: [k]}`` Lipschitz constants of the raw scores.
+  """
+  tables = {}
+  for name in modalities.names(factors):
+    term = jnp.abs(factors[name]) * constants[name]
+    table = term[:, None] + term[None, :]
+    tables[name] = _hollow(table)
+  return tables
+
+
+def sensitivity(
+  geometry: Geometry,
+  reference,
+  present: Mapping[str, Array],
+  units: Mapping[str, Any] | None = None,
+) -> dict[str, Float[Array, "b k"]]:
+  r"""Differentiable sensitivities of a batch, for training losses.
+
+  With integration factors the closed form :math:`s_m L_m \sqrt{a_y^2 + a_j^2}`
+  (an upper bound of the general one), else rows of the general table.
+
+  Args:
+    geometry: of the current parameters; its constants may be learnt.
+    reference: int ``[b]``, the label (or prediction).
+    present: ``{m: bool[b]}``.
+    units: ``{m: s_m}``, default 1.
+
+  Returns:
+    ``{m: [b, k]}``, 0 at the reference class and where m is absent.
+  """
+  result = {}
+  units = check_units(units, modalities.names(geometry.head))
+  for name in modalities.names(geometry.head):
+    head = geometry.head[name]
+    margins.check_label(reference, head.shape[0], jnp.shape(present[name]))
+    if geometry.factors is None:
+      rows = gather(row_distances(head), reference, present[name])
+    else:
+      factors = _factors(geometry, name)
+      rows = closed_rows(factors, reference, present[name])
+    result[name] = rows * (_bound(geometry, name, rows.dtype) * units[name])
+  return result
+
+
+def gather(table: Float[Array, "k k"], reference, present) -> Array:
+  """Rows of a table at the reference classes, 0 where absent: ``[b, k]``.
+
+  A product with one-hot rows is exact at this precision and, unlike indexing,
+  needs no output sharding on meshes with explicit axes.
+  """
+  rows = jnp.einsum(
+    "...y,yj->...j",
+    jax.nn.one_hot(reference, table.shape[0], dtype=table.dtype),
+    table,
+    precision="highest",
+  )
+  return jnp.where(jnp.asarray(present)[..., None], rows, 0)
+
+
+def check_units(units: Mapping | str | None, known: tuple[str, ...]) -> dict:
+  """``{m: s_m}`` with 1 where not named; ValueError for a bad one."""
+  if isinstance(units, str):
+    raise ValueError(
+      'units must be a mapping {modality: size}; for "relative" units pass '
+      "certification.relative_units(training_batch)."
+    )
+  units = {} if units is None else units
+  _validate.known(known, units=units)
+  for name, value in units.items():
+    if margins.known_values(value):
+      _validate.positive(**{f"units[{name!r}]": value})
+  return {name: units.get(name, 1.0) for name in known}
+
+
+def presence(batch: Batch, names: tuple[str, ...]) -> dict[str, Array]:
+  """``present`` as arrays; everything is present where it is not given."""
+  _check_inputs(batch, names)
+  given = batch.get("present")
+  if given is None:
+    return {
+      name: jnp.ones(jnp.shape(batch["inputs"][name])[:1], bool)
+      for name in names
+    }
+  for name in names:
+    if name not in given:
+      raise ValueError(f"batch['present'] has no modality {name!r}.")
+  return {name: jnp.asarray(given[name]) for name in names}
+
+
+def refuse_mixed(outputs) -> None:
+  """Scores that depend on other modalities carry no certificate."""
+  if outputs.mixed:
+    raise ValueError(
+      "the model mixes modalities before its scores (Outputs.mixed), so it "
+      "has no margin certificate. Use a late-fusion head, or randomised "
+      "smoothing."
+    )
+
+
+def _check_inputs(batch, names):
+  for name in names:
+    if name not in batch["inputs"]:
+      raise ValueError(f"batch['inputs'] has no modality {name!r}.")
+  if not names:
+    raise ValueError("the model must have at least one modality.")
+
+
+def _factors(geometry, name):
+  if geometry.factors is None:
+    raise ValueError(
+      f"geometry.factors has no entry for modality {name!r}; use the "
+      '"general" form.'
+    )
+  return geometry.factors[name]
+
+
+def _bound(geometry, name, dtype):
+  bound = geometry.lipschitz.get(name)
+  if bound is None:
+    raise ValueError(
+      f"the encoder of modality {name!r} states no Lipschitz bound. Either "
+      'estimate with source="empirical" (not a certificate), or use encoders '
+      "from robust_mm.models.lipschitz or randomised smoothing."
+    )
+  if margins.known_values(bound) and not bound >= 0:
+    raise ValueError(
+      f"geometry.lipschitz[{name!r}] must be non-negative, got {bound}."
+    )
+  return jnp.asarray(bound, dtype)
+
+
+def row_distances(rows: Float[Array, "k d"]) -> Float[Array, "k k"]:
+  # Rows are subtracted, one reference at a time: the expansion into a Gram
+  # matrix is wrong by a factor of 4 for near-equal rows in float32.
+  return jax.lax.map(functools.partial(_distances_to, rows), rows)
+
+
+def _distances_to(rows, row):
+  return margins.norm(row[None, :] - rows)
+
+
+def _closed_form(factors: Float[Array, " k"]) -> Float[Array, "k k"]:
+  num_classes = factors.shape[0]
+  pairs = jnp.stack(
+    [
+      jnp.broadcast_to(factors[:, None], (num_classes, num_classes)),
+      jnp.broadcast_to(factors[None, :], (num_classes, num_classes)),
+    ],
+    axis=-1,
+  )
+  return _hollow(margins.norm(pairs))
+
+
+def closed_rows(factors, reference, present):
+  """The closed form at the reference classes, without the ``[k, k]`` table."""
+  num_classes = factors.shape[0]
+  selected = margins.one_hot(reference, num_classes)
+  others = jnp.broadcast_to(factors, selected.shape)
+  own = jnp.broadcast_to(margins.pick(others, selected), selected.shape)
+  used = ~selected & jnp.asarray(present)[..., None]
+  # Masked before the root, so that nothing absent has a gradient.
+  pairs = jnp.where(used[..., None], jnp.stack([own, others], axis=-1), 0)
+  return margins.norm(pairs)
+
+
+def _hollow(table):
+  return jnp.where(jnp.eye(table.shape[0], dtype=bool), 0, table)

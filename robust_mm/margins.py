@@ -1,0 +1,258 @@
+r"""Margins of logits and of per-modality scores, hard and smooth, and radii.
+
+With a reference class :math:`y`, a rival :math:`j` and modalities :math:`m`,
+
+.. math:: M_j = z_y - z_j, \qquad
+          |M_j(x + \delta) - M_j(x)| \le \sum_m S_{m,j}\,\epsilon_m,
+          \qquad \epsilon_m = \|\delta_m\|,
+
+so every radius is a minimum over **all** rivals of :math:`M_j` divided by some
+combination of the sensitivities :math:`S_{m,j}`. The entry of the reference
+class is ``+inf`` in margins and ratios and 0 in sensitivities, so that minima
+and exponentials need no second mask.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+
+from robust_mm import _validate
+from robust_mm import modalities
+
+BALLS = ("l2", "linf", "l1")
+
+
+def check_label(
+  label, num_classes: int, shape: tuple[int, ...], *, argument: str = "label"
+) -> None:
+  """Class indices of ``shape`` in 0..k-1, or a ValueError naming ``argument``.
+
+  Values are looked at only where they are known (not under jit).
+  """
+  if num_classes < 2:
+    raise ValueError(f"logits need at least two classes, got {num_classes}.")
+  if not hasattr(label, "dtype"):
+    label = np.asarray(label)
+  if label.shape != shape or not jnp.issubdtype(label.dtype, jnp.integer):
+    raise ValueError(
+      f"{argument} must be integer class indices of shape {shape}, got "
+      f"{label.dtype}{list(label.shape)}."
+    )
+  if known_values(label) and label.size:
+    low, high = int(jnp.min(label)), int(jnp.max(label))
+    if low < 0 or high >= num_classes:
+      raise ValueError(
+        f"{argument} must lie in 0..{num_classes - 1}, got {low}..{high}."
+      )
+
+
+def known_values(*arrays) -> bool:
+  """Whether the values can be looked at now: no tracer, all of it here."""
+  return not any(
+    isinstance(array, jax.core.Tracer)
+    or not getattr(array, "is_fully_addressable", True)
+    for array in arrays
+  )
+
+
+def one_hot(label, num_classes: int) -> Bool[Array, "*b k"]:
+  """True at the class ``label``."""
+  return jax.nn.one_hot(label, num_classes, dtype=bool)
+
+
+def pick(
+  values: Float[Array, "*b k"], selected: Bool[Array, "*b k"]
+) -> Float[Array, "*b 1"]:
+  """The value at the one selected class; no gradient reaches the others."""
+  chosen = jnp.where(selected, values, jnp.zeros_like(values))
+  return jnp.sum(chosen, axis=-1, keepdims=True)
+
+
+def pairwise(logits: Float[Array, "*b k"], reference) -> Float[Array, "*b k"]:
+  r"""Margins :math:`M_j = z_y - z_j` to every class, ``+inf`` at ``reference``.
+
+  Args:
+    logits: ``[*b, k]`` with at least two classes.
+    reference: int ``[*b]``, the label or the prediction.
+
+  Returns:
+    ``[*b, k]``; a correct prediction has all entries positive.
+
+  Raises:
+    ValueError: for fewer than two classes or a label that is none.
+
+  >>> pairwise(jnp.array([1.0, 3.0, 2.0]), jnp.array(1)).tolist()
+  [2.0, inf, 1.0]
+  """
+  num_classes = logits.shape[-1]
+  check_label(reference, num_classes, logits.shape[:-1])
+  selected = one_hot(reference, num_classes)
+  return jnp.where(selected, jnp.inf, pick(logits, selected) - logits)
+
+
+def of_scores(
+  scores: Mapping[str, Float[Array, "*b k"]], reference
+) -> dict[str, Float[Array, "*b k"]]:
+  """``pairwise`` of every modality's scores alone."""
+  return {name: pairwise(scores[name], reference) for name in scores}
+
+
+def smallest(margins: Float[Array, "*b k"]) -> Float[Array, "*b"]:
+  """The hard margin: the minimum over all rivals."""
+  return jnp.min(margins, axis=-1)
+
+
+def smooth_smallest(
+  margins: Float[Array, "*b k"], *, temperature: float | Array
+) -> Float[Array, "*b"]:
+  r"""A smooth lower bound of the smallest margin.
+
+  .. math:: -T \log \sum_{j \ne y} e^{-M_j / T} \in
+            [\min_j M_j - T \log(k - 1),\ \min_j M_j]
+
+  Args:
+    margins: ``[*b, k]``, ``+inf`` at the reference class.
+    temperature: :math:`T > 0`; the hard minimum is the limit 0.
+  """
+  _validate.positive(temperature=temperature)
+  return -temperature * jax.nn.logsumexp(-margins / temperature, axis=-1)
+
+
+def norm(values: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
+  """The l2 norm without overflow or underflow; gradient 0 at the zero vector.
+
+  A square that underflows would call a sensitivity zero, hence a radius
+  infinite.
+  """
+  scale = jax.lax.stop_gradient(jnp.max(jnp.abs(values), axis, keepdims=True))
+  scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)
+  total = jnp.sum(jnp.square(values / scale), axis=axis)
+  positive = total > 0
+  # The inner where keeps the infinite slope of the root out of the gradient.
+  root = jnp.sqrt(jnp.where(positive, total, 1))
+  # A NaN total is neither positive nor zero and must stay visible.
+  root = jnp.where(positive, root, total)
+  return root * jnp.squeeze(scale, axis)
+
+
+def ratio(
+  margin: Float[Array, "*b"], sensitivity: Float[Array, "*b"]
+) -> Float[Array, "*b"]:
+  r"""Margin over sensitivity, with edge cases and gradients that are safe.
+
+  ==============  ==========================================================
+  case            value
+  ==============  ==========================================================
+  S > 0, M >= 0   ``M / S``
+  S > 0, M < 0    ``M / stop_gradient(S)``: a misclassified example must not
+                  gain by inflating its own denominator
+  S = 0, M > 0    ``+inf``, nothing can be attacked
+  S = 0, M <= 0   ``M``, which still has a gradient towards a positive margin
+  ==============  ==========================================================
+  """
+  zero = sensitivity == 0
+  safe = jnp.where(zero, 1, sensitivity)
+  safe = jnp.where(margin < 0, jax.lax.stop_gradient(safe), safe)
+  unreachable = (zero & (margin > 0)) | jnp.isposinf(margin)
+  # inf / S has gradient -inf * 0 = nan: it must not enter the division.
+  finite = jnp.where(unreachable, 0, margin)
+  return jnp.where(unreachable, jnp.inf, finite / safe)
+
+
+def joint_sensitivity(
+  sensitivity: Mapping[str, Float[Array, "*b k"]], *, ball: str = "l2"
+) -> Float[Array, "*b k"]:
+  r"""The denominator of a joint radius over all modalities.
+
+  ``ball`` says how the sizes :math:`\epsilon_m` are bounded together, and the
+  denominator is the dual norm over modalities:
+
+  - ``"l2"``: :math:`\sum_m \epsilon_m^2 \le r^2`, root of the sum of squares;
+  - ``"linf"``: every :math:`\epsilon_m \le r`, sum;
+  - ``"l1"``: :math:`\sum_m \epsilon_m \le r`, maximum.
+  """
+  _validate.one_of(BALLS, ball=ball)
+  stacked = modalities.stack(sensitivity, axis=-1)
+  if ball == "l2":
+    return norm(stacked)
+  return (jnp.sum if ball == "linf" else jnp.max)(stacked, axis=-1)
+
+
+def joint_ratios(
+  margins: Float[Array, "*b k"],
+  sensitivity: Mapping[str, Float[Array, "*b k"]],
+  *,
+  ball: str = "l2",
+) -> Float[Array, "*b k"]:
+  """Per rival, the joint radius below which it cannot win."""
+  return ratio(margins, joint_sensitivity(sensitivity, ball=ball))
+
+
+def modality_ratios(
+  margins: Float[Array, "*b k"], sensitivity: Mapping[str, Array]
+) -> dict[str, Float[Array, "*b k"]]:
+  """Per modality and rival, the radius when only that modality is attacked."""
+  return {name: ratio(margins, sensitivity[name]) for name in sensitivity}
+
+
+def budget_ratios(
+  margins: Float[Array, "*b k"],
+  sensitivity: Mapping[str, Float[Array, "*b k"]],
+  budgets: Mapping[str, float | Array],
+) -> Float[Array, "*b k"]:
+  r"""Per rival, the factor by which all ``budgets`` could grow together.
+
+  .. math:: M_j / \sum_m S_{m,j} \epsilon_m
+
+  The budgets are certified where every entry exceeds 1. A modality that is not
+  named has budget 0.
+  """
+  _validate.known(modalities.names(sensitivity), budgets=budgets)
+  cost = {name: sensitivity[name] * budgets[name] for name in budgets}
+  if not cost:
+    raise ValueError("budgets must name at least one modality.")
+  return ratio(margins, joint_sensitivity(cost, ball="linf"))
+
+
+def radii(ratios: Float[Array, "*b k"]) -> Float[Array, "*b"]:
+  """The certified radius: minimum over all rivals, 0 where one already wins."""
+  return jnp.maximum(jnp.min(ratios, axis=-1), 0)
+
+
+def shortfall(
+  ratios: Float[Array, "*b n"],
+  *,
+  target: float | Array,
+  temperature: float | Array,
+) -> Float[Array, "*b"]:
+  r"""How much the ratios fall short of ``target``, smoothly and all together.
+
+  .. math:: T \log\Bigl(1 + \sum_j e^{(r_0 - \rho_j) / T}\Bigr)
+
+  Non-negative, zero in the limit of large ratios, and
+  :math:`\max(0, r_0 - \min_j \rho_j)` in the limit :math:`T \to 0`. Infinite
+  ratios (masked entries) take no part.
+
+  Args:
+    ratios: ``[*b, n]``; entries of ``+inf`` are left out.
+    target: :math:`r_0`.
+    temperature: :math:`T > 0`.
+  """
+  _validate.positive(temperature=temperature)
+  excess = (target - ratios) / temperature
+  # The 1 joins as a zero inside: finite even where everything is masked.
+  zero = jnp.zeros_like(excess[..., :1])
+  joined = jnp.concatenate([zero, excess], axis=-1)
+  return temperature * jax.nn.logsumexp(joined, axis=-1)
+
+
+def hard_shortfall(
+  ratios: Float[Array, "*b n"], *, target: float | Array
+) -> Float[Array, "*b"]:
+  """``max(0, target - min_j ratio_j)``, the limit of ``shortfall``."""
+  return jnp.maximum(target - jnp.min(ratios, axis=-1), 0)
