@@ -1,0 +1,87 @@
+r"""Evaluation: what a model keeps when inputs are missing, attacked, bounded.
+
+    protocol = evaluation.standard(radii=(0.1, 0.25), units="relative")
+    report = evaluation.evaluate(model, params, test, protocol=protocol,
+                                 reference=train, recipe="crmt")
+    report.save("runs/crmt/report")
+    print(evaluation.table([report.results, other.results]))
+    evaluation.report.render([a, b], path="comparison.html")
+
+``results.json`` is described by :data:`SCHEMA`, ``examples.csv`` by its
+``results["examples"]["columns"]``. Keys are added in later versions, never
+renamed.
+"""
+
+from robust_mm.evaluation import plots
+from robust_mm.evaluation import protocol
+from robust_mm.evaluation import report
+from robust_mm.evaluation.protocol import Protocol
+from robust_mm.evaluation.protocol import standard
+from robust_mm.evaluation.report import Report
+from robust_mm.evaluation.report import render
+from robust_mm.evaluation.report import table
+from robust_mm.evaluation.runner import evaluate
+
+SCHEMA = {
+  "schema_version": "1",
+  "name": "what the report calls the run",
+  "dataset": "name of the data, or null",
+  "recipe": "name of the training recipe, or null",
+  "seed": "integer",
+  "settings": (
+    "the protocol (radii, modality_radii, norm, units as asked, subsets, "
+    "valid_range, batch_size, max_examples, survivors_only); attacks {name: "
+    "exact settings}; certificate {asked, source, sound, norm, reason}; "
+    "modalities, num_classes, input_shapes, input_types, num_reference, "
+    "device, num_devices, versions"
+  ),
+  "clean": "{accuracy, interval [low, high], num_examples}",
+  "subsets": (
+    "{'left+right': {accuracy, interval, num_examples}}: only these "
+    "modalities available; accuracy is null where no example has any"
+  ),
+  "attacked": (
+    "[{attack, norm (2 or 'inf'), radius, modalities [...], accuracy, "
+    "interval, num_examples, largest_size}]: right and not broken by the "
+    "attack on these modalities inside one ball"
+  ),
+  "certified": (
+    "[{radius, modalities [...], accuracy, interval, num_examples, source, "
+    "sound, norm 2}]: a curve that holds the attack radii exactly; with sound "
+    "false the numbers are estimates and must not be called certified"
+  ),
+  "region": (
+    "null, or for two modalities {modalities [m1, m2], radii [grid1, grid2], "
+    "accuracy [len(grid1)][len(grid2)], source, sound}: both budgets at once"
+  ),
+  "vulnerability": (
+    "null, or {modality: mean share of the squared sensitivity at the nearest "
+    "class}; depends on the units"
+  ),
+  "tightness": (
+    "null, or {factors, flipped, num_examples, attack, sound}: share of "
+    "predictions flipped at multiples of each example's own joint radius"
+  ),
+  "units": "{modality: raw size of one unit of radius}",
+  "checks": "[{name, passed, required, message}]: relations between numbers",
+  "examples": "{num_examples, num_left_out, columns {name: meaning}}",
+  "timing": (
+    "{predict_seconds, attack_seconds, certify_seconds, tightness_seconds, "
+    "total_seconds}, compilation included; table_seconds; one compiled call "
+    "on a chunk: forward_chunk_seconds, certify_chunk_seconds; "
+    "peak_memory_mib"
+  ),
+}
+
+__all__ = [
+  "SCHEMA",
+  "Protocol",
+  "Report",
+  "evaluate",
+  "plots",
+  "protocol",
+  "render",
+  "report",
+  "standard",
+  "table",
+]

@@ -1,0 +1,187 @@
+"""Host arrays, cut into padded chunks of one size, to the device and back."""
+
+import dataclasses
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from robust_mm import modalities
+from robust_mm._types import Batch
+from robust_mm._types import Model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+  """A data set as NumPy arrays.
+
+  Attributes:
+    inputs: ``{m: [n, ...]}``.
+    present: ``{m: bool[n]}``.
+    label: ``int32[n]``.
+    id: ``int[n]``, the caller's.
+    counted: ``bool[n]``, False where nothing is present; such an example is
+      in no average.
+  """
+
+  inputs: Any
+  present: Any
+  label: Any
+  id: Any
+  counted: Any
+
+  @property
+  def size(self) -> int:
+    """n."""
+    return len(self.label)
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """The modalities, sorted."""
+    return modalities.names(self.inputs)
+
+  def chunk(self, indices: np.ndarray) -> dict:
+    """The rows ``indices`` as a batch; ``id`` is the row number."""
+    return {
+      "inputs": {name: x[indices] for name, x in self.inputs.items()},
+      "present": {name: x[indices] for name, x in self.present.items()},
+      "label": self.label[indices],
+      "id": indices.astype(np.int32),
+    }
+
+
+def host_data(
+  model: Model, batch: Batch, *, max_examples: int | None = None
+) -> Data:
+  """Checks a data set against a model and brings it to NumPy.
+
+  Args:
+    model: names the modalities and the number of classes.
+    batch: host arrays; ``present`` may lack a modality (all present) and ``id``
+      may be missing (row numbers).
+    max_examples: keep so many rows, evenly spaced.
+
+  Raises:
+    ValueError: a modality is missing, rows differ in number, there are none,
+      or a label is no integer in ``0..k-1``.
+  """
+  for name in model.modalities:
+    if name not in batch["inputs"]:
+      raise ValueError(
+        f"batch['inputs'] lacks the modality {name!r}; the model reads "
+        f"{', '.join(model.modalities)}."
+      )
+  label = np.asarray(batch["label"])
+  if label.ndim != 1 or not np.issubdtype(label.dtype, np.integer):
+    raise ValueError(
+      "batch['label'] must be one integer class per example, got shape "
+      f"{label.shape} of {label.dtype}."
+    )
+  rows = np.arange(len(label))
+  if not len(rows):
+    raise ValueError("batch has no examples.")
+  if max_examples is not None and max_examples < len(rows):
+    rows = np.linspace(0, len(rows) - 1, max_examples).round().astype(int)
+  given = batch.get("present", {})
+  every = np.ones(len(label), bool)
+  inputs, present = {}, {}
+  for name in modalities.names(model.modalities):
+    inputs[name] = np.asarray(batch["inputs"][name])
+    present[name] = np.asarray(given.get(name, every)).astype(bool)
+    if len(inputs[name]) != len(label) or len(present[name]) != len(label):
+      raise ValueError(
+        f"batch['inputs'][{name!r}] has {len(inputs[name])} rows and "
+        f"present {len(present[name])}, but there are {len(label)} labels."
+      )
+    inputs[name], present[name] = inputs[name][rows], present[name][rows]
+  counted = np.any(list(present.values()), axis=0)
+  _check_labels(label[rows][counted], model.num_classes)
+  return Data(
+    inputs=inputs,
+    present=present,
+    label=label[rows].astype(np.int32),
+    id=np.asarray(batch.get("id", np.arange(len(label))))[rows],
+    counted=counted,
+  )
+
+
+class Device:
+  """Maps jitted functions over a data set, chunk by chunk.
+
+  The last chunk is padded with copies of its last row, which are cut off
+  again, so that a function compiles once for each chunk size.
+
+  Args:
+    params: passed to every function; stays where it is.
+    state: likewise.
+    sharding: of the leading axis of a chunk; None for the default device.
+  """
+
+  def __init__(self, params, state, *, sharding=None):
+    self._params = params
+    self._state = state
+    self._sharding = sharding
+
+  def compile(self, function: Callable) -> Callable:
+    """``jax.jit``; the result is replicated so that any host can read it."""
+    if not isinstance(self._sharding, jax.sharding.NamedSharding):
+      return jax.jit(function)
+    spec = jax.sharding.PartitionSpec()
+    replicated = jax.sharding.NamedSharding(self._sharding.mesh, spec)
+    return jax.jit(function, out_shardings=replicated)
+
+  def chunk_size(self, wanted: int) -> int:
+    """``wanted``, rounded up to a multiple of the number of devices."""
+    if self._sharding is None:
+      return wanted
+    devices = len(self._sharding.device_set)
+    return -(-wanted // devices) * devices
+
+  def map(
+    self,
+    compiled: Callable,
+    data: Data,
+    indices: np.ndarray,
+    size: int,
+    *,
+    extra: Callable[[int], tuple] = lambda number: (),
+    aligned: Mapping[str, np.ndarray] | None = None,
+  ) -> Any:
+    """``compiled(params, state, chunk, *extra(number))`` over the rows.
+
+    Args:
+      compiled: from :meth:`compile`; returns arrays with leading axis ``size``.
+      data: the data set.
+      indices: rows to visit, at least one.
+      size: rows a call, from :meth:`chunk_size`.
+      extra: further arguments of chunk ``number``.
+      aligned: arrays along ``indices`` that join the chunk by their name.
+
+    Returns:
+      The tree of results as NumPy arrays with leading axis ``len(indices)``.
+    """
+    results = []
+    for number, start in enumerate(range(0, len(indices), size)):
+      # Clipping repeats the last row.
+      where = np.arange(start, start + size).clip(max=len(indices) - 1)
+      chunk = data.chunk(indices[where])
+      for name, values in (aligned or {}).items():
+        chunk[name] = values[where]
+      if self._sharding is not None:
+        chunk = jax.device_put(chunk, self._sharding)
+      result = compiled(self._params, self._state, chunk, *extra(number))
+      results.append(jax.tree.map(np.asarray, result))
+    # Only the last chunk is padded.
+    return jax.tree.map(
+      lambda *leaves: np.concatenate(leaves)[: len(indices)], *results
+    )
+
+
+def _check_labels(label, num_classes: int):
+  if label.size and (label.min() < 0 or label.max() >= num_classes):
+    raise ValueError(
+      f"batch['label'] must lie in 0..{num_classes - 1}, got values from "
+      f"{label.min()} to {label.max()}."
+    )

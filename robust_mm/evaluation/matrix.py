@@ -1,0 +1,280 @@
+"""The measurements: clean, subsets of modalities, attacked."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robust_mm import attacks as attacks_lib
+from robust_mm import modalities
+from robust_mm._types import Model
+from robust_mm.evaluation import batches
+from robust_mm.evaluation import bounds as bounds_lib
+from robust_mm.evaluation import protocol as protocol_lib
+
+Tick = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+  """One attack on some modalities at one radius.
+
+  Attributes:
+    attack: its name in the results.
+    modalities: attacked together, in one ball.
+    radius: in the protocol's units.
+    robust: ``bool[n]``, right and not broken.
+    size: the largest perturbation made, in the protocol's units.
+  """
+
+  attack: str
+  modalities: tuple[str, ...]
+  radius: float
+  robust: Any
+  size: float
+
+
+def predictions(
+  model: Model, device: batches.Device, data: batches.Data, size: int, subsets
+) -> tuple[dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]], float]:
+  """Predictions with only some modalities left, one compilation for all.
+
+  Returns:
+    ``{subset: (prediction [n], counted bool[n])}`` and the seconds of one
+    compiled call; an example is counted where the subset leaves it something.
+    A non-finite logit predicts -1.
+  """
+
+  def forward(params, state, chunk, keep):
+    present = {
+      name: flag & keep[name] for name, flag in chunk["present"].items()
+    }
+    inputs = modalities.mask(chunk["inputs"], present)
+    outputs, _ = model.apply(params, state, inputs, present)
+    return decide(outputs.logits)
+
+  compiled = device.compile(forward)
+
+  def run(rows, subset):
+    extra = ({name: np.asarray(name in subset) for name in data.names},)
+    return device.map(compiled, data, rows, size, extra=lambda number: extra)
+
+  result = {}
+  for subset in subsets:
+    counted = np.any([data.present[name] for name in subset], axis=0)
+    prediction = np.full(data.size, -1, np.int32)
+    rows = np.flatnonzero(counted)
+    if len(rows):
+      prediction[rows] = run(rows, subset)
+    result[subset] = (prediction, counted)
+  start = time.perf_counter()
+  run(np.arange(min(size, data.size)), data.names)
+  return result, time.perf_counter() - start
+
+
+def decide(logits: jax.Array) -> jax.Array:
+  """The argmax, or -1 where a logit is not finite."""
+  finite = jnp.all(jnp.isfinite(logits), axis=-1)
+  return jnp.where(finite, jnp.argmax(logits, axis=-1), -1).astype(jnp.int32)
+
+
+def make_attack(
+  given: Mapping[str, Any], protocol: protocol_lib.Protocol, *, units
+):
+  """The attack value of one entry of ``Protocol.attacks``.
+
+  Raises:
+    ValueError: no such attack, naming the close ones.
+  """
+  arguments = {key: value for key, value in given.items() if key != "name"}
+  factory = getattr(attacks_lib, given["name"], None)
+  if not callable(factory) or given["name"].startswith("_"):
+    raise ValueError(f"attack names the unknown attack {given['name']!r}.")
+  largest = max([*protocol.radii, 1.0])
+  return factory(
+    norm=protocol.norm,
+    budget=largest,
+    units=units,
+    valid_range=protocol.valid_range,
+    **arguments,
+  )
+
+
+class Attacker:
+  """Runs one attack, radius after radius, with one compilation for all.
+
+  Radii, labels and the choice of modalities are data of the compiled function.
+  """
+
+  def __init__(self, model, device, attack, *, units, norm, size):
+    self._device, self._size = device, size
+    self._run = device.compile(_attack_fn(model, attack, units, norm))
+
+  def __call__(self, key, data, rows, names, radii) -> tuple[np.ndarray, float]:
+    """Attacks some modalities of some rows, in one ball each example.
+
+    Args:
+      key: a JAX key.
+      data: the data set; the attack moves away from its ``label``.
+      rows: ``[r]`` row numbers.
+      names: the modalities that may change.
+      radii: a number, or ``[r]``.
+
+    Returns:
+      ``(broken bool[r], largest size of a perturbation over its radius)``.
+    """
+    if not len(rows):
+      return np.zeros(0, bool), 0.0
+    chosen = {m: np.asarray(m in names) for m in data.names}
+    prediction, ratio = self._device.map(
+      self._run,
+      data,
+      rows,
+      self._size,
+      extra=lambda number: (jax.random.fold_in(key, number), chosen),
+      aligned={"radius": np.broadcast_to(np.float32(radii), rows.shape)},
+    )
+    return prediction != data.label[rows], float(ratio.max())
+
+
+def _attack_fn(model, attack, units, norm):
+  def run(params, state, chunk, key, chosen):
+    inputs, present = chunk["inputs"], chunk["present"]
+    # To the attack, what it may not touch is absent; the model still reads it.
+    open_to = {m: flag & chosen[m] for m, flag in present.items()}
+
+    def logits_fn(changed):
+      seen = {
+        m: jnp.where(_like(open_to[m], x), changed[m], x)
+        for m, x in inputs.items()
+      }
+      return model.apply(params, state, seen, present)[0].logits
+
+    adversarial = attack(
+      key,
+      logits_fn,
+      inputs,
+      chunk["label"],
+      present=open_to,
+      budget=chunk["radius"],
+    )
+    size = _size(adversarial, inputs, present, units, norm)
+    return decide(logits_fn(adversarial)), size / chunk["radius"]
+
+  return run
+
+
+def _like(flag, x):
+  return jnp.reshape(flag, flag.shape + (1,) * (x.ndim - 1))
+
+
+def _size(adversarial, inputs, present, units, norm):
+  sizes = []
+  for name in modalities.names(inputs):
+    change = (adversarial[name] - inputs[name]).astype(jnp.float32)
+    change = jnp.reshape(change, (change.shape[0], -1)) / units[name]
+    if norm == math.inf:
+      size = jnp.max(jnp.abs(change), axis=-1, initial=0.0)
+    else:
+      size = jnp.sqrt(jnp.sum(change**2, axis=-1))
+    sizes.append(jnp.where(present[name], size, 0.0))
+  sizes = jnp.stack(sizes)
+  if norm == math.inf:
+    return jnp.max(sizes, axis=0)
+  return jnp.sqrt(jnp.sum(sizes**2, axis=0))
+
+
+def attack_plan(
+  protocol: protocol_lib.Protocol, names: tuple[str, ...]
+) -> list[tuple[tuple[str, ...], float]]:
+  """``[(modalities, radius)]``: one modality alone first, then all of them."""
+  plan = []
+  if len(names) > 1:
+    for name in names:
+      plan += [((name,), r) for r in protocol.modality_grid(name)]
+  return plan + [(names, radius) for radius in protocol.radii]
+
+
+def attacked(
+  run: Attacker,
+  data: batches.Data,
+  correct: np.ndarray,
+  protocol: protocol_lib.Protocol,
+  *,
+  name: str,
+  key,
+  tick: Tick,
+) -> list[Cell]:
+  """Every cell of the plan for one attack.
+
+  With ``survivors_only`` an example already broken by a perturbation that the
+  new ball contains is broken without a new search: a smaller radius of the
+  same modalities, or, for the joint ball, of one modality.
+  """
+  cells = []
+  for number, (names, radius) in enumerate(attack_plan(protocol, data.names)):
+    robust = correct.copy()
+    if protocol.survivors_only:
+      for cell in cells:
+        if cell.radius <= radius and set(cell.modalities) <= set(names):
+          robust &= cell.robust
+    reachable = np.any([data.present[m] for m in names], axis=0)
+    rows = np.flatnonzero(robust & reachable)
+    cell_key = jax.random.fold_in(key, number)
+    broken, ratio = run(cell_key, data, rows, names, radius)
+    robust[rows[broken]] = False
+    cells.append(
+      Cell(
+        attack=name,
+        modalities=names,
+        radius=radius,
+        robust=robust,
+        size=ratio * radius,
+      )
+    )
+    tick(f"{name} {modalities.subset_name(names)} {radius:g}")
+  return cells
+
+
+def tightness(
+  run: Attacker,
+  data: batches.Data,
+  bounds: bounds_lib.Bounds,
+  factors,
+  *,
+  key,
+  tick: Tick,
+) -> dict | None:
+  """How often an attack of ``factor`` times the joint radius flips a class.
+
+  The prediction, right or wrong, is what the attack tries to change, example
+  by example at its own radius; what is flipped stays so at larger factors.
+
+  Returns:
+    ``{"factors", "flipped", "num_examples"}`` over the examples with a finite
+    positive radius; None without one.
+  """
+  usable = data.counted & (bounds.radius > 0) & np.isfinite(bounds.radius)
+  if not usable.any() or not factors:
+    return None
+  target = dataclasses.replace(data, label=bounds.prediction)
+  left, flipped = usable.copy(), []
+  for number, factor in enumerate(factors):
+    rows = np.flatnonzero(left)
+    factor_key = jax.random.fold_in(key, number)
+    radii = factor * bounds.radius[rows]
+    broken, _ = run(factor_key, target, rows, data.names, radii)
+    left[rows[broken]] = False
+    flipped.append(1 - float(left.sum() / usable.sum()))
+    tick(f"{factor:g} times the radius")
+  return {
+    "factors": list(factors),
+    "flipped": flipped,
+    "num_examples": int(usable.sum()),
+  }

@@ -1,0 +1,234 @@
+"""What an evaluation measures, as one frozen value."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+from robust_mm import _validate
+from robust_mm import modalities as modalities_lib
+
+DEFAULT_RADII = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5)
+DEFAULT_ATTACK = {
+  "name": "pgd",
+  "loss": "margin",
+  "num_steps": 50,
+  "num_restarts": 5,
+}
+DEFAULT_TIGHTNESS = (1.0, 1.2, 1.5, 2.0, 3.0)
+CERTIFICATES = ("auto", "global", "empirical", None)
+# Every subset of 6 modalities is 63 forward passes over the data.
+MAX_MODALITIES_ALL_SUBSETS = 6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Protocol:
+  """What is measured and how; made by :func:`standard`.
+
+  Attributes:
+    radii: joint attack radii, ascending.
+    modality_radii: radii for one modality alone, ascending: a tuple for every
+      modality, or ``{m: tuple}``.
+    norm: 2 or ``math.inf``, of the attacks. Certificates are l2.
+    attacks: keyword arguments of each attack, its factory under ``"name"``.
+    units: None (raw), ``"relative"`` or ``{m: size of one unit}``.
+    certificate: ``"auto"``, ``"global"``, ``"empirical"`` or None.
+    subsets: True for every non-empty subset, False for none, or the subsets.
+    valid_range: ``{m: (low, high)}`` attacks stay in, or None.
+    batch_size: examples a device call, at most.
+    max_examples: evenly spaced examples of the data to use, or None for all.
+    survivors_only: attack an example only until a smaller or contained
+      perturbation has broken it; it counts as broken from there on.
+    tightness: multiples of each example's own joint radius to attack at.
+  """
+
+  radii: tuple[float, ...]
+  modality_radii: Any
+  norm: Any
+  attacks: tuple[Mapping[str, Any], ...]
+  units: Any
+  certificate: str | None
+  subsets: Any
+  valid_range: Any
+  batch_size: int
+  max_examples: int | None
+  survivors_only: bool
+  tightness: tuple[float, ...]
+
+  def modality_grid(self, modality: str) -> tuple[float, ...]:
+    """The radii at which ``modality`` alone is attacked."""
+    if isinstance(self.modality_radii, Mapping):
+      return self.modality_radii.get(modality, ())
+    return self.modality_radii
+
+  def subset_names(self, names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """The subsets of ``names`` to evaluate, small ones first.
+
+    Above six modalities ``subsets=True`` means: one alone, all but one, all.
+    """
+    names = modalities_lib.names(names)
+    if self.subsets is False:
+      return ()
+    if self.subsets is not True:
+      for subset in self.subsets:
+        _validate.known(names, subsets=subset)
+      return tuple(modalities_lib.names(subset) for subset in self.subsets)
+    every = modalities_lib.subsets
+    if len(names) <= MAX_MODALITIES_ALL_SUBSETS:
+      return every(names)
+    alone = tuple((name,) for name in names)
+    return alone + every(names, min_size=len(names) - 1)
+
+  @property
+  def settings(self) -> dict:
+    """The same as plain values for JSON; infinity becomes ``"inf"``."""
+    return {
+      field.name: jsonable(getattr(self, field.name))
+      for field in dataclasses.fields(self)
+    }
+
+
+def standard(
+  *,
+  radii: Sequence[float] = DEFAULT_RADII,
+  modality_radii: Any = None,
+  norm: Any = 2,
+  attack: Any = DEFAULT_ATTACK,
+  units: Any = None,
+  certificate: str | None = "auto",
+  subsets: Any = True,
+  valid_range: Any = None,
+  batch_size: int = 512,
+  max_examples: int | None = None,
+  survivors_only: bool = True,
+  tightness: Sequence[float] = DEFAULT_TIGHTNESS,
+) -> Protocol:
+  """Clean, every subset of modalities, attacked and certified accuracy.
+
+  >>> standard(radii=(0.25, 0.1)).radii
+  (0.1, 0.25)
+
+  Args:
+    radii: joint radii: all modalities share one ball. Empty for none.
+    modality_radii: radii for each modality alone: one sequence for all,
+      ``{m: sequence}``, or None for the joint ones. Empty for none.
+    norm: 2 or infinity (``math.inf`` or ``"inf"``).
+    attack: ``{"name": factory in robust_mm.attacks, **its keyword arguments}``
+      without norm, budget, units and valid_range; a sequence of such; or None
+      for no attack.
+    units: sizes are divided by these: None for raw, ``{m: size}``, or
+      ``"relative"``, the median distance to the mean over the reference data.
+    certificate: ``"global"`` (sound), ``"empirical"`` (estimated, never called
+      certified), None, or ``"auto"``: the soundest the model allows.
+    subsets: True, False, or a sequence of sequences of modality names.
+    valid_range: ``{m: (low, high)}`` or ``(low, high)`` attacks stay in.
+    batch_size: examples a device call, at most.
+    max_examples: use so many evenly spaced examples; None for all.
+    survivors_only: skip what a smaller perturbation has already broken.
+    tightness: with an l2 attack and a certificate, also attack each example at
+      these multiples of its own joint radius, the first attack only. At most 1
+      nothing may flip. Empty for none.
+
+  Returns:
+    A frozen :class:`Protocol`.
+
+  Raises:
+    ValueError: a bad value, naming the argument.
+  """
+  radii = _radii(radii, "radii")
+  if modality_radii is None:
+    modality_radii = radii
+  elif isinstance(modality_radii, Mapping):
+    modality_radii = {
+      name: _radii(values, "modality_radii")
+      for name, values in modality_radii.items()
+    }
+  else:
+    modality_radii = _radii(modality_radii, "modality_radii")
+  _validate.one_of(CERTIFICATES, certificate=certificate)
+  _validate.at_least(1, batch_size=batch_size)
+  if max_examples is not None:
+    _validate.at_least(1, max_examples=max_examples)
+  _check_units(units)
+  return Protocol(
+    radii=radii,
+    modality_radii=modality_radii,
+    norm=_norm(norm),
+    attacks=_attacks(attack),
+    units=units,
+    certificate=certificate,
+    subsets=_subsets(subsets),
+    valid_range=valid_range,
+    batch_size=int(batch_size),
+    max_examples=max_examples,
+    survivors_only=bool(survivors_only),
+    tightness=_radii(tightness, "tightness"),
+  )
+
+
+def jsonable(value: Any) -> Any:
+  """Plain Python values JSON can hold; infinity and NaN as strings."""
+  if isinstance(value, Mapping):
+    return {str(key): jsonable(item) for key, item in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [jsonable(item) for item in value]
+  if hasattr(value, "tolist"):
+    return jsonable(value.tolist())
+  if isinstance(value, float) and not math.isfinite(value):
+    return str(value)
+  if value is None or isinstance(value, (bool, int, float, str)):
+    return value
+  return str(value)
+
+
+def _radii(values, name: str) -> tuple[float, ...]:
+  radii = tuple(sorted({float(value) for value in values}))
+  for radius in radii:
+    _validate.positive(**{name: radius})
+  return radii
+
+
+def _norm(norm):
+  if norm in (math.inf, "inf", "linf"):
+    return math.inf
+  _validate.one_of((2, math.inf), norm=norm)
+  return 2
+
+
+def _attacks(attack) -> tuple[Mapping[str, Any], ...]:
+  if attack is None:
+    return ()
+  attacks = (attack,) if isinstance(attack, Mapping) else tuple(attack)
+  for given in attacks:
+    if not isinstance(given, Mapping) or "name" not in given:
+      raise ValueError(
+        "attack must be a mapping with a 'name', such as "
+        f"{DEFAULT_ATTACK}; got {given!r}."
+      )
+    reserved = {"norm", "budget", "units", "valid_range"} & set(given)
+    if reserved:
+      raise ValueError(
+        f"attack must not set {sorted(reserved)[0]!r}; it is an argument of "
+        "the protocol."
+      )
+  return tuple(dict(given) for given in attacks)
+
+
+def _subsets(subsets):
+  if isinstance(subsets, bool):
+    return subsets
+  chosen = tuple(tuple(subset) for subset in subsets)
+  if any(not subset for subset in chosen):
+    raise ValueError("subsets must not contain the empty subset.")
+  return chosen
+
+
+def _check_units(units):
+  if units is None:
+    return
+  if isinstance(units, str):
+    _validate.one_of(("relative",), units=units)
+    return
+  for name, size in units.items():
+    _validate.positive(**{f"units[{name!r}]": size})

@@ -1,0 +1,368 @@
+"""``evaluate``: from a trained model and a data set to a report."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from robust_mm import __version__
+from robust_mm import _validate
+from robust_mm import certification
+from robust_mm._types import Batch
+from robust_mm._types import Model
+from robust_mm.evaluation import batches
+from robust_mm.evaluation import bounds as bounds_lib
+from robust_mm.evaluation import matrix
+from robust_mm.evaluation import protocol as protocol_lib
+from robust_mm.evaluation import report as report_lib
+from robust_mm.evaluation import summary
+
+try:
+  import resource
+except ImportError:  # Windows has none
+  resource = None
+
+SCHEMA_VERSION = 1
+# Below this a device call costs more in overhead than in arithmetic.
+MIN_ATTACK_CHUNK = 64
+
+
+def evaluate(
+  model: Model,
+  params: Any,
+  batch: Batch,
+  *,
+  state: Any = None,
+  protocol: protocol_lib.Protocol | None = None,
+  seed: int = 0,
+  key: Any = None,
+  reference: Batch | None = None,
+  name: str | None = None,
+  recipe: str | None = None,
+  dataset: str | None = None,
+  progress: Any = None,
+  sharding: Any = None,
+) -> report_lib.Report:
+  r"""Clean, subset, attacked and certified accuracy of one model.
+
+  An example with no modality present is in no average. At every radius
+
+  .. math:: \text{certified} \le \text{true robust accuracy} \le \text{attacked}
+
+  when the certificate is sound; ``results["checks"]`` compares the two ends.
+
+  >>> report = evaluate(model, params, test, protocol=standard(radii=(0.1,)),
+  ...                   reference=train)                    # doctest: +SKIP
+  >>> report.save("runs/crmt/report")                       # doctest: +SKIP
+
+  Args:
+    model: any model that keeps the contract.
+    params: its parameters, wherever they live.
+    batch: the test data as host arrays: ``inputs {m: [n, ...]}``, ``label
+      [n]``, and, where they are not trivial, ``present`` and ``id``.
+    state: the model's state; None for an empty one.
+    protocol: what to measure; :func:`evaluation.standard` by default.
+    seed: of the attacks, and noted in the results.
+    key: a JAX key for the attacks instead of one from ``seed``.
+    reference: training data, for relative units and estimated constants.
+    name: what the report calls this model; the recipe's name by default.
+    recipe: how it was trained, a word.
+    dataset: what the report calls the data.
+    progress: True for a progress bar (quiet when not at a terminal), or
+      ``progress(done, total, what)``.
+    sharding: of the leading axis of batches, for several devices.
+
+  Returns:
+    A :class:`Report`; its ``results`` are described by ``evaluation.SCHEMA``.
+
+  Raises:
+    ValueError: bad data or a protocol the model cannot follow, naming it.
+  """
+  started = time.perf_counter()
+  protocol = protocol_lib.standard() if protocol is None else protocol
+  state = {} if state is None else state
+  data = batches.host_data(model, batch, max_examples=protocol.max_examples)
+  _check_names(protocol, data.names)
+  if not data.counted.any():
+    raise ValueError("batch has no example with a modality present.")
+  if reference is not None:
+    reference = _whole(batches.host_data(model, reference))
+  units = _units(protocol, data.names, reference)
+  source, reason = bounds_lib.choose_source(
+    model,
+    params,
+    protocol.certificate,
+    has_reference=reference is not None,
+    mixed=bounds_lib.is_mixed(model, params, state, data),
+  )
+  key = jax.random.key(seed) if key is None else key
+  session = _Session(model, params, state, data, protocol, units, sharding)
+  with _Ticker(progress, session.num_ticks(source)) as tick:
+    predictions = session.predict(tick)
+    prediction = predictions.pop(None)
+    correct = (prediction == data.label) & data.counted
+    cells, attack_settings = session.attack(key, correct, tick)
+    bounds, reason = session.certify(source, reason, reference, tick)
+    tightness = session.tightness(key, bounds, tick)
+  session.timing["total_seconds"] = time.perf_counter() - started
+  session.timing["peak_memory_mib"] = _peak_memory()
+  columns = summary.example_columns(data, prediction, cells, bounds)
+  results = {
+    "schema_version": SCHEMA_VERSION,
+    "name": name or recipe or "model",
+    "dataset": dataset,
+    "recipe": recipe,
+    "seed": seed,
+    "settings": {
+      **protocol.settings,
+      "attacks": attack_settings,
+      "certificate": _certificate_settings(protocol, bounds, reason),
+      **_circumstances(model, data, reference, sharding),
+    },
+    "clean": summary.share(correct, data.counted),
+    "subsets": summary.subset_rows(predictions, data),
+    "attacked": summary.attacked_rows(cells, protocol, data),
+    **summary.bound_entries(bounds, protocol, correct, data),
+    "tightness": tightness,
+    "units": units,
+    "checks": [
+      *summary.checks(cells, bounds, correct, protocol, data),
+      *summary.tightness_checks(tightness),
+    ],
+    "examples": {
+      "num_examples": data.size,
+      "num_left_out": int((~data.counted).sum()),
+      "columns": summary.column_help(list(columns)),
+    },
+    "timing": session.timing,
+  }
+  _say_loudly(results["checks"])
+  return report_lib.Report(
+    results=protocol_lib.jsonable(results), examples=columns
+  )
+
+
+def _say_loudly(checks) -> None:
+  for check in checks:
+    if check["required"] and not check["passed"]:
+      logging.getLogger(__name__).error("%s", check["message"])
+
+
+class _Session:
+  """What the stages of one evaluation share; each notes its seconds."""
+
+  def __init__(self, model, params, state, data, protocol, units, sharding):
+    self._model, self._params, self._state = model, params, state
+    self._data, self._protocol, self._units = data, protocol, units
+    self._device = batches.Device(params, state, sharding=sharding)
+    size = min(protocol.batch_size, data.size)
+    self._size = self._device.chunk_size(size)
+    # Smaller chunks let the examples that are already broken fall out.
+    quarter = max(MIN_ATTACK_CHUNK, -(-data.size // 4))
+    self._attack_size = self._device.chunk_size(min(size, quarter))
+    self._subsets = protocol.subset_names(data.names)
+    # Radii of examples are l2; another norm would compare unlike sizes.
+    comparable = protocol.norm == 2 and protocol.attacks
+    self._factors = protocol.tightness if comparable else ()
+    self._attackers = []
+    self.timing = {}
+
+  def num_ticks(self, source) -> int:
+    """How often the stages will report progress."""
+    plan = matrix.attack_plan(self._protocol, self._data.names)
+    ticks = 1 + len(self._protocol.attacks) * len(plan)
+    return ticks if source is None else ticks + 1 + len(self._factors)
+
+  def predict(self, tick) -> dict:
+    """Predictions of each subset, and of everything under None."""
+    start = time.perf_counter()
+    every = self._data.names
+    subsets = dict.fromkeys([*self._subsets, every])
+    predictions, seconds = matrix.predictions(
+      self._model, self._device, self._data, self._size, subsets
+    )
+    self.timing["forward_chunk_seconds"] = seconds
+    clean = predictions[every][0]
+    tick("clean and missing modalities")
+    self.timing["predict_seconds"] = time.perf_counter() - start
+    return {
+      **{subset: predictions[subset] for subset in self._subsets},
+      None: clean,
+    }
+
+  def attack(self, key, correct, tick) -> tuple[list, dict]:
+    """All cells, and the settings of each attack by its name."""
+    start = time.perf_counter()
+    cells, settings = [], {}
+    for number, given in enumerate(self._protocol.attacks):
+      name = given["name"]
+      while name in settings:
+        name += "+"
+      attack = matrix.make_attack(given, self._protocol, units=self._units)
+      settings[name] = {**given, **dict(attack.settings)}
+      # The radius is the row's; what the factory was given is only a default.
+      settings[name].pop("budget", None)
+      run = matrix.Attacker(
+        self._model,
+        self._device,
+        attack,
+        units=self._units,
+        norm=self._protocol.norm,
+        size=self._attack_size,
+      )
+      self._attackers.append(run)
+      cells += matrix.attacked(
+        run,
+        self._data,
+        correct,
+        self._protocol,
+        name=name,
+        key=jax.random.fold_in(key, number),
+        tick=tick,
+      )
+    self.timing["attack_seconds"] = time.perf_counter() - start
+    return cells, settings
+
+  def tightness(self, key, bounds, tick) -> dict | None:
+    """Flips at multiples of each example's own radius, by the first attack."""
+    if bounds is None or not self._factors:
+      return None
+    start = time.perf_counter()
+    found = matrix.tightness(
+      self._attackers[0],
+      self._data,
+      bounds,
+      self._factors,
+      key=jax.random.fold_in(key, len(self._protocol.attacks)),
+      tick=tick,
+    )
+    self.timing["tightness_seconds"] = time.perf_counter() - start
+    if found is None:
+      return None
+    name = self._protocol.attacks[0]["name"]
+    return {**found, "attack": name, "sound": bounds.sound}
+
+  def certify(self, source, reason, reference, tick):
+    """``(bounds of every example or None, the reason in words)``.
+
+    Where the protocol says "auto", a model that ``certify`` refuses has no
+    certificate, and the reason is its sentence.
+    """
+    if source is None:
+      return None, reason
+    start = time.perf_counter()
+    try:
+      bounds, seconds = bounds_lib.certified(
+        self._model,
+        self._device,
+        self._data,
+        self._size,
+        params=self._params,
+        state=self._state,
+        source=source,
+        units=self._units,
+        reference=reference,
+      )
+    except ValueError as error:
+      if self._protocol.certificate != "auto":
+        raise
+      return None, f"The model was refused: {error}"
+    tick("certificates")
+    self.timing["certify_seconds"] = time.perf_counter() - start
+    self.timing.update(seconds)
+    return bounds, reason
+
+
+def _whole(data: batches.Data) -> dict:
+  return data.chunk(np.arange(data.size))
+
+
+def _check_names(protocol, names):
+  for argument in ("modality_radii", "units", "valid_range"):
+    value = getattr(protocol, argument)
+    if isinstance(value, Mapping):
+      _validate.known(names, **{argument: value})
+
+
+def _units(protocol, names, reference) -> dict[str, float]:
+  if protocol.units is None:
+    return dict.fromkeys(names, 1.0)
+  if protocol.units == "relative":
+    if reference is None:
+      raise ValueError(
+        "reference is missing; units='relative' are measured on training data."
+      )
+    measured = certification.relative_units(reference)
+    return {name: float(measured[name]) for name in names}
+  return {name: float(protocol.units.get(name, 1.0)) for name in names}
+
+
+def _certificate_settings(protocol, bounds, reason) -> dict:
+  return {
+    "asked": protocol.certificate,
+    "source": None if bounds is None else bounds.source,
+    "sound": None if bounds is None else bounds.sound,
+    "norm": 2,
+    "slack": certification.Slack()._asdict(),
+    "reason": reason,
+  }
+
+
+def _peak_memory() -> float | None:
+  """MiB: of the device where it tells, else of this process."""
+  statistics = jax.local_devices()[0].memory_stats()
+  if statistics and "peak_bytes_in_use" in statistics:
+    return statistics["peak_bytes_in_use"] / 2**20
+  if resource is None:
+    return None
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  # Bytes on macOS, kibibytes elsewhere.
+  return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _circumstances(model, data, reference, sharding) -> dict:
+  device = jax.devices()[0]
+  return {
+    "modalities": list(data.names),
+    "num_classes": model.num_classes,
+    "input_shapes": {m: list(x.shape[1:]) for m, x in data.inputs.items()},
+    "input_types": {m: str(x.dtype) for m, x in data.inputs.items()},
+    "num_reference": None if reference is None else len(reference["label"]),
+    "device": f"{device.platform} ({device.device_kind})",
+    "num_devices": 1 if sharding is None else len(sharding.device_set),
+    "versions": {
+      "robust_mm": __version__,
+      "jax": jax.__version__,
+      "numpy": np.__version__,
+    },
+  }
+
+
+class _Ticker:
+  """A context that turns ticks into a line on the terminal or into calls."""
+
+  def __init__(self, progress: bool | Callable | None, total: int):
+    self._call = progress if callable(progress) else None
+    self._terminal = progress is True and sys.stderr.isatty()
+    self._done, self._total = 0, total
+
+  def __enter__(self):
+    return self._tick
+
+  def __exit__(self, *_):
+    if self._terminal:
+      sys.stderr.write("\r\x1b[K")
+
+  def _tick(self, what: str) -> None:
+    self._done += 1
+    if self._call is not None:
+      self._call(self._done, self._total, what)
+    if self._terminal:
+      # To the start of the line, and clear what stood there.
+      sys.stderr.write(f"\r\x1b[K{self._done}/{self._total} {what}")
+      sys.stderr.flush()
