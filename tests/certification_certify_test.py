@@ -33,6 +33,12 @@ def found(mlp, batch):
   return jax.jit(lambda p, b: rmm.certify(model, p, b))(params, batch)
 
 
+def _certify(model, params, batch, **settings):
+  """Compiled: one compilation is quicker than one for every operation."""
+  run = jax.jit(lambda p, b: rmm.certify(model, p, b, **settings))
+  return run(params, batch)
+
+
 def _flat(certificate):
   return {
     jax.tree_util.keystr(path): np.asarray(leaf)
@@ -93,7 +99,7 @@ def test_balls_of_differently_predicted_points_never_overlap(mlp):
   model, params = mlp
   batch = models.random_batch(2, 200)
   units = certification.relative_units(batch)
-  found = rmm.certify(model, params, batch, units=units)
+  found = _certify(model, params, batch, units=units)
   joined = np.concatenate(
     [np.asarray(batch["inputs"][m]) / units[m] for m in NAMES], axis=1
   ).astype(float)
@@ -106,7 +112,7 @@ def test_balls_of_differently_predicted_points_never_overlap(mlp):
   # Inflated constants of the encoder's Lipschitz bound must be refuted.
   exact = models.identity()
   plain = models.random_params(3, width=None)
-  found = rmm.certify(exact, plain, batch)
+  found = _certify(exact, plain, batch)
   raw = np.concatenate([np.asarray(batch["inputs"][m]) for m in NAMES], 1)
   distance = np.linalg.norm(raw[:, None] - raw[None], axis=-1)
   radius = np.asarray(found.radius, float)
@@ -162,13 +168,13 @@ def _attack(model, params, batch, found, budgets, steps=60, restarts=2):
 def test_no_attack_inside_the_radius_and_a_wrong_constant_is_refuted(mlp):
   model, params = mlp
   batch = models.random_batch(4, 128)
-  found = rmm.certify(model, params, batch)
+  found = _certify(model, params, batch)
   assert not np.any(_attack(model, params, batch, found, found.radius * 0.999))
   tables = certification.sensitivity_tables(model, params)
   wrong = dataclasses.replace(
     tables, tables={m: 0.2 * t for m, t in tables.tables.items()}
   )
-  cheat = rmm.certify(model, params, batch, tables=wrong)
+  cheat = _certify(model, params, batch, tables=wrong)
   flipped = _attack(model, params, batch, cheat, cheat.radius * 0.999)
   assert flipped.mean() > 0.3
 
@@ -212,8 +218,8 @@ def test_eight_devices_agree_and_compile_once(mlp, batch, found, axis_type):
 
 def test_units_norm_and_fidelity_reach_the_certificate(mlp, batch):
   model, params = mlp
-  plain = rmm.certify(model, params, batch)
-  found = rmm.certify(
+  plain = _certify(model, params, batch)
+  found = _certify(
     model, params, batch, units={"audio": 2.0}, norm={"image": "linf"}
   )
   assert found.norm == (("audio", "l2"), ("image", "linf"))
@@ -257,7 +263,7 @@ def test_empirical_tables_equal_the_jacobian_and_say_so(mlp):
     )
     sound = certification.sensitivity_tables(model, params).tables[m]
     assert np.all(tables.tables[m] <= sound * (1 + 1e-5))
-  found = rmm.certify(model, params, batch, tables=tables)
+  found = _certify(model, params, batch, tables=tables)
   assert not found.sound
   assert found.kind == "estimated"
 
@@ -289,7 +295,7 @@ def test_published_fidelity_is_the_split_form_at_the_runner_up():
   factors = {m: jnp.arange(1.0, 5.0) for m in NAMES}
   params = {**models.random_params(7), "factors": factors}
   batch = models.random_batch(7, 30)
-  found = rmm.certify(model, params, batch, fidelity="published")
+  found = _certify(model, params, batch, fidelity="published")
   assert not found.sound
   tau = certification.empirical_lipschitz(model, params, batch)
   outputs, _ = model.apply(params, {}, batch["inputs"], batch["present"])

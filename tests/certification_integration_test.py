@@ -98,7 +98,7 @@ def test_objective_is_invariant_to_a_common_factor():
 
   np.testing.assert_allclose(loss(1.0), loss(7.0), rtol=1e-5)
   correct = np.argmax(
-    sum(np.asarray(factors[m] * scores[m]) for m in NAMES), -1
+    sum(np.asarray(factors[m]) * np.asarray(scores[m]) for m in NAMES), -1
   )
   keep = correct == label
   scores = {m: s[keep] for m, s in scores.items()}
@@ -263,7 +263,7 @@ def test_clean_accuracy_may_fall_by_max_drop_only(drop, accepted):
 
 
 def _accuracy(factors, scores, label):
-  logits = sum(np.asarray(factors[m] * scores[m]) for m in NAMES)
+  logits = sum(np.asarray(factors[m]) * np.asarray(scores[m]) for m in NAMES)
   return np.mean(np.argmax(logits, -1) == label)
 
 

@@ -141,15 +141,23 @@ def recheck_fp64(
     raise ValueError("certificate is estimated: there is nothing to recheck.")
   with jax.enable_x64(True):
     units = {name: float(value) for name, value in certificate.units.items()}
-    exact = certify(
-      model,
-      _widen(params),
-      {**batch, "inputs": _widen(dict(batch["inputs"]))},
-      state=_widen({} if state is None else state),
-      units=units,
-      norm=dict(certificate.norm),
-      slack=certificates.NO_SLACK,
-    )
+
+    @jax.jit
+    def run(params, batch, state):
+      return certify(
+        model,
+        params,
+        batch,
+        state=state,
+        units=units,
+        norm=dict(certificate.norm),
+        slack=certificates.NO_SLACK,
+      )
+
+    present = tables_lib.presence(batch, model.modalities)
+    wide = {"inputs": _widen(dict(batch["inputs"])), "present": present}
+    state = {} if state is None else state
+    exact = run(_widen(params), wide, _widen(state))
     if exact.radius.dtype != np.float64:
       raise ValueError("model computes in float32 whatever its inputs.")
     exact = jax.device_get(exact)
