@@ -151,7 +151,7 @@ def encoder_constant(
   return None if constant is None else jnp.asarray(constant, jnp.float32)
 
 
-def _to_dict(state: nnx.State) -> dict:
+def _to_dict(state: PyTree) -> dict:
   """A plain dict with string keys; lists of modules have integer ones."""
 
   def rename(tree):
@@ -162,7 +162,7 @@ def _to_dict(state: nnx.State) -> dict:
   return rename(nnx.to_pure_dict(state))
 
 
-def _from_dict(spec: nnx.State, tree: PyTree) -> nnx.State:
+def _from_dict(spec: PyTree, tree: PyTree) -> PyTree:
   """The nnx.State of the structure of ``spec`` with the leaves of ``tree``."""
 
   def restore(spec_tree, tree):
@@ -177,7 +177,7 @@ def _from_dict(spec: nnx.State, tree: PyTree) -> nnx.State:
   return state
 
 
-def _random_state(spec: nnx.State, key: PRNGKeyArray | None) -> nnx.State:
+def _random_state(spec: PyTree, key: PRNGKeyArray | None) -> PyTree:
   """Random streams restarted from ``key``: keys folded in, counts zero."""
   key = jax.random.key(0) if key is None else key
   leaves, structure = jax.tree.flatten(spec)
