@@ -33,12 +33,6 @@ def found(mlp, batch):
   return jax.jit(lambda p, b: rmm.certify(model, p, b))(params, batch)
 
 
-def _certify(model, params, batch, **settings):
-  """Compiled: one compilation is quicker than one for every operation."""
-  run = jax.jit(lambda p, b: rmm.certify(model, p, b, **settings))
-  return run(params, batch)
-
-
 def _flat(certificate):
   return {
     jax.tree_util.keystr(path): np.asarray(leaf)
@@ -99,7 +93,7 @@ def test_balls_of_differently_predicted_points_never_overlap(mlp):
   model, params = mlp
   batch = models.random_batch(2, 200)
   units = certification.relative_units(batch)
-  found = _certify(model, params, batch, units=units)
+  found = rmm.certify(model, params, batch, units=units)
   joined = np.concatenate(
     [np.asarray(batch["inputs"][m]) / units[m] for m in NAMES], axis=1
   ).astype(float)
@@ -112,7 +106,7 @@ def test_balls_of_differently_predicted_points_never_overlap(mlp):
   # Inflated constants of the encoder's Lipschitz bound must be refuted.
   exact = models.identity()
   plain = models.random_params(3, width=None)
-  found = _certify(exact, plain, batch)
+  found = rmm.certify(exact, plain, batch)
   raw = np.concatenate([np.asarray(batch["inputs"][m]) for m in NAMES], 1)
   distance = np.linalg.norm(raw[:, None] - raw[None], axis=-1)
   radius = np.asarray(found.radius, float)
@@ -168,13 +162,13 @@ def _attack(model, params, batch, found, budgets, steps=60, restarts=2):
 def test_no_attack_inside_the_radius_and_a_wrong_constant_is_refuted(mlp):
   model, params = mlp
   batch = models.random_batch(4, 128)
-  found = _certify(model, params, batch)
+  found = rmm.certify(model, params, batch)
   assert not np.any(_attack(model, params, batch, found, found.radius * 0.999))
   tables = certification.sensitivity_tables(model, params)
   wrong = dataclasses.replace(
     tables, tables={m: 0.2 * t for m, t in tables.tables.items()}
   )
-  cheat = _certify(model, params, batch, tables=wrong)
+  cheat = rmm.certify(model, params, batch, tables=wrong)
   flipped = _attack(model, params, batch, cheat, cheat.radius * 0.999)
   assert flipped.mean() > 0.3
 
@@ -218,8 +212,8 @@ def test_eight_devices_agree_and_compile_once(mlp, batch, found, axis_type):
 
 def test_units_norm_and_fidelity_reach_the_certificate(mlp, batch):
   model, params = mlp
-  plain = _certify(model, params, batch)
-  found = _certify(
+  plain = rmm.certify(model, params, batch)
+  found = rmm.certify(
     model, params, batch, units={"audio": 2.0}, norm={"image": "linf"}
   )
   assert found.norm == (("audio", "l2"), ("image", "linf"))
@@ -263,7 +257,7 @@ def test_empirical_tables_equal_the_jacobian_and_say_so(mlp):
     )
     sound = certification.sensitivity_tables(model, params).tables[m]
     assert np.all(tables.tables[m] <= sound * (1 + 1e-5))
-  found = _certify(model, params, batch, tables=tables)
+  found = rmm.certify(model, params, batch, tables=tables)
   assert not found.sound
   assert found.kind == "estimated"
 
@@ -295,7 +289,7 @@ def test_published_fidelity_is_the_split_form_at_the_runner_up():
   factors = {m: jnp.arange(1.0, 5.0) for m in NAMES}
   params = {**models.random_params(7), "factors": factors}
   batch = models.random_batch(7, 30)
-  found = _certify(model, params, batch, fidelity="published")
+  found = rmm.certify(model, params, batch, fidelity="published")
   assert not found.sound
   tau = certification.empirical_lipschitz(model, params, batch)
   outputs, _ = model.apply(params, {}, batch["inputs"], batch["present"])
@@ -448,3 +442,16 @@ def test_wilson_interval_equals_scipy():
       [expected.low, expected.high],
       atol=1e-12,
     )
+
+
+def test_a_second_call_outside_jit_compiles_nothing(mlp, caplog):
+  model, params = mlp
+  batches = [models.random_batch(seed, 32) for seed in (20, 21)]
+  rmm.certify(model, params, batches[0])
+  caplog.clear()
+  with jax.log_compiles():
+    rmm.certify(model, params, batches[1])
+  assert not [r for r in caplog.records if "Compiling" in r.getMessage()]
+  with jax.log_compiles():
+    rmm.certify(model, params, models.random_batch(22, 33))
+  assert [r for r in caplog.records if "Compiling" in r.getMessage()]

@@ -100,7 +100,7 @@ def margin_certificate(
       name: jnp.asarray(value, logits.dtype)
       for name, value in tables_lib.check_units(units, known).items()
     },
-    norm=tuple(_norms(norm, known).items()),
+    norm=tuple(norms(norm, known).items()),
     fusion=fusion,
     sound=tables.sound and fidelity == "corrected",
     rival="all" if fidelity == "corrected" else "runner_up",
@@ -130,21 +130,22 @@ def _assemble(contributions, known, present, bias, logits):
   return masked, logits, jnp.max(size, axis=-1)
 
 
-def _norms(norm, known):
+def norms(norm, known) -> dict[str, str]:
+  """``{m: norm}`` for every modality; ValueError for an unknown one."""
   if norm is None or isinstance(norm, str):
     norm = dict.fromkeys(known, norm or "l2")
   _validate.known(known, norm=norm)
-  norms = {name: norm.get(name, "l2") for name in known}
-  for name, value in norms.items():
+  result = {name: norm.get(name, "l2") for name in known}
+  for name, value in result.items():
     _validate.one_of(margins.BALLS, **{f"norm[{name!r}]": value})
-  return norms
+  return result
 
 
 def _size_factors(known, units, norm, sizes, slack):
   """What a raw l2 sensitivity is multiplied by, per modality."""
   units = tables_lib.check_units(units, known)
   factors = {}
-  for name, kind in _norms(norm, known).items():
+  for name, kind in norms(norm, known).items():
     factor = 1.0 + slack.sensitivity
     if kind == "linf":
       if sizes is None or name not in sizes:

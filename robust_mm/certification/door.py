@@ -1,5 +1,6 @@
 """The front door: ``certify`` a model, and what is read off a certificate."""
 
+import functools
 import statistics
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -91,13 +92,52 @@ def certify(
   """
   _validate.one_of(SOURCES, source=source)
   _validate.one_of(arrays.FIDELITIES, fidelity=fidelity)
-  present = tables_lib.presence(batch, model.modalities)
-  inputs = {name: jnp.asarray(batch["inputs"][name]) for name in present}
-  state = {} if state is None else state
   tables_lib.need_geometry(model)
+  present = tables_lib.presence(batch, model.modalities)
+  certificate, agree = _certify(
+    params,
+    {name: jnp.asarray(batch["inputs"][name]) for name in present},
+    present,
+    {} if state is None else state,
+    tables,
+    tables_lib.check_units(units, model.modalities),
+    model=model,
+    source=source,
+    norm=tuple(arrays.norms(norm, model.modalities).items()),
+    slack=slack,
+    fidelity=fidelity,
+  )
+  if margins.known_values(agree) and not bool(jnp.all(agree)):
+    raise ValueError(
+      "geometry does not explain the logits: they must be the sum over "
+      "present modalities of head[m] @ embedding[m], plus bias."
+    )
+  return certificate
+
+
+# Compiled here as well, so that a notebook pays for a trace once per model and
+# not at every call; inside somebody's jit it is part of theirs.
+@functools.partial(
+  jax.jit, static_argnames=("model", "source", "norm", "slack", "fidelity")
+)
+def _certify(
+  params,
+  inputs,
+  present,
+  state,
+  tables,
+  units,
+  *,
+  model,
+  source,
+  norm,
+  slack,
+  fidelity,
+):
   outputs = _evaluate(model, params, state, inputs, present)
   geometry = tables_lib.model_geometry(model, params)
   if tables is None:
+    batch = {"inputs": inputs, "present": present}
     tables = _tables(model, params, batch, state, geometry, source, fidelity)
   contributions = _contributions(geometry, outputs, present)
   agree = _agreement(geometry, outputs, contributions)
@@ -105,18 +145,19 @@ def certify(
   contributions = jax.tree.map(
     lambda value: jnp.where(agree[..., None], value, jnp.nan), contributions
   )
-  return arrays.margin_certificate(
+  certificate = arrays.margin_certificate(
     contributions,
     tables,
     present,
     bias=geometry.bias,
     logits=outputs.logits,
     units=units,
-    norm=norm,
+    norm=dict(norm),
     sizes={name: int(np.prod(x.shape[1:])) for name, x in inputs.items()},
     slack=slack,
     fidelity=fidelity,
   )
+  return certificate, agree
 
 
 def recheck_fp64(
@@ -141,23 +182,15 @@ def recheck_fp64(
     raise ValueError("certificate is estimated: there is nothing to recheck.")
   with jax.enable_x64(True):
     units = {name: float(value) for name, value in certificate.units.items()}
-
-    @jax.jit
-    def run(params, batch, state):
-      return certify(
-        model,
-        params,
-        batch,
-        state=state,
-        units=units,
-        norm=dict(certificate.norm),
-        slack=certificates.NO_SLACK,
-      )
-
-    present = tables_lib.presence(batch, model.modalities)
-    wide = {"inputs": _widen(dict(batch["inputs"])), "present": present}
-    state = {} if state is None else state
-    exact = run(_widen(params), wide, _widen(state))
+    exact = certify(
+      model,
+      _widen(params),
+      {**batch, "inputs": _widen(dict(batch["inputs"]))},
+      state=_widen({} if state is None else state),
+      units=units,
+      norm=dict(certificate.norm),
+      slack=certificates.NO_SLACK,
+    )
     if exact.radius.dtype != np.float64:
       raise ValueError("model computes in float32 whatever its inputs.")
     exact = jax.device_get(exact)
@@ -354,13 +387,8 @@ def _agreement(geometry, outputs, contributions) -> Array:
     # Rounding is relative to the norms, not to a sum that may cancel.
     size = size + rows * margins.norm(outputs.embeddings[name])
   difference = jnp.max(jnp.abs(total - outputs.logits), axis=-1)
-  differs = difference > 1e-4 * size
-  if margins.known_values(differs) and bool(jnp.any(differs)):
-    raise ValueError(
-      "geometry does not explain the logits: they must be the sum over "
-      "present modalities of head[m] @ embedding[m], plus bias."
-    )
-  return ~differs
+  # NaN agrees: non-finite values are dealt with by the certificate.
+  return ~(difference > 1e-4 * size)
 
 
 def _widen(tree):
