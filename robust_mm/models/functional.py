@@ -109,7 +109,9 @@ def from_module(build: Callable[[nnx.Rngs], nnx.Module]) -> Functions:
 
 def call(module: nnx.Module, *args, train: bool, key) -> Any:
   """Calls a module with those of ``train`` and ``key`` it takes."""
-  accepted = inspect.signature(type(module).__call__).parameters
+  # A bridged linen module takes anything and passes it on.
+  target = getattr(module, "to_nnx__module", module)
+  accepted = inspect.signature(type(target).__call__).parameters
   anything = any(
     p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()
   )
