@@ -16,8 +16,17 @@ VARIANTS = ("AT", "Mix", "published", "radius", "smoke")
 MLP = {"name": "lipschitz_mlp", "width": 128, "embedding_dim": 64}
 CNN = {"name": "lipschitz_cnn", "embedding_dim": 64}
 TEMPORAL = {"name": "lipschitz_temporal_cnn", "embedding_dim": 64}
+# Orthonormal layers and max_min between: nothing of the radius is lost on the
+# way, and a large learning rate trains them in a few hundred steps.
+ORTHONORMAL = {
+  "name": "lipschitz_mlp",
+  "block": "bjorck",
+  "width": 64,
+  "num_blocks": 3,
+  "embedding_dim": 64,
+}
 ENCODERS = {
-  "digits": {"default": MLP},
+  "digits": {"default": ORTHONORMAL},
   "av_digits": {"image": MLP, "audio": MLP},
   "utd_mhad": {"inertial": TEMPORAL, "skeleton": TEMPORAL, "depth": MLP},
   "mfeat": {"default": MLP},
@@ -40,7 +49,7 @@ ORDINARY = {
   "arrays": {"default": {"name": "auto"}},
 }
 STEPS = {
-  "digits": 1000,
+  "digits": 500,
   "av_digits": 1200,
   "utd_mhad": 800,
   "mfeat": 1200,
@@ -84,8 +93,15 @@ def _corrected(config, dataset: str, variants) -> None:
   config.model.normalization = "centre" if raw else "scale"
   config.recipe.name = "crmt"
   config.recipe.options.rho = 1.0
-  config.recipe.options.r0 = {"digits": 0.9, "av_digits": 1.5}.get(dataset, 0.3)
+  config.recipe.options.r0 = {"digits": 0.7, "av_digits": 1.5}.get(dataset, 0.3)
   config.optimizer.lr = 2e-3
+  if dataset == "digits":
+    # The companion term costs a point of certified accuracy here.
+    config.recipe.options.rho = 0.0
+    config.recipe.options.temperature = 0.07
+    config.optimizer.lr = 5e-2
+    config.optimizer.b2 = 0.95
+    config.optimizer.warmup_steps = 25
   config.selection.metric = "certified_accuracy"
   config.selection.radius = {"digits": 0.5, "av_digits": 0.5}.get(dataset, 0.2)
   if not raw:

@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
   """Runs a command line; returns the exit code."""
   arguments = sys.argv[1:] if argv is None else argv
   # Flags a shell user may write before or after the command name.
-  arguments, overrides = _take_overrides(arguments)
+  arguments, overrides = take_overrides(arguments)
   parser = build_parser()
   options = parser.parse_args(arguments)
   if overrides and options.command != "train":
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     return 130
 
 
-def _take_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
+def take_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
   rest, overrides, i = [], [], 0
   while i < len(arguments):
     word = arguments[i]

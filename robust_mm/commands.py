@@ -227,7 +227,7 @@ def _evaluate_one(
       protocol=make_protocol(config, facts, radii),
       seed=config.seed,
       reference=reference,
-      dataset_name=config.data.name,
+      dataset=config.data.name,
       recipe=facts["recipe"],
       progress=progress,
       sharding=sharding.batch_sharding(mesh),

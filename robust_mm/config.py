@@ -50,6 +50,8 @@ def default() -> ml_collections.ConfigDict:
   config.optimizer = ml_collections.ConfigDict()
   config.optimizer.name = "adam"
   config.optimizer.lr = 1e-3
+  config.optimizer.b1 = 0.9  # momentum of sgd
+  config.optimizer.b2 = 0.999  # unused by sgd
   config.optimizer.schedule = "cosine"
   config.optimizer.warmup_steps = 0
   config.optimizer.weight_decay = 0.0
@@ -112,6 +114,7 @@ def parse(
 def shrink(config: ml_collections.ConfigDict) -> None:
   """The smoke form of a configuration: every part runs, nothing is learnt."""
   config.num_steps = 4
+  config.optimizer.warmup_steps = 0
   config.data.batch_size = 16
   config.data.max_train_examples = 64
   config.data.max_eval_examples = 32

@@ -8,11 +8,13 @@ the bounds.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Float
+from jaxtyping import PRNGKeyArray
 
 from robust_mm import _validate
 
@@ -20,6 +22,23 @@ from robust_mm import _validate
 # clear of sqrt(3), which it would map to 0.
 _FIRST_LIMIT = 1.5
 _MAX_SOLVER_STEPS = 64
+
+
+def random_orthonormal(
+  key: PRNGKeyArray, shape: Sequence[int]
+) -> Float[Array, "*b k d"]:
+  """Uniformly random matrices with orthonormal rows (columns where k > d).
+
+  The polar factor of a Gaussian matrix, which has the Haar distribution, by
+  matrix products alone: several QR factorisations inside one compiled function
+  dead-lock XLA's CPU client on two cores (seen with jax 0.10.2), and take
+  seconds to compile.
+
+  Args:
+    key: a random key.
+    shape: ``[..., k, d]``.
+  """
+  return newton_schulz(jax.random.normal(key, tuple(shape)), num_iters=40)
 
 
 def newton_schulz(
@@ -70,7 +89,7 @@ def newton_schulz(
   Z = Z.astype(jnp.promote_types(Z.dtype, jnp.float32))
   if Z.shape[-2] > Z.shape[-1]:
     return _transpose(newton_schulz(_transpose(Z), num_iters=num_iters))
-  W, _ = _polar(jnp.reshape(Z, (-1, *Z.shape[-2:])), num_iters)
+  W, *_ = _polar(jnp.reshape(Z, (-1, *Z.shape[-2:])), num_iters)
   return jnp.reshape(W, Z.shape)
 
 
@@ -185,8 +204,12 @@ def cayley(V: Float[Array, "*b k d"]) -> Float[Array, "*b k d"]:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _polar(z: Array, num_iters: int) -> tuple[Array, Array]:
-  """``(W, R)`` of ``z`` [n, k, d], k <= d: ``W = R z``, ``R -> P^-1``."""
+def _polar(z: Array, num_iters: int) -> tuple[Array, Array, Array]:
+  """``(W, R, size)`` of ``z`` [n, k, d], k <= d.
+
+  ``W = R z`` and ``R -> P^-1``; ``size`` is the largest squared Frobenius
+  norm of ``I - X X^T`` before the last step.
+  """
   gram = _dot(z, _transpose(z))
   trace = jnp.trace(gram, axis1=-2, axis2=-1)[:, None, None]
   # Singular values scatter around 1 after the root mean square, and near 1
@@ -218,23 +241,28 @@ def _gram_steps(gram: Array, num_iters: int) -> tuple[Array, Array]:
     square = _dot(error, error)
     return 0.75 * square + 0.25 * _dot(square, error)
 
+  # A step more than halves the error's exponent, and one more follows on X:
+  # an applied error of this size leaves less than rounding behind.
+  tolerance = epsilon**0.5
+
   def unfinished(carry):
     step, error, _ = carry
     size = jnp.max(jnp.sum(jnp.square(error), axis=(-2, -1)))
-    return (step < num_iters - 1) & (size > epsilon)
+    return (step < num_iters - 1) & (size > tolerance)
 
   def body(carry):
     step, error, factor = carry
-    return step + 1, advance(error), factor + 0.5 * _dot(factor, error)
+    error = advance(error)
+    return step + 1, error, factor + 0.5 * _dot(factor, error)
 
-  carry = (jnp.ones((), jnp.int32), advance(error), eye + 0.5 * error)
+  carry = (jnp.ones((), jnp.int32), error, eye + 0.5 * error)
   step, _, factor = jax.lax.while_loop(unfinished, body, carry)
   return factor, step
 
 
 def _direct_steps(
   x: Array, r: Array, num_done: Array, num_iters: int
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
   """One step on ``X`` itself, more where it has not converged."""
   epsilon = jnp.finfo(x.dtype).eps
   gram = _dot(x, _transpose(x))
@@ -260,8 +288,8 @@ def _direct_steps(
     return advance(step, x, r, _dot(x, _transpose(x)))
 
   carry = advance(num_done, x, r, gram * shrink)
-  _, _, x, r = jax.lax.while_loop(unfinished, body, carry)
-  return x, r
+  _, size, x, r = jax.lax.while_loop(unfinished, body, carry)
+  return x, r, size
 
 
 @_polar.defjvp
@@ -272,20 +300,20 @@ def _polar_jvp(num_iters, primals, tangents):
   Omega P = dZ W^T - W dZ^T``.
   """
   (z,), (dz,) = primals, tangents
-  w, r = _polar(z, num_iters)
+  w, r, size = _polar(z, num_iters)
   p = _dot(z, _transpose(w))
   p = 0.5 * (p + _transpose(p))
   # Dependent rows make the equation singular. The shift is of the size of the
   # slope that num_iters steps have there, and rounding where they converged.
   mean = jnp.trace(p, axis1=-2, axis2=-1)[:, None, None] / p.shape[-1]
-  shift = defect(w)[:, None, None] * mean * 1.5**-num_iters
+  shift = jnp.minimum(size, 1.0) * mean * 1.5**-num_iters
   shift = jax.lax.stop_gradient(shift + jnp.finfo(z.dtype).tiny)
   a = _dot(dz, _transpose(w))
   omega = _solve_skew(p, shift, a - _transpose(a))
   dw = _dot(omega, w) + _dot(r, dz - _dot(a, w))
   dp = a - _dot(p, omega)
   dr = -_dot(_dot(r, 0.5 * (dp + _transpose(dp))), r)
-  return (w, r), (dw, dr)
+  return (w, r, size), (dw, dr, jnp.zeros_like(size))
 
 
 def _solve_skew(p: Array, shift: Array, skew: Array) -> Array:
@@ -313,7 +341,7 @@ def _conjugate_gradient(matvec, b: Array) -> Array:
   def ratio(u, v):
     return u / jnp.where(v == 0, 1.0, v)
 
-  tolerance = inner(b, b) * (16 * jnp.finfo(b.dtype).eps) ** 2
+  tolerance = inner(b, b) * (64 * jnp.finfo(b.dtype).eps) ** 2
 
   def unfinished(carry):
     step, _, _, _, size = carry

@@ -97,12 +97,10 @@ class OrthogonalFusion:
           f"{'centred ' if self.centre_rows else ''}rows, got "
           f"{embedding_dims[name]}."
         )
-    orthogonal = jax.nn.initializers.orthogonal()
     proxies = {
-      name: orthogonal(
+      name: linalg.random_orthonormal(
         jax.random.fold_in(key, index),
         (self.num_classes, embedding_dims[name]),
-        jnp.float32,
       )
       for index, name in enumerate(names)
     }

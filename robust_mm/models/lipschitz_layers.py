@@ -128,13 +128,12 @@ class Dense(OneLipschitz):
     shape = (num_layers, num_outputs, num_inputs)
     # The Cayley transform maps 0 to the identity, whose layers would all be
     # the same; normal entries spread its eigenvalues over the circle.
-    init = (
-      nnx.initializers.glorot_normal()
-      if method == "cayley"
-      else nnx.initializers.orthogonal()
-    )
-    keys = jax.random.split(rngs.params(), num_layers)
-    self.weight = nnx.Param(jax.vmap(lambda key: init(key, shape[1:]))(keys))
+    if method == "cayley":
+      normal = nnx.initializers.glorot_normal(batch_axis=0)
+      weight = normal(rngs.params(), shape)
+    else:
+      weight = linalg.random_orthonormal(rngs.params(), shape)
+    self.weight = nnx.Param(weight)
     self.bias = nnx.Param(jnp.zeros(shape[:2])) if use_bias else None
     self.method = method
     self.num_iters = num_iters
@@ -239,7 +238,7 @@ class AOLConv(OneLipschitz):
     # An orthogonal centre tap: AOL leaves orthonormal columns alone and
     # shrinks everything else.
     middle = tuple(n // 2 for n in kernel_size)
-    tap = nnx.initializers.orthogonal()(rngs.params(), shape[-2:])
+    tap = linalg.random_orthonormal(rngs.params(), shape[-2:])
     noise = nnx.initializers.normal(0.1 * np.prod(shape[:-1]) ** -0.5)
     kernel = noise(rngs.params(), shape).at[middle].add(tap)
     self.kernel = nnx.Param(kernel)

@@ -257,7 +257,7 @@ def integration_phase(
   def loss_fn(params, state, batch, *, key):
     del key
     geometry = model.geometry(params)
-    loss = certification.factors_loss(
+    loss = certification.integration_loss(
       geometry.factors,
       batch["scores"],
       batch["label"],
@@ -295,10 +295,7 @@ def integration_phase(
     name="integration",
     num_steps=num_steps,
     loss=loss_fn,
-    # The published step: SGD at 3e-5, momentum 0.9, weight decay 1e-2.
-    tx=optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(3e-5, 0.9))
-    if published
-    else optax.adam(lr),
+    tx=certification.published_optimizer() if published else optax.adam(lr),
     trainable=INTEGRATION,
     prepare=prepare,
     accept=None if published else accept,
@@ -309,7 +306,7 @@ def _constants(model, params, state, reference, given, fidelity):
   if given is not None:
     return dict(given)
   if fidelity == "published":
-    return certification.empirical_lipschitz(
+    return certification.score_gradient_norms(
       model, params, reference, state=state
     )
   return model.geometry(params).lipschitz

@@ -7,7 +7,7 @@ from robust_mm import _validate
 _OPTIMIZERS = {
   "adam": optax.adam,
   "adamw": optax.adamw,
-  "sgd": lambda lr: optax.sgd(lr, momentum=0.9, nesterov=True),
+  "sgd": lambda lr, b1, b2: optax.sgd(lr, momentum=b1, nesterov=True),
   "lion": optax.lion,
 }
 _DECAYING = {"adamw", "lion"}
@@ -19,6 +19,8 @@ def make(
   num_steps: int,
   name: str = "adam",
   lr: float = 1e-3,
+  b1: float = 0.9,
+  b2: float = 0.999,
   schedule: str = "cosine",
   warmup_steps: int = 0,
   weight_decay: float = 0.0,
@@ -28,8 +30,10 @@ def make(
 
   Args:
     num_steps: length of the schedule; cosine and linear end at zero.
-    name: ``adam``, ``adamw``, ``sgd`` (Nesterov, 0.9) or ``lion``.
+    name: ``adam``, ``adamw``, ``sgd`` (Nesterov) or ``lion``.
     lr: peak learning rate.
+    b1: decay of the first moment, the momentum of ``sgd``.
+    b2: decay of the second moment; ``sgd`` has none.
     schedule: ``cosine``, ``linear`` or ``constant``.
     warmup_steps: linear rise from zero, counted in ``num_steps``.
     weight_decay: decoupled decay, ``adamw`` and ``lion`` only.
@@ -41,6 +45,7 @@ def make(
   _validate.one_of(_OPTIMIZERS, **{"optimizer.name": name})
   _validate.one_of(_SCHEDULES, **{"optimizer.schedule": schedule})
   _validate.positive(**{"optimizer.lr": lr})
+  _validate.in_unit_interval(**{"optimizer.b1": b1, "optimizer.b2": b2})
   _validate.non_negative(
     **{
       "optimizer.weight_decay": weight_decay,
@@ -57,7 +62,7 @@ def make(
     schedule, lr=lr, num_steps=num_steps, warmup_steps=warmup_steps
   )
   keywords = {"weight_decay": weight_decay} if name in _DECAYING else {}
-  tx = _OPTIMIZERS[name](rate, **keywords)
+  tx = _OPTIMIZERS[name](rate, b1=b1, b2=b2, **keywords)
   if clip_norm:
     tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
   return tx
