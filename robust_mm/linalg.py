@@ -38,7 +38,19 @@ def random_orthonormal(
     key: a random key.
     shape: ``[..., k, d]``.
   """
-  return newton_schulz(jax.random.normal(key, tuple(shape)), num_iters=40)
+  *batch, k, d = shape
+  wide = jax.random.normal(key, (*batch, min(k, d), max(k, d)))
+
+  def step(_, X):
+    gram = jnp.einsum("...kd,...jd->...kj", X, X, precision="highest")
+    return 1.5 * X - 0.5 * jnp.einsum(
+      "...kj,...jd->...kd", gram, X, precision="highest"
+    )
+
+  size = jnp.linalg.norm(wide, axis=(-2, -1), keepdims=True)
+  # 48 steps bring singular values from 1e-6 to 1; a compiled loop is small.
+  W = jax.lax.fori_loop(0, 48, step, wide / size)
+  return W if k <= d else jnp.swapaxes(W, -1, -2)
 
 
 def newton_schulz(

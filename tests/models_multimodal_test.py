@@ -74,7 +74,7 @@ def _model(fusion):
 @functools.cache
 def _params(fusion):
   if fusion == "orthogonal":
-    return jax.jit(_model(fusion).init)(jax.random.key(0))
+    return _model(fusion).init(jax.random.key(0))
   params, state = _params("orthogonal")
   head = FUSIONS[fusion].init(jax.random.key(1), dict.fromkeys(SHAPES, 8))
   return {**params, "fusion": head}, state
