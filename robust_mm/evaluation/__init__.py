@@ -33,7 +33,7 @@ SCHEMA = {
     "valid_range, batch_size, max_examples, survivors_only); attacks {name: "
     "exact settings}; certificate {asked, source, sound, norm, reason}; "
     "modalities, num_classes, input_shapes, input_types, num_reference, "
-    "device, num_devices, versions"
+    "matmul_precision, device, num_devices, versions"
   ),
   "clean": "{accuracy, interval [low, high], num_examples}",
   "subsets": (

@@ -12,6 +12,8 @@ from robust_mm import modalities
 from robust_mm._types import Batch
 from robust_mm._types import Model
 
+PRECISION = "highest"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
@@ -124,13 +126,25 @@ class Device:
     self._state = state
     self._sharding = sharding
 
-  def compile(self, function: Callable) -> Callable:
-    """``jax.jit``; the result is replicated so that any host can read it."""
+  def compile(self, function: Callable, *, moved: bool = False) -> Callable:
+    """``jax.jit``; results are replicated so that any host can read them.
+
+    Args:
+      function: ``function(params, state, chunk, *extra)``.
+      moved: its result is a pair, and the first is a batch that stays sharded.
+    """
+
+    def run(*arguments):
+      # A certificate is about full precision; so is what is held against it.
+      with jax.default_matmul_precision(PRECISION):
+        return function(*arguments)
+
     if not isinstance(self._sharding, jax.sharding.NamedSharding):
-      return jax.jit(function)
+      return jax.jit(run)
     spec = jax.sharding.PartitionSpec()
     replicated = jax.sharding.NamedSharding(self._sharding.mesh, spec)
-    return jax.jit(function, out_shardings=replicated)
+    out = (self._sharding, replicated) if moved else replicated
+    return jax.jit(run, out_shardings=out)
 
   def chunk_size(self, wanted: int) -> int:
     """``wanted``, rounded up to a multiple of the number of devices."""

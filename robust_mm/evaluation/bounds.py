@@ -73,7 +73,8 @@ def choose_source(
     if wanted != "auto":
       raise ValueError(f"certificate={wanted!r} cannot be had. {reason}")
     return None, reason
-  bounds = model.geometry(params).lipschitz
+  # Shapes are enough: whether there is a constant does not depend on params.
+  bounds = jax.eval_shape(model.geometry, params).lipschitz
   without = [name for name in sorted(bounds) if bounds[name] is None]
   if not without and wanted != "empirical":
     return "global", "Every encoder states a sound Lipschitz constant."
@@ -116,7 +117,7 @@ def certified(
       model, params, reference, state=state
     )
   else:
-    tables = certification.sensitivity_tables(model, params, source=source)
+    tables = _global_tables(model, params)
   tables = jax.block_until_ready(tables)
   seconds = {"table_seconds": time.perf_counter() - start}
 
@@ -156,3 +157,17 @@ _BOUND_FIELDS = (
   "margins",
   "sensitivity",
 )
+
+
+def _global_tables(model, params) -> certification.SensitivityTables:
+  # Many small operations one by one take seconds to compile.
+  tables = jax.jit(
+    lambda params: certification.sensitivity_tables(model, params)
+  )(params)
+  for name, table in tables.tables.items():
+    # Traced values are not validated there.
+    if not np.all(np.asarray(table) >= 0):
+      raise ValueError(
+        f"geometry.lipschitz[{name!r}] must be a non-negative number."
+      )
+  return tables

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
@@ -40,17 +39,22 @@ class Cell:
   size: float
 
 
-def predictions(
-  model: Model, device: batches.Device, data: batches.Data, size: int, subsets
-) -> tuple[dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]], float]:
-  """Predictions with only some modalities left, one compilation for all.
+class Forward:
+  """The predictions of one model, one compilation for all subsets."""
 
-  Returns:
-    ``{subset: (prediction [n], counted bool[n])}`` and the seconds of one
-    compiled call; an example is counted where the subset leaves it something.
-    A non-finite logit predicts -1.
-  """
+  def __init__(self, model: Model, device: batches.Device, *, size: int):
+    self._device, self._size = device, size
+    self.compiled = device.compile(_forward_fn(model))
 
+  def __call__(self, data, rows, subset) -> np.ndarray:
+    """``[len(rows)]`` predictions with only the modalities of ``subset``."""
+    extra = (keep_only(data.names, subset),)
+    return self._device.map(
+      self.compiled, data, rows, self._size, extra=lambda number: extra
+    )
+
+
+def _forward_fn(model):
   def forward(params, state, chunk, keep):
     present = {
       name: flag & keep[name] for name, flag in chunk["present"].items()
@@ -59,23 +63,32 @@ def predictions(
     outputs, _ = model.apply(params, state, inputs, present)
     return decide(outputs.logits)
 
-  compiled = device.compile(forward)
+  return forward
 
-  def run(rows, subset):
-    extra = ({name: np.asarray(name in subset) for name in data.names},)
-    return device.map(compiled, data, rows, size, extra=lambda number: extra)
 
+def keep_only(names, subset) -> dict[str, np.ndarray]:
+  """``{m: whether it is in the subset}``, arrays, so that jit sees data."""
+  return {name: np.asarray(name in subset) for name in names}
+
+
+def predictions(
+  forward: Forward, data: batches.Data, subsets
+) -> dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]]:
+  """Predictions with only some modalities left.
+
+  Returns:
+    ``{subset: (prediction [n], counted bool[n])}``; an example is counted where
+    the subset leaves it something. A non-finite logit predicts -1.
+  """
   result = {}
   for subset in subsets:
     counted = np.any([data.present[name] for name in subset], axis=0)
     prediction = np.full(data.size, -1, np.int32)
     rows = np.flatnonzero(counted)
     if len(rows):
-      prediction[rows] = run(rows, subset)
+      prediction[rows] = forward(data, rows, subset)
     result[subset] = (prediction, counted)
-  start = time.perf_counter()
-  run(np.arange(min(size, data.size)), data.names)
-  return result, time.perf_counter() - start
+  return result
 
 
 def decide(logits: jax.Array) -> jax.Array:
@@ -90,20 +103,19 @@ def make_attack(
   """The attack value of one entry of ``Protocol.attacks``.
 
   Raises:
-    ValueError: no such attack, naming the close ones.
+    ValueError: no such attack, or one that does not take these arguments.
   """
-  arguments = {key: value for key, value in given.items() if key != "name"}
-  factory = getattr(attacks_lib, given["name"], None)
-  if not callable(factory) or given["name"].startswith("_"):
-    raise ValueError(f"attack names the unknown attack {given['name']!r}.")
-  largest = max([*protocol.radii, 1.0])
-  return factory(
-    norm=protocol.norm,
-    budget=largest,
-    units=units,
-    valid_range=protocol.valid_range,
-    **arguments,
-  )
+  try:
+    return attacks_lib.make(
+      norm=protocol.norm,
+      # Only a default: every call states its own.
+      budget=max([*protocol.radii, 1.0]),
+      units=units,
+      valid_range=protocol.valid_range,
+      **given,
+    )
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"attack {given['name']!r}: {error}") from error
 
 
 class Attacker:
@@ -112,9 +124,19 @@ class Attacker:
   Radii, labels and the choice of modalities are data of the compiled function.
   """
 
-  def __init__(self, model, device, attack, *, units, norm, size):
+  def __init__(self, model, device, attack, forward, *, units, norm, size):
     self._device, self._size = device, size
-    self._run = device.compile(_attack_fn(model, attack, units, norm))
+    search = device.compile(_attack_fn(model, attack, units, norm), moved=True)
+
+    def run(params, state, chunk, key, chosen):
+      inputs, ratio = search(params, state, chunk, key, chosen)
+      attacked = {**chunk, "inputs": inputs}
+      del attacked["radius"]
+      every = keep_only(inputs, inputs)
+      # The clean pass is compiled already, and judges clean and attacked alike.
+      return forward.compiled(params, state, attacked, every), ratio
+
+    self._run = run
 
   def __call__(self, key, data, rows, names, radii) -> tuple[np.ndarray, float]:
     """Attacks some modalities of some rows, in one ball each example.
@@ -131,7 +153,7 @@ class Attacker:
     """
     if not len(rows):
       return np.zeros(0, bool), 0.0
-    chosen = {m: np.asarray(m in names) for m in data.names}
+    chosen = keep_only(data.names, names)
     prediction, ratio = self._device.map(
       self._run,
       data,
@@ -165,7 +187,7 @@ def _attack_fn(model, attack, units, norm):
       budget=chunk["radius"],
     )
     size = _size(adversarial, inputs, present, units, norm)
-    return decide(logits_fn(adversarial)), size / chunk["radius"]
+    return adversarial, size / chunk["radius"]
 
   return run
 

@@ -298,7 +298,7 @@ def _line(axes, rows, index, label, *, hold, **drawing):
   values = [_number(row) for row in rows]
   low, high = zip(*[row["interval"] for row in rows])
   colour = style.colour(index)
-  drawing = {"markersize": 4, "linewidth": 1.4, "color": colour, **drawing}
+  drawing = {"markersize": 5, "linewidth": 1.1, "color": colour, **drawing}
   axes.plot(radii, values, label=label, drawstyle=f"steps-{hold}", **drawing)
   axes.fill_between(
     radii, low, high, color=colour, alpha=0.10, linewidth=0, step=hold

@@ -28,8 +28,6 @@ except ImportError:  # Windows has none
   resource = None
 
 SCHEMA_VERSION = 1
-# Below this a device call costs more in overhead than in arithmetic.
-MIN_ATTACK_CHUNK = 64
 
 
 def evaluate(
@@ -106,7 +104,7 @@ def evaluate(
     predictions = session.predict(tick)
     prediction = predictions.pop(None)
     correct = (prediction == data.label) & data.counted
-    cells, attack_settings = session.attack(key, correct, tick)
+    cells = session.attack(key, correct, tick)
     bounds, reason = session.certify(source, reason, reference, tick)
     tightness = session.tightness(key, bounds, tick)
   session.timing["total_seconds"] = time.perf_counter() - started
@@ -120,7 +118,7 @@ def evaluate(
     "seed": seed,
     "settings": {
       **protocol.settings,
-      "attacks": attack_settings,
+      "attacks": session.attack_settings,
       "certificate": _certificate_settings(protocol, bounds, reason),
       **_circumstances(model, data, reference, sharding),
     },
@@ -162,15 +160,14 @@ class _Session:
     self._device = batches.Device(params, state, sharding=sharding)
     size = min(protocol.batch_size, data.size)
     self._size = self._device.chunk_size(size)
-    # Smaller chunks let the examples that are already broken fall out.
-    quarter = max(MIN_ATTACK_CHUNK, -(-data.size // 4))
-    self._attack_size = self._device.chunk_size(min(size, quarter))
     self._subsets = protocol.subset_names(data.names)
     # Radii of examples are l2; another norm would compare unlike sizes.
     comparable = protocol.norm == 2 and protocol.attacks
     self._factors = protocol.tightness if comparable else ()
-    self._attackers = []
     self.timing = {}
+    self.attack_settings, self._attackers = {}, {}
+    self._forward = matrix.Forward(model, self._device, size=self._size)
+    self._make_attackers()
 
   def num_ticks(self, source) -> int:
     """How often the stages will report progress."""
@@ -183,39 +180,44 @@ class _Session:
     start = time.perf_counter()
     every = self._data.names
     subsets = dict.fromkeys([*self._subsets, every])
-    predictions, seconds = matrix.predictions(
-      self._model, self._device, self._data, self._size, subsets
-    )
-    self.timing["forward_chunk_seconds"] = seconds
+    predictions = matrix.predictions(self._forward, self._data, subsets)
     clean = predictions[every][0]
     tick("clean and missing modalities")
     self.timing["predict_seconds"] = time.perf_counter() - start
+    start = time.perf_counter()
+    rows = np.arange(min(self._size, self._data.size))
+    self._forward(self._data, rows, every)
+    self.timing["forward_chunk_seconds"] = time.perf_counter() - start
     return {
       **{subset: predictions[subset] for subset in self._subsets},
       None: clean,
     }
 
-  def attack(self, key, correct, tick) -> tuple[list, dict]:
-    """All cells, and the settings of each attack by its name."""
-    start = time.perf_counter()
-    cells, settings = [], {}
-    for number, given in enumerate(self._protocol.attacks):
+  def _make_attackers(self) -> None:
+    """One attacker an attack, and its settings under the same name."""
+    for given in self._protocol.attacks:
       name = given["name"]
-      while name in settings:
+      while name in self._attackers:
         name += "+"
       attack = matrix.make_attack(given, self._protocol, units=self._units)
-      settings[name] = {**given, **dict(attack.settings)}
+      self.attack_settings[name] = {**given, **dict(attack.settings)}
       # The radius is the row's; what the factory was given is only a default.
-      settings[name].pop("budget", None)
-      run = matrix.Attacker(
+      self.attack_settings[name].pop("budget", None)
+      self._attackers[name] = matrix.Attacker(
         self._model,
         self._device,
         attack,
+        self._forward,
         units=self._units,
         norm=self._protocol.norm,
-        size=self._attack_size,
+        size=self._size,
       )
-      self._attackers.append(run)
+
+  def attack(self, key, correct, tick) -> list[matrix.Cell]:
+    """All cells of all attacks."""
+    start = time.perf_counter()
+    cells = []
+    for number, (name, run) in enumerate(self._attackers.items()):
       cells += matrix.attacked(
         run,
         self._data,
@@ -226,15 +228,16 @@ class _Session:
         tick=tick,
       )
     self.timing["attack_seconds"] = time.perf_counter() - start
-    return cells, settings
+    return cells
 
   def tightness(self, key, bounds, tick) -> dict | None:
     """Flips at multiples of each example's own radius, by the first attack."""
     if bounds is None or not self._factors:
       return None
     start = time.perf_counter()
+    name = next(iter(self._attackers))
     found = matrix.tightness(
-      self._attackers[0],
+      self._attackers[name],
       self._data,
       bounds,
       self._factors,
@@ -244,7 +247,6 @@ class _Session:
     self.timing["tightness_seconds"] = time.perf_counter() - start
     if found is None:
       return None
-    name = self._protocol.attacks[0]["name"]
     return {**found, "attack": name, "sound": bounds.sound}
 
   def certify(self, source, reason, reference, tick):
@@ -333,6 +335,7 @@ def _circumstances(model, data, reference, sharding) -> dict:
     "input_shapes": {m: list(x.shape[1:]) for m, x in data.inputs.items()},
     "input_types": {m: str(x.dtype) for m, x in data.inputs.items()},
     "num_reference": None if reference is None else len(reference["label"]),
+    "matmul_precision": batches.PRECISION,
     "device": f"{device.platform} ({device.device_kind})",
     "num_devices": 1 if sharding is None else len(sharding.device_set),
     "versions": {

@@ -71,6 +71,11 @@ def shown(result: Mapping, names: Sequence[str], limit: int = 3) -> list[float]:
   return [radii[round(i * last / (limit - 1))] for i in range(limit)]
 
 
+def joint_first(rows: Sequence[Mapping]) -> list[Mapping]:
+  """Rows of many modalities before rows of one, else as they are."""
+  return sorted(rows, key=lambda row: -len(row["modalities"]))
+
+
 def listed(result: Mapping) -> list[dict]:
   """The certified or estimated rows at the radii of :func:`grid`."""
   return [
@@ -122,7 +127,8 @@ def summary(results: Sequence[dict]) -> list[str]:
 
 def _sentence(result: Mapping) -> str:
   text = (
-    f"{result['name']} is right on {percent(result['clean']['accuracy'])} of "
+    f"The model “{result['name']}” is right on "
+    f"{percent(result['clean']['accuracy'])} of "
     f"{result['clean']['num_examples']} test examples."
   )
   joint = [
@@ -267,6 +273,7 @@ def details(result: Mapping) -> dict:
         *[
           (f"only {name} present", "", "0", row)
           for name, row in result["subsets"].items()
+          if name != "+".join(sorted(settings["modalities"]))
         ],
       ],
     }
@@ -285,7 +292,7 @@ def details(result: Mapping) -> dict:
         f"{row['radius']:g}",
         row,
       )
-      for row in result["attacked"]
+      for row in joint_first(result["attacked"])
       if row["attack"] == attack
     ]
     tables.append({"title": f"Attacked: {attack}", "note": note, "rows": rows})
