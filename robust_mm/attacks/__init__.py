@@ -1,0 +1,29 @@
+"""Attacks on multimodal classifiers, as values.
+
+``attack = attacks.pgd(norm=2, budget=0.5)`` is a frozen object;
+``attack(key, logits_fn, inputs, label)`` are adversarial inputs. A perturbation
+lives in one joint ball over all modalities or in a ball for each; what must not
+move comes back bit-identical.
+"""
+
+from robust_mm.attacks import losses
+from robust_mm.attacks.base import Attack
+from robust_mm.attacks.gradient import fgm
+from robust_mm.attacks.gradient import pgd
+from robust_mm.attacks.measures import logits_fn
+from robust_mm.attacks.measures import robust_accuracy
+from robust_mm.attacks.measures import survives
+from robust_mm.attacks.registry import make
+from robust_mm.attacks.registry import names
+
+__all__ = [
+  "Attack",
+  "fgm",
+  "logits_fn",
+  "losses",
+  "make",
+  "names",
+  "pgd",
+  "robust_accuracy",
+  "survives",
+]
