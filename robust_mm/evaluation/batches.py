@@ -69,35 +69,20 @@ def host_data(
     ValueError: a modality is missing, rows differ in number, there are none,
       or a label is no integer in ``0..k-1``.
   """
-  for name in model.modalities:
-    if name not in batch["inputs"]:
-      raise ValueError(
-        f"batch['inputs'] lacks the modality {name!r}; the model reads "
-        f"{', '.join(model.modalities)}."
-      )
   label = np.asarray(batch["label"])
   if label.ndim != 1 or not np.issubdtype(label.dtype, np.integer):
     raise ValueError(
       "batch['label'] must be one integer class per example, got shape "
       f"{label.shape} of {label.dtype}."
     )
-  rows = np.arange(len(label))
-  if not len(rows):
+  if not len(label):
     raise ValueError("batch has no examples.")
+  rows = np.arange(len(label))
   if max_examples is not None and max_examples < len(rows):
     rows = np.linspace(0, len(rows) - 1, max_examples).round().astype(int)
-  given = batch.get("present", {})
-  every = np.ones(len(label), bool)
-  inputs, present = {}, {}
-  for name in modalities.names(model.modalities):
-    inputs[name] = np.asarray(batch["inputs"][name])
-    present[name] = np.asarray(given.get(name, every)).astype(bool)
-    if len(inputs[name]) != len(label) or len(present[name]) != len(label):
-      raise ValueError(
-        f"batch['inputs'][{name!r}] has {len(inputs[name])} rows and "
-        f"present {len(present[name])}, but there are {len(label)} labels."
-      )
-    inputs[name], present[name] = inputs[name][rows], present[name][rows]
+  inputs, present = host_inputs(model, batch, size=len(label))
+  inputs = {name: x[rows] for name, x in inputs.items()}
+  present = {name: x[rows] for name, x in present.items()}
   counted = np.any(list(present.values()), axis=0)
   _check_labels(label[rows][counted], model.num_classes)
   return Data(
@@ -107,6 +92,34 @@ def host_data(
     id=np.asarray(batch.get("id", np.arange(len(label))))[rows],
     counted=counted,
   )
+
+
+def host_inputs(
+  model: Model, batch: Batch, *, size: int | None = None
+) -> tuple[dict, dict]:
+  """``(inputs, present)`` of the model's modalities as NumPy arrays.
+
+  Raises:
+    ValueError: a modality is missing, or has not ``size`` rows.
+  """
+  given = batch.get("present", {})
+  inputs, present = {}, {}
+  for name in modalities.names(model.modalities):
+    if name not in batch["inputs"]:
+      raise ValueError(
+        f"batch['inputs'] lacks the modality {name!r}; the model reads "
+        f"{', '.join(model.modalities)}."
+      )
+    x = np.asarray(batch["inputs"][name])
+    size = len(x) if size is None else size
+    flag = np.asarray(given.get(name, np.ones(size, bool))).astype(bool)
+    if len(x) != size or flag.shape != (size,):
+      raise ValueError(
+        f"batch['inputs'][{name!r}] has {len(x)} rows and its present the "
+        f"shape {flag.shape}, but there are {size} examples."
+      )
+    inputs[name], present[name] = x, flag
+  return inputs, present
 
 
 class Device:

@@ -89,7 +89,8 @@ def evaluate(
   if not data.counted.any():
     raise ValueError("batch has no example with a modality present.")
   if reference is not None:
-    reference = _whole(batches.host_data(model, reference))
+    inputs, present = batches.host_inputs(model, reference)
+    reference = {"inputs": inputs, "present": present}
   units = _units(protocol, data.names, reference)
   source, reason = bounds_lib.choose_source(
     model,
@@ -110,18 +111,7 @@ def evaluate(
   session.timing["total_seconds"] = time.perf_counter() - started
   session.timing["peak_memory_mib"] = _peak_memory()
   columns = summary.example_columns(data, prediction, cells, bounds)
-  results = {
-    "schema_version": SCHEMA_VERSION,
-    "name": name or recipe or "model",
-    "dataset": dataset,
-    "recipe": recipe,
-    "seed": seed,
-    "settings": {
-      **protocol.settings,
-      "attacks": session.attack_settings,
-      "certificate": _certificate_settings(protocol, bounds, reason),
-      **_circumstances(model, data, reference, sharding),
-    },
+  found = {
     "clean": summary.share(correct, data.counted),
     "subsets": summary.subset_rows(predictions, data),
     "attacked": summary.attacked_rows(cells, protocol, data),
@@ -132,14 +122,24 @@ def evaluate(
       *summary.checks(cells, bounds, correct, protocol, data),
       *summary.tightness_checks(tightness),
     ],
-    "examples": {
-      "num_examples": data.size,
-      "num_left_out": int((~data.counted).sum()),
-      "columns": summary.column_help(list(columns)),
-    },
+    "examples": summary.example_entry(data, columns),
     "timing": session.timing,
   }
-  _say_loudly(results["checks"])
+  _say_loudly(found["checks"])
+  settings = {
+    **protocol.settings,
+    "attacks": session.attack_settings,
+    "certificate": _certificate_settings(protocol, bounds, reason),
+    **_circumstances(model, data, reference, sharding),
+  }
+  labels = {
+    "schema_version": SCHEMA_VERSION,
+    "name": name or recipe or "model",
+    "dataset": dataset,
+    "recipe": recipe,
+    "seed": seed,
+  }
+  results = {**labels, "settings": settings, **found}
   return report_lib.Report(
     results=protocol_lib.jsonable(results), examples=columns
   )
@@ -280,10 +280,6 @@ class _Session:
     return bounds, reason
 
 
-def _whole(data: batches.Data) -> dict:
-  return data.chunk(np.arange(data.size))
-
-
 def _check_names(protocol, names):
   for argument in ("modality_radii", "units", "valid_range"):
     value = getattr(protocol, argument)
@@ -328,13 +324,16 @@ def _peak_memory() -> float | None:
 
 
 def _circumstances(model, data, reference, sharding) -> dict:
+  num_reference = None
+  if reference is not None:
+    num_reference = len(reference["present"][data.names[0]])
   device = jax.devices()[0]
   return {
     "modalities": list(data.names),
     "num_classes": model.num_classes,
     "input_shapes": {m: list(x.shape[1:]) for m, x in data.inputs.items()},
     "input_types": {m: str(x.dtype) for m, x in data.inputs.items()},
-    "num_reference": None if reference is None else len(reference["label"]),
+    "num_reference": num_reference,
     "matmul_precision": batches.PRECISION,
     "device": f"{device.platform} ({device.device_kind})",
     "num_devices": 1 if sharding is None else len(sharding.device_set),

@@ -223,6 +223,15 @@ def radius_word(sound: bool) -> str:
   return "certified_radius" if sound else "estimated_radius"
 
 
+def example_entry(data: batches.Data, columns: Mapping[str, Any]) -> dict:
+  """The ``"examples"`` entry: how many, and what their columns mean."""
+  return {
+    "num_examples": data.size,
+    "num_left_out": int((~data.counted).sum()),
+    "columns": column_help(list(columns)),
+  }
+
+
 def column_help(columns: Sequence[str]) -> dict[str, str]:
   """One sentence for each column of examples.csv."""
   kinds = {

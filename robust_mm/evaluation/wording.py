@@ -263,39 +263,8 @@ def _plain(value) -> str:
 def details(result: Mapping) -> dict:
   """Every number of one run in tables, with the settings it was made with."""
   settings = result["settings"]
-  carried = settings["survivors_only"]
-  tables = [
-    {
-      "title": "Clean and with missing modalities",
-      "note": "No attack. Absent modalities are marked absent.",
-      "rows": [
-        ("all present", "", "0", result["clean"]),
-        *[
-          (f"only {name} present", "", "0", row)
-          for name, row in result["subsets"].items()
-          if name != "+".join(sorted(settings["modalities"]))
-        ],
-      ],
-    }
-  ]
-  for attack, values in settings["attacks"].items():
-    note = settings_line(values)
-    if carried:
-      note += (
-        "; an example broken by a smaller attack inside the same budget "
-        "counts as broken"
-      )
-    rows = [
-      (
-        where(row["modalities"], result),
-        f"l{row['norm']}",
-        f"{row['radius']:g}",
-        row,
-      )
-      for row in joint_first(result["attacked"])
-      if row["attack"] == attack
-    ]
-    tables.append({"title": f"Attacked: {attack}", "note": note, "rows": rows})
+  tables = [_clean_table(result)]
+  tables += [_attack_table(result, attack) for attack in settings["attacks"]]
   if result["certified"]:
     tables.append(_bound_table(result))
   return {
@@ -308,11 +277,41 @@ def details(result: Mapping) -> dict:
       if key not in ("attacks", "certificate", "input_shapes")
     ],
     "timing": [
-      (key.replace("_", " "), f"{value:.2f}")
+      (key.replace("_", " "), f"{value:.4g}")
       for key, value in result["timing"].items()
       if value is not None
     ],
   }
+
+
+def _clean_table(result: Mapping) -> dict:
+  every = "+".join(sorted(result["settings"]["modalities"]))
+  parts = [
+    (f"only {name} present", "", "0", row)
+    for name, row in result["subsets"].items()
+    if name != every
+  ]
+  return {
+    "title": "Clean and with missing modalities",
+    "note": "No attack. Absent modalities are marked absent.",
+    "rows": [("all present", "", "0", result["clean"]), *parts],
+  }
+
+
+def _attack_table(result: Mapping, attack: str) -> dict:
+  note = settings_line(result["settings"]["attacks"][attack])
+  if result["settings"]["survivors_only"]:
+    note += (
+      "; an example broken by a smaller attack inside the same budget counts "
+      "as broken"
+    )
+  rows = [
+    (where(row["modalities"], result), f"l{row['norm']}", row["radius"], row)
+    for row in joint_first(result["attacked"])
+    if row["attack"] == attack
+  ]
+  rows = [(part, norm, f"{radius:g}", row) for part, norm, radius, row in rows]
+  return {"title": f"Attacked: {attack}", "note": note, "rows": rows}
 
 
 def _bound_table(result: Mapping) -> dict:
