@@ -27,6 +27,7 @@ def lipschitz_mlp(
   num_blocks: int = 2,
   embedding_dim: int = 64,
   block: str = "sll",
+  stem: int | None = None,
   num_iters: int = 12,
 ) -> Encoder:
   """A 1-Lipschitz perceptron for inputs of any shape, flattened.
@@ -39,6 +40,8 @@ def lipschitz_mlp(
       "bjorck", "cayley": orthonormal dense layers with max_min between; "aol":
       AOL layers between orthonormal first and last ones (AOL shrinks where a
       layer narrows).
+    stem: width of one more layer before the others, orthonormal with max_min
+      behind it; None for none.
     num_iters: Newton-Schulz steps of the orthonormal layers, at most; they stop
       when converged.
   """
@@ -48,6 +51,8 @@ def lipschitz_mlp(
   _validate.at_least(1, num_iters=num_iters)
   if block != "sll" and width % 2:
     raise ValueError(f"width must be even for max_min, got {width}.")
+  if stem is not None and (stem < 2 or stem % 2):
+    raise ValueError(f"stem must be even for max_min, got {stem}.")
 
   def build(input_shape, rngs):
     return _MLP(
@@ -57,6 +62,7 @@ def lipschitz_mlp(
       num_blocks=num_blocks,
       embedding_dim=embedding_dim,
       block=block,
+      stem=stem,
       num_iters=num_iters,
     )
 
@@ -198,11 +204,17 @@ class _MLP(layers.OneLipschitz):
     num_blocks,
     embedding_dim,
     block,
+    stem,
     num_iters,
   ):
     method = "cayley" if block == "cayley" else "bjorck"
     options = {"num_iters": num_iters, "rngs": rngs}
     size = int(np.prod(input_shape))
+    if stem is None:
+      self.stem = None
+    else:
+      self.stem = layers.Dense(size, stem, method=method, **options)
+      size = stem
     self.first = layers.Dense(size, width, method=method, **options)
     if num_blocks and block == "sll":
       self.blocks = layers.SLLDense(width, num_layers=num_blocks, rngs=rngs)
@@ -216,7 +228,10 @@ class _MLP(layers.OneLipschitz):
     self.block = block
 
   def __call__(self, x):
-    x = self.first(jnp.reshape(x, (x.shape[0], -1)))
+    x = jnp.reshape(x, (x.shape[0], -1))
+    if self.stem is not None:
+      x = layers.max_min(self.stem(x))
+    x = self.first(x)
     if self.block == "sll":
       return self.last(x if self.blocks is None else self.blocks(x))
     x = layers.max_min(x)

@@ -43,7 +43,7 @@ def crmt(
   budget: float = 0.1,
   attack_steps: int = 5,
   mixup_alpha: float = 1.0,
-  augment: tuple[Callable, ...] = (),
+  noise: float = 0.0,
   lipschitz=None,
   valid_range=None,
   units=None,
@@ -70,7 +70,8 @@ def crmt(
     budget: radius of the ``AT`` variant, in ``units``.
     attack_steps: its steps.
     mixup_alpha: parameter of the Beta distribution of ``Mix``.
-    augment: interventions before everything else.
+    noise: standard deviation of white noise added to the inputs of step 1, in
+      their own units.
     lipschitz: ``{modality: constant}`` for step 2 where the model states none
       (``published``: estimated from data, and never called certified).
     valid_range: ``{modality: (low, high)}`` for the attack.
@@ -90,6 +91,9 @@ def crmt(
   before = _interventions(
     model, variant, budget, attack_steps, mixup_alpha, valid_range, units
   )
+  _validate.non_negative(noise=noise)
+  if noise:
+    before = (interventions.gaussian_noise(sigma=noise), *before)
   if fidelity == "published":
     loss = published_loss(model, rho=rho, floor=floor)
   else:
@@ -101,7 +105,7 @@ def crmt(
     num_steps=num_steps,
     loss=loss,
     tx=tx,
-    interventions=(*augment, *before),
+    interventions=before,
   )
   steps = [step_1]
   if integration_steps:
@@ -129,7 +133,7 @@ def certified_radius(
   tx: optax.GradientTransformation,
   r0: float = 0.3,
   temperature: float | None = None,
-  augment: tuple[Callable, ...] = (),
+  noise: float = 0.0,
   units=None,
 ) -> phases.Recipe:
   """Training for the joint certified radius alone (certification.md 6)."""
@@ -141,7 +145,7 @@ def certified_radius(
     r0=r0,
     temperature=temperature,
     integration_steps=0,
-    augment=augment,
+    noise=noise,
     units=units,
   )
   return phases.Recipe(name="certified_radius", phases=recipe.phases)
@@ -197,7 +201,12 @@ def corrected_loss(
       geometry, label, batch["present"], units=units
     )
     radius = losses.certified_radius(
-      outputs.logits, sensitivity, label, r0=r0, temperature=temperature
+      outputs.logits,
+      sensitivity,
+      label,
+      r0=r0,
+      temperature=temperature,
+      present=batch["present"],
     )
     if not rho:
       return radius, 0.0
@@ -306,7 +315,7 @@ def _constants(model, params, state, reference, given, fidelity):
   if given is not None:
     return dict(given)
   if fidelity == "published":
-    return certification.score_gradient_norms(
+    return certification.empirical_lipschitz(
       model, params, reference, state=state
     )
   return model.geometry(params).lipschitz
