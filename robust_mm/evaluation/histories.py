@@ -23,25 +23,30 @@ def training(
   panels = [panel for panel in panels if any(panel[1])]
   if not panels:
     return None
-  figure, grid = style.panels(len(panels), height=3.4, width=3.8)
+  figure, grid = style.panels(len(panels), height=4.0, width=3.8)
   for axes, (kind, runs) in zip(grid, panels):
+    metrics = list(dict.fromkeys(metric for run in runs for metric in run))
+    lines = dict(zip(metrics, itertools.cycle(style.line_styles())))
     for index, series in enumerate(runs):
-      for line, (metric, (steps, values)) in zip(
-        style.line_styles(), series.items()
-      ):
+      for metric, (steps, values) in series.items():
         axes.plot(
           steps,
           values,
-          linestyle=line,
+          linestyle=lines[metric],
           linewidth=1.3,
           color=style.colour(index),
-          label=f"{results[index]['name']}: {metric}",
+          label=f"{results[index]['name']}: {metric.replace('_', ' ')}",
         )
       for step in _phase_starts(histories[index] or []):
         axes.axvline(step, color=style.colour(index), linewidth=0.7, alpha=0.5)
     axes.set_title(kind, loc="left", color=style.INK, fontsize=10)
-    axes.set_xlabel("update")
-    axes.legend(frameon=False, fontsize=7)
+    axes.set_xlabel("update", fontsize=9)
+    axes.legend(
+      frameon=False,
+      fontsize=7,
+      loc="upper center",
+      bbox_to_anchor=(0.5, -0.18),
+    )
   return figure
 
 
@@ -49,7 +54,9 @@ def _series(history, kind) -> dict[str, tuple[list, list]]:
   series = {}
   for row in history:
     for metric, value in row.items():
-      if kind not in metric.rsplit("/", 1)[-1]:
+      # Terms of a loss are left out: the total and validation say enough.
+      validated = metric.startswith("validation") and metric.endswith(kind)
+      if metric != kind and not validated:
         continue
       if isinstance(value, (int, float)) and math.isfinite(value):
         steps, values = series.setdefault(metric, ([], []))

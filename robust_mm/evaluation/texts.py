@@ -46,8 +46,9 @@ FIGURES = {
   ),
   "training": (
     "Training curves",
-    "Loss and accuracy as they were logged during training. Thin vertical "
-    "lines mark the start of a new phase.",
+    "Loss and accuracy as they were logged during training. Losses of "
+    "different recipes are different quantities. Thin vertical lines mark the "
+    "start of a new phase.",
   ),
 }
 

@@ -62,13 +62,15 @@ def grid(result: Mapping, names: Sequence[str]) -> list[float]:
   return curve[:: max(1, (len(curve) - 1) // 4)][1:]
 
 
-def shown(result: Mapping, names: Sequence[str], limit: int = 3) -> list[float]:
-  """At most ``limit`` radii of :func:`grid`, the ends among them."""
+def shown(result: Mapping, names: Sequence[str]) -> list[float]:
+  """Of :func:`grid` the ends and the middle; of one modality the middle."""
   radii = grid(result, names)
-  if len(radii) <= limit:
-    return radii
-  last = len(radii) - 1
-  return [radii[round(i * last / (limit - 1))] for i in range(limit)]
+  if not radii:
+    return []
+  middle = radii[len(radii) // 2]
+  if where(names, result) != "joint":
+    return [middle]
+  return sorted({radii[0], middle, radii[-1]})
 
 
 def joint_first(rows: Sequence[Mapping]) -> list[Mapping]:
@@ -88,7 +90,7 @@ def listed(result: Mapping) -> list[dict]:
 def table_rows(results: Sequence[dict]) -> list[dict]:
   """``[{"group", "label", "values"}]``: a value a run, as text.
 
-  At most three radii of a curve; joint attacks come before single ones.
+  At most three radii of a joint curve and one of a single modality.
   """
   cells = {}
   for index, result in enumerate(results):
