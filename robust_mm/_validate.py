@@ -20,17 +20,22 @@ def _static(value) -> bool:
   return not hasattr(value, "aval") or not hasattr(value, "_trace")
 
 
+def _number(value):
+  # Inside a trace even a constant array would compare to a traced one.
+  return value.__array__() if hasattr(value, "__array__") else value
+
+
 def positive(**arguments) -> None:
   """``x must be positive and finite, got 0.0.``"""
   for name, value in arguments.items():
-    if _static(value) and not (value > 0 and math.isfinite(value)):
+    if _static(value) and not (_number(value) > 0 and math.isfinite(value)):
       raise ValueError(f"{name} must be positive and finite, got {value}.")
 
 
 def non_negative(**arguments) -> None:
   """``x must be non-negative and finite, got -1.0.``"""
   for name, value in arguments.items():
-    if _static(value) and not (value >= 0 and math.isfinite(value)):
+    if _static(value) and not (_number(value) >= 0 and math.isfinite(value)):
       raise ValueError(f"{name} must be non-negative and finite, got {value}.")
 
 
@@ -46,7 +51,7 @@ def at_least(minimum: int, **arguments) -> None:
 def in_unit_interval(**arguments) -> None:
   """``x must lie in [0, 1], got 2.0.``"""
   for name, value in arguments.items():
-    if _static(value) and not 0 <= value <= 1:
+    if _static(value) and not 0 <= _number(value) <= 1:
       raise ValueError(f"{name} must lie in [0, 1], got {value}.")
 
 

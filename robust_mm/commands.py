@@ -232,7 +232,7 @@ def _evaluate_one(
       progress=progress,
       sharding=sharding.batch_sharding(mesh),
     )
-  found.save(folder)
+  found.save(folder, history=writers.read(folder))
   return found
 
 
@@ -242,12 +242,7 @@ def make_protocol(config, facts: dict, radii=None) -> evaluation.Protocol:
   return evaluation.standard(
     radii=radii or tuple(settings.radii),
     norm=2 if settings.norm == "l2" else math.inf,
-    attack={
-      "name": settings.attack,
-      "loss": settings.loss,
-      "num_steps": settings.num_steps,
-      "num_restarts": settings.num_restarts,
-    },
+    attack=_attack(settings),
     units=facts["relative_units"] if settings.units == "relative" else None,
     certificate=settings.certificate,
     valid_range={
@@ -258,6 +253,14 @@ def make_protocol(config, facts: dict, radii=None) -> evaluation.Protocol:
     or None,
     batch_size=settings.batch_size,
   )
+
+
+def _attack(settings) -> dict:
+  attack = {"name": settings.attack, "loss": settings.loss}
+  if settings.attack != "fgm":
+    attack["num_steps"] = settings.num_steps
+    attack["num_restarts"] = settings.num_restarts
+  return attack
 
 
 def _devices(count: int | None) -> None:

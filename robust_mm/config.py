@@ -70,7 +70,7 @@ def default() -> ml_collections.ConfigDict:
   config.evaluation = ml_collections.ConfigDict()
   config.evaluation.units = "raw"  # or "relative"
   config.evaluation.norm = "l2"
-  config.evaluation.radii = (0.1, 0.25, 0.5, 1.0)
+  config.evaluation.radii = (0.1, 0.25, 0.5, 0.75, 1.0)
   config.evaluation.attack = "pgd"
   config.evaluation.loss = "margin"
   config.evaluation.num_steps = 50
@@ -204,6 +204,12 @@ def _apply(config: ml_collections.ConfigDict, override: str) -> None:
   key, text = match.groups()
   node, parts = config, key.split(".")
   for depth, part in enumerate(parts):
+    group = f"config.{'.'.join(parts[:depth])}"
+    if group in _FREE and depth == len(parts) - 1 and part not in node:
+      # An option the file leaves at the factory's default.
+      with node.unlocked():
+        node[part] = _literal(text)
+      return
     if not isinstance(node, ml_collections.ConfigDict) or part not in node:
       known = list(node) if isinstance(node, ml_collections.ConfigDict) else []
       raise _validate.UserError(
@@ -224,12 +230,10 @@ def _apply(config: ml_collections.ConfigDict, override: str) -> None:
 def _parse(text: str, old, key: str):
   if isinstance(old, str):
     return text
-  lowered = {"true": "True", "false": "False", "none": "None"}
-  try:
-    value = ast.literal_eval(lowered.get(text.lower(), text))
-  except (ValueError, SyntaxError):
+  value = _literal(text)
+  if isinstance(old, tuple) and isinstance(value, str):
     # left,right without quotes is what a shell user writes.
-    value = tuple(text.split(",")) if isinstance(old, tuple) else text
+    value = tuple(text.split(","))
   if isinstance(old, tuple) and not isinstance(value, tuple):
     value = tuple(value) if isinstance(value, list) else (value,)
   if isinstance(old, float) and isinstance(value, int):
@@ -239,6 +243,14 @@ def _parse(text: str, old, key: str):
       f"--config.{key} must be {_article(old)}, got {text!r}."
     )
   return value
+
+
+def _literal(text: str):
+  lowered = {"true": "True", "false": "False", "none": "None"}
+  try:
+    return ast.literal_eval(lowered.get(text.lower(), text))
+  except (ValueError, SyntaxError):
+    return text
 
 
 def _article(value) -> str:
@@ -303,12 +315,16 @@ def _check(config: ml_collections.ConfigDict) -> None:
     _validate.positive(**{"config.evaluation.radii": radius})
 
 
-_FREE = ("config.model.encoders", "config.model.fusion_options")
-_FREE_RECIPE = "config.recipe.options"
+# Groups whose keys are the keyword arguments of a factory.
+_FREE = (
+  "config.model.encoders",
+  "config.model.fusion_options",
+  "config.recipe.options",
+)
 
 
 def _same_keys(reference, config, path: str) -> None:
-  if path in (*_FREE, _FREE_RECIPE):
+  if path in _FREE:
     return
   for key in config:
     if key not in reference:

@@ -44,7 +44,9 @@ def check_label(
       f"{label.dtype}{list(label.shape)}."
     )
   if known_values(label) and label.size:
-    low, high = int(jnp.min(label)), int(jnp.max(label))
+    # numpy: inside a trace, jnp would trace even a closed-over constant.
+    values = np.asarray(label)
+    low, high = int(values.min()), int(values.max())
     if low < 0 or high >= num_classes:
       raise ValueError(
         f"{argument} must lie in 0..{num_classes - 1}, got {low}..{high}."

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import tempfile
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -9,6 +10,11 @@ import jax
 import pytest
 import small_data
 
+# Many tests compile the same functions; they and all workers share the results.
+CACHE = pathlib.Path(tempfile.gettempdir()) / f"robust-mm-jit-{os.getuid()}"
+
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

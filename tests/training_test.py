@@ -151,7 +151,7 @@ def losses(workdir):
   "override",
   [
     "mesh.data=8",
-    "mesh.rules=((r'encoders/.*kernel', ('data', None)),)",
+    "mesh.rules=(('encoders/left/dense_0/kernel', ('data', None)),)",
   ],
 )
 def test_eight_devices_give_the_losses_of_one(tmp_path, override):
@@ -185,7 +185,7 @@ def test_a_run_resumes_on_another_number_of_devices(tmp_path, whole):
     ("mesh.data=9", "mesh.data x mesh.model must be the number of devices"),
     ("data.batch_size=12", "data.batch_size must be a multiple of 8"),
     ("mesh.rules=(('alpha', ('data',)),)", "dimensions, its rule has"),
-    ("mesh.rules=(('left.*kernel', ('date', None)),)", "mesh.rules axis"),
+    ("mesh.rules=(('proxy', ('date', None)),)", "mesh.rules axis"),
     ("data.modalities=left,wright", "wright"),
     ("recipe.options.rho=-1.0", "rho must be non-negative"),
   ],

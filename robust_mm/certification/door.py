@@ -107,7 +107,7 @@ def certify(
     slack=slack,
     fidelity=fidelity,
   )
-  if margins.known_values(agree) and not bool(jnp.all(agree)):
+  if margins.known_values(agree) and not np.all(np.asarray(agree)):
     raise ValueError(
       "geometry does not explain the logits: they must be the sum over "
       "present modalities of head[m] @ embedding[m], plus bias."

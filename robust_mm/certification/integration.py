@@ -244,7 +244,8 @@ def fit_integration(
   units = tables.check_units(units, known)
   lipschitz = _check_lipschitz(lipschitz, known, fidelity)
   stacked = modalities.stack(integration)
-  if margins.known_values(stacked) and not bool(jnp.all(stacked >= 0)):
+  known_values = margins.known_values(stacked)
+  if known_values and not np.all(np.asarray(stacked) >= 0):
     raise ValueError("integration must be non-negative.")
   optimizer = optimizer or _adam(float(learning_rate))
   data = (scores, label, present, lipschitz)

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 from jaxtyping import Float
 
@@ -260,7 +261,7 @@ def _bound(geometry, name, dtype):
       'estimate with source="empirical" (not a certificate), or use encoders '
       "from robust_mm.models.lipschitz or randomised smoothing."
     )
-  if margins.known_values(bound) and not bound >= 0:
+  if margins.known_values(bound) and not np.asarray(bound) >= 0:
     raise ValueError(
       f"geometry.lipschitz[{name!r}] must be non-negative, got {bound}."
     )

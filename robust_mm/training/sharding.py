@@ -162,7 +162,7 @@ def gather(tree: PyTree) -> PyTree:
   return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def map_batches(fn: Callable, batches, sharding: NamedSharding) -> list:
+def map_batches(fn: Callable, batches, sharding: NamedSharding) -> PyTree:
   """``fn`` of every padded batch, gathered and cut to its valid rows.
 
   Args:
