@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import pathlib
 import sys
 import time
@@ -64,7 +65,7 @@ def train(
   """Trains; 0 at the end and after SIGTERM."""
   _devices(device_count)
   if distributed:
-    jax.distributed.initialize()
+    _join()
   _train_one(config, pathlib.Path(workdir))
   return 0
 
@@ -267,6 +268,27 @@ def _devices(count: int | None) -> None:
   if count is not None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
+
+
+def _join() -> None:
+  """Joins the job: on SLURM, TPU and the like JAX finds out how by itself.
+
+  Elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say.
+  """
+  counts = {
+    name: int(os.environ[variable])
+    for name, variable in (
+      ("num_processes", "JAX_NUM_PROCESSES"),
+      ("process_id", "JAX_PROCESS_ID"),
+    )
+    if variable in os.environ
+  }
+  try:
+    jax.distributed.initialize(**counts)
+  except (RuntimeError, ValueError) as error:
+    raise _validate.UserError(
+      f"--distributed: the job cannot be joined: {error}"
+    ) from error
 
 
 def _say(line: str) -> None:

@@ -229,10 +229,11 @@ def _run_phase(
 ):
   """Steps to the end of the phase; (state, whether asked to stop)."""
   end = start + phase.num_steps
-  key = jax.device_put(
-    jax.random.fold_in(jax.random.key(run.config.seed), 1),
-    sharding.replicated(run.mesh),
-  )
+  # Made on the mesh: a process cannot put an array on devices of others.
+  key = jax.jit(
+    lambda: jax.random.fold_in(jax.random.key(run.config.seed), 1),
+    out_shardings=sharding.replicated(run.mesh),
+  )()
   batches = _batches(run, phase, state, iterator)
   # ---- compile
   began = time.perf_counter()
