@@ -18,6 +18,7 @@ import numpy as np
 from sklearn import datasets
 
 from robust_mm import attacks
+from robust_mm import models
 
 TARGET = 1.1
 NUM_STEPS = 50
@@ -33,16 +34,14 @@ def main():
     f"{'model':<22}{'attack':<22}{'gradients ms':>14}{'attack ms':>11}", end=""
   )
   print(f"{'ratio':>8}  target {TARGET}")
-  for name, (logits_fn, inputs, label) in _models(arguments.batch).items():
+  for name, problem in _problems(arguments.batch).items():
     for title, attack in _attacks().items():
-      gradients_s, attack_s = _medians(
-        attack, logits_fn, inputs, label, arguments.rounds
-      )
+      gradients_s, attack_s = _medians(attack, *problem, arguments.rounds)
       ratio = attack_s / gradients_s
       verdict = "ok" if ratio <= TARGET else "above"
       print(
-        f"{name:<22}{title:<22}{gradients_s * 1e3:>14.1f}{attack_s * 1e3:>11.1f}"
-        f"{ratio:>8.3f}  {verdict}",
+        f"{name:<22}{title:<22}{gradients_s * 1e3:>14.1f}"
+        f"{attack_s * 1e3:>11.1f}{ratio:>8.3f}  {verdict}",
         flush=True,
       )
 
@@ -58,27 +57,31 @@ def _attacks():
   }
 
 
-def _medians(attack, logits_fn, inputs, label, rounds):
+def _medians(attack, apply, params, inputs, label, rounds):
   """Median seconds of all the gradients and of the attack, in turns."""
 
-  def loss(inputs, label):
-    return jnp.sum(attacks.losses.margin(logits_fn(inputs), label))
+  @jax.jit
+  @jax.grad
+  def gradient(inputs, params, label):
+    return jnp.sum(attacks.losses.margin(apply(params, inputs), label))
 
-  gradient = jax.jit(jax.grad(loss))
-  run = jax.jit(lambda key, x, y: attack(key, logits_fn, x, y))
-  key = jax.random.key(0)
-  _seconds(gradient, inputs, label)
-  _seconds(run, key, inputs, label)
+  @jax.jit
+  def run(inputs, params, label):
+    key = jax.random.key(0)
+    return attack(key, lambda x: apply(params, x), inputs, label)
+
   num_grads = NUM_STEPS * attack.settings["num_restarts"]
 
-  def gradients(inputs, label):
+  def gradients(*arguments):
     for _ in range(num_grads):
-      jax.block_until_ready(gradient(inputs, label))
+      jax.block_until_ready(gradient(*arguments))
 
+  _seconds(gradient, inputs, params, label)
+  _seconds(run, inputs, params, label)
   gradient_times, attack_times = [], []
   for _ in range(rounds):
-    gradient_times.append(_seconds(gradients, inputs, label))
-    attack_times.append(_seconds(run, key, inputs, label))
+    gradient_times.append(_seconds(gradients, inputs, params, label))
+    attack_times.append(_seconds(run, inputs, params, label))
   return statistics.median(gradient_times), statistics.median(attack_times)
 
 
@@ -88,69 +91,47 @@ def _seconds(fn, *arguments):
   return time.perf_counter() - start
 
 
-def _models(batch):
+def _problems(batch):
+  """``{name: (apply(params, inputs), params, inputs, label)}``."""
   digits = datasets.load_digits()
   rows = np.arange(batch) % len(digits.target)
   images = jnp.asarray(digits.images[rows] / 16, jnp.float32)
   label = jnp.asarray(digits.target[rows], jnp.int32)
-  flat = jnp.reshape(images, (batch, 64))
-  halves = {"left": flat[:, :32], "right": flat[:, 32:]}
+  flat = {"x": jnp.reshape(images, (batch, 64))}
+  halves = {
+    "left": jnp.reshape(images[:, :, :4], (batch, 32)),
+    "right": jnp.reshape(images[:, :, 4:], (batch, 32)),
+  }
   large = jax.image.resize(images, (batch, 28, 28), "linear")[..., None]
-  return {
-    "mlp 64-256-256-10": (_mlp((64, 256, 256, 10)), {"x": flat}, label),
-    "two encoders 64-32": (_late_fusion(), halves, label),
-    "mlp 784-512-512-10": (
-      _mlp((784, 512, 512, 10)),
+  parts = {
+    "mlp, 64 inputs": (models.encoders.mlp(hidden_sizes=(256, 256)), flat),
+    "mlp, 784 inputs": (
+      models.encoders.mlp(hidden_sizes=(512, 512)),
       {"x": jnp.reshape(large, (batch, 784))},
-      label,
     ),
-    "cnn 28x28, 16-32": (_cnn(), {"x": large}, label),
+    "cnn, 28x28": (models.encoders.cnn(), {"x": large}),
+    "two mlps": (models.encoders.mlp(hidden_sizes=(64, 32)), halves),
+    "two lipschitz mlps": (models.lipschitz.lipschitz_mlp(), halves),
+  }
+  return {
+    name: (*_model(encoder, inputs), inputs, label)
+    for name, (encoder, inputs) in parts.items()
   }
 
 
-def _mlp(sizes, seed=0):
-  rng = np.random.default_rng(seed)
-  kernels = [
-    jnp.asarray(rng.normal(size=pair) / np.sqrt(pair[0]), jnp.float32)
-    for pair in zip(sizes[:-1], sizes[1:])
-  ]
+def _model(encoder, inputs):
+  model = models.late_fusion(
+    dict.fromkeys(inputs, encoder),
+    10,
+    input_shapes={m: x.shape[1:] for m, x in inputs.items()},
+  )
+  params, state = model.init(jax.random.key(0))
+  present = {m: jnp.ones(x.shape[0], bool) for m, x in inputs.items()}
 
-  def logits_fn(inputs):
-    (x,) = inputs.values()
-    for kernel in kernels[:-1]:
-      x = jax.nn.relu(x @ kernel)
-    return x @ kernels[-1]
+  def apply(params, inputs):
+    return attacks.logits_fn(model, params, state, present)(inputs)
 
-  return logits_fn
-
-
-def _late_fusion():
-  left, right = _mlp((32, 64, 32, 10)), _mlp((32, 64, 32, 10), seed=1)
-
-  def logits_fn(inputs):
-    parts = {name: {name: x} for name, x in inputs.items()}
-    return left(parts["left"]) + right(parts["right"])
-
-  return logits_fn
-
-
-def _cnn():
-  rng = np.random.default_rng(0)
-  first = jnp.asarray(rng.normal(size=(3, 3, 1, 16)) / 3, jnp.float32)
-  second = jnp.asarray(rng.normal(size=(3, 3, 16, 32)) / 12, jnp.float32)
-  head = jnp.asarray(rng.normal(size=(32 * 49, 10)) / 40, jnp.float32)
-  layout = ("NHWC", "HWIO", "NHWC")
-
-  def logits_fn(inputs):
-    (x,) = inputs.values()
-    for kernel in (first, second):
-      x = jax.lax.conv_general_dilated(
-        x, kernel, (2, 2), "SAME", dimension_numbers=layout
-      )
-      x = jax.nn.relu(x)
-    return jnp.reshape(x, (x.shape[0], 32 * 49)) @ head
-
-  return logits_fn
+  return apply, params
 
 
 if __name__ == "__main__":

@@ -150,7 +150,9 @@ def test_fgm_is_the_closed_form_step():
   )
   for norm in ("l2", "linf"):
     attack = attacks.fgm(norm=norm, budget=0.3, units=UNITS)
-    adversarial = attack(jax.random.key(0), logits_fn, inputs, label)
+    adversarial = jax.jit(lambda k, a=attack: a(k, logits_fn, inputs, label))(
+      jax.random.key(0)
+    )
     for m, g in grad.items():
       step = UNITS[m] * np.sign(g)
       if norm == "l2":

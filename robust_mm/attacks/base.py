@@ -68,7 +68,7 @@ class Objective:
     _, evaluation = convolutions.canonical(
       self._evaluate, self.region.inputs(delta), target
     )
-    return evaluation
+    return jax.lax.stop_gradient(evaluation)
 
   def gradient(
     self, delta: Mapping, target: Any = None
@@ -81,7 +81,7 @@ class Objective:
     grad, evaluation = convolutions.canonical(
       jax.grad(self._evaluate, has_aux=True), self.region.inputs(delta), target
     )
-    return evaluation, grad
+    return jax.lax.stop_gradient((evaluation, grad))
 
   def nothing_found(self) -> Best:
     """Where the bookkeeping starts: no perturbation, nothing broken."""
@@ -197,13 +197,11 @@ class Attack:
       label=_checked_label(label, logits_fn, inputs),
     )
     moved = region.finished(self.search(key, objective))
-    return {
-      **inputs,
-      **{
-        m: balls.choose(region.radius[m] > 0, x, inputs[m])
-        for m, x in moved.items()
-      },
+    changed = {
+      m: balls.choose(region.radius[m] > 0, x, jnp.asarray(inputs[m]))
+      for m, x in moved.items()
     }
+    return {**inputs, **jax.lax.stop_gradient(changed)}
 
 
 def make_attack(

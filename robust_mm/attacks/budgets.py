@@ -88,8 +88,10 @@ def region(
   dtype = jnp.result_type(jnp.float32, *(inputs[m].dtype for m in moving))
   clean, radius = {}, {}
   for name in modalities.names(moving):
-    x = jnp.asarray(inputs[name])
-    size = jnp.asarray(named[name], dtype)
+    # Here and in the objective, so that a caller who differentiates pays for
+    # no tangent of the search.
+    x = jax.lax.stop_gradient(jnp.asarray(inputs[name]))
+    size = jax.lax.stop_gradient(jnp.asarray(named[name], dtype))
     if size.shape not in ((), x.shape[:1]):
       raise ValueError(
         f"budget has {size.shape[0]} numbers for {x.shape[0]} examples."

@@ -86,11 +86,14 @@ def get(name: str) -> Callable[..., Array]:
 
 
 def _pick(values, label):
-  return jnp.take_along_axis(values, label[:, None], axis=-1)[:, 0]
+  # Not a gather: its gradient is a scatter, slow on every device.
+  chosen = jax.nn.one_hot(label, values.shape[-1], dtype=bool)
+  return jnp.sum(jnp.where(chosen, values, 0), axis=-1)
 
 
 def _targeted(untargeted, values, target):
   if target is None:
     return untargeted
-  aimed = _pick(values, jnp.maximum(target, 0))
+  # ANY picks nothing, and is not used.
+  aimed = _pick(values, target)
   return jnp.where(target == ANY, untargeted, aimed)
