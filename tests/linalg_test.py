@@ -176,6 +176,16 @@ def test_half_precision_is_computed_and_returned_in_float32():
   assert linalg.defect(W) < 1e-6
 
 
+def test_random_orthonormal_rows_are_exact_and_spread_evenly():
+  W = linalg.random_orthonormal(jax.random.key(0), (400, 3, 6))
+  assert jnp.max(linalg.defect(W)) < 1e-6
+  # Haar: entries have mean 0 and variance 1 / d.
+  assert jnp.max(jnp.abs(jnp.mean(W, axis=0))) < 0.1
+  np.testing.assert_allclose(jnp.mean(W**2, axis=0), 1 / 6, atol=0.05)
+  square = linalg.random_orthonormal(jax.random.key(1), (64, 64))
+  assert linalg.defect(square) < 1e-5
+
+
 def test_tall_matrices_get_orthonormal_columns():
   Z = jnp.asarray(_random(0, 9, 4), jnp.float32)
   W = linalg.newton_schulz(Z)
@@ -260,6 +270,32 @@ def test_cayley_is_orthonormal_for_any_parameters(k, d):
   loss = lambda v: jnp.sum(jnp.sin(linalg.cayley(v)))  # noqa: E731
   gradient = jax.jit(jax.grad(loss))(V)
   assert jnp.all(jnp.isfinite(gradient))
+
+
+def test_cayley_norm_is_at_most_one_where_the_inverse_is_inaccurate():
+  for scale in (30, 1e3, 1e6):
+    V = jnp.asarray(scale * _random(0, 9, 6), jnp.float32)
+    W = np.asarray(linalg.cayley(V), np.float64)
+    assert np.linalg.norm(W, 2) <= 1 + 1e-6
+
+
+def test_cayley_gradient_equals_that_of_a_direct_solve():
+  with jax.enable_x64(True):
+    V = jnp.asarray(_random(0, 7, 4))
+    G = jnp.asarray(_random(1, 7, 4))
+
+    def direct(V):
+      U, Y = V[:4], V[4:]
+      A = U - U.T + Y.T @ Y
+      inverse = jnp.linalg.inv(jnp.eye(4) + A)
+      return jnp.concatenate([(jnp.eye(4) - A) @ inverse, -2 * Y @ inverse])
+
+    def gradient(function):
+      return jax.jit(jax.grad(lambda V: jnp.vdot(G, jnp.sin(function(V)))))(V)
+
+    np.testing.assert_allclose(
+      gradient(linalg.cayley), gradient(direct), atol=1e-10
+    )
 
 
 def test_cayley_matches_its_formula():

@@ -1,11 +1,4 @@
-r"""Matrices kept orthonormal, norms bounded from above, by matrix products.
-
-Everything here is a few products of small matrices: no SVD, eigendecomposition
-or QR, whose backward passes divide by spectral gaps and give NaN at the very
-matrices one wants (orthonormal ones have no gaps at all). Products run at
-``precision="highest"``: the accelerators' defaults (TF32, bfloat16) would void
-the bounds.
-"""
+"""The polar factor by Newton-Schulz iteration, and its derivative."""
 
 import functools
 from collections.abc import Sequence
@@ -17,10 +10,8 @@ from jaxtyping import Float
 from jaxtyping import PRNGKeyArray
 
 from robust_mm import _validate
+from robust_mm.linalg import products
 
-# The first step maps singular values in [0, sqrt(3)] into [0, 1]; 1.5 keeps
-# clear of sqrt(3), which it would map to 0.
-_FIRST_LIMIT = 1.5
 _MAX_SOLVER_STEPS = 64
 
 
@@ -38,19 +29,7 @@ def random_orthonormal(
     key: a random key.
     shape: ``[..., k, d]``.
   """
-  *batch, k, d = shape
-  wide = jax.random.normal(key, (*batch, min(k, d), max(k, d)))
-
-  def step(_, X):
-    gram = jnp.einsum("...kd,...jd->...kj", X, X, precision="highest")
-    return 1.5 * X - 0.5 * jnp.einsum(
-      "...kj,...jd->...kd", gram, X, precision="highest"
-    )
-
-  size = jnp.linalg.norm(wide, axis=(-2, -1), keepdims=True)
-  # 48 steps bring singular values from 1e-6 to 1; a compiled loop is small.
-  W = jax.lax.fori_loop(0, 48, step, wide / size)
-  return W if k <= d else jnp.swapaxes(W, -1, -2)
+  return newton_schulz(jax.random.normal(key, tuple(shape)), num_iters=40)
 
 
 def newton_schulz(
@@ -100,7 +79,9 @@ def newton_schulz(
   _validate.at_least(1, num_iters=num_iters)
   Z = Z.astype(jnp.promote_types(Z.dtype, jnp.float32))
   if Z.shape[-2] > Z.shape[-1]:
-    return _transpose(newton_schulz(_transpose(Z), num_iters=num_iters))
+    return products.transpose(
+      newton_schulz(products.transpose(Z), num_iters=num_iters)
+    )
   W, *_ = _polar(jnp.reshape(Z, (-1, *Z.shape[-2:])), num_iters)
   return jnp.reshape(W, Z.shape)
 
@@ -108,111 +89,9 @@ def newton_schulz(
 def defect(W: Float[Array, "*b k d"]) -> Float[Array, "*b"]:
   """``max |W W^T - I|`` (of ``W^T W`` for a tall ``W``): 0 if orthonormal."""
   if W.shape[-2] > W.shape[-1]:
-    W = _transpose(W)
-  error = _dot(W, _transpose(W)) - _eye(W)
+    W = products.transpose(W)
+  error = products.dot(W, products.transpose(W)) - products.eye(W)
   return jnp.max(jnp.abs(error), axis=(-2, -1))
-
-
-def gram_norm(
-  W: Float[Array, "*b k d"], *, num_iters: int = 16
-) -> Float[Array, "*b"]:
-  r"""Upper bound of the spectral norm by Gram iteration, differentiable.
-
-  .. math:: G_0 = W, \quad G_{t+1} = G_t^T G_t, \qquad
-    \|W\|_2 \le \|G_T\|_F^{1/2^T} \le r^{1/2^{T+1}} \|W\|_2
-
-  with ``r`` the rank, each :math:`G_t` rescaled to Frobenius norm 1.
-
-  Formal guarantees:
-    - Upper bound for every ``num_iters``, up to rounding (relative 1e-6 in
-      float32 up to 512 x 512). Excess at rank 512: 5 % after 6 steps, 5e-5
-      after 16; the worst case is an orthonormal ``W``.
-
-  A zero matrix gives 0 with gradient 0.
-
-  Args:
-    W: ``[..., k, d]``.
-    num_iters: Gram steps; 6 in a loss, 16 in a certificate.
-
-  Returns:
-    ``[...]``.
-
-  References:
-    `Delattre et al. (2023) <https://arxiv.org/abs/2305.16173>`_.
-  """
-  _validate.at_least(0, num_iters=num_iters)
-  G = W if W.shape[-2] >= W.shape[-1] else _transpose(W)
-  zero = jnp.max(jnp.abs(G), axis=(-2, -1), keepdims=True) == 0
-  G = jnp.where(zero, jnp.ones_like(G), G)
-
-  log_norm = jnp.zeros(G.shape[:-2], G.dtype)
-  for step in range(num_iters):
-    # The largest entry first: squares of entries near 1e-20 or 1e20 are
-    # outside float32.
-    peak = jnp.max(jnp.abs(G), axis=(-2, -1), keepdims=True)
-    scale = peak * _frobenius(G / peak)
-    log_norm += jnp.log(scale[..., 0, 0]) / 2**step
-    G = G / scale
-    G = _dot(_transpose(G), G)
-  log_norm += jnp.log(_frobenius(G)[..., 0, 0]) / 2**num_iters
-  return jnp.where(zero[..., 0, 0], 0.0, jnp.exp(log_norm))
-
-
-def power_iteration(
-  W: Float[Array, "*b k d"], *, num_iters: int = 20
-) -> Float[Array, "*b"]:
-  r"""**Lower** bound of the spectral norm: a monitor, never a certificate.
-
-  :math:`\|W v\|` at the unit vector ``v`` reached from the longest row; 0.9 %
-  low after 20 steps on a random 512 x 512 matrix. Not for a loss either: the
-  value is decent long before its gradient points the right way. Use
-  :func:`gram_norm` for both.
-  """
-  _validate.at_least(0, num_iters=num_iters)
-  lengths = jnp.linalg.norm(W, axis=-1)
-  longest = jnp.argmax(lengths, axis=-1)[..., None, None]
-  v = jnp.take_along_axis(W, longest, axis=-2)
-
-  def unit(v):
-    norm = jnp.linalg.norm(v, axis=-1, keepdims=True)
-    return v / jnp.where(norm == 0, 1.0, norm)
-
-  def step(v, _):
-    return unit(_dot(_dot(v, _transpose(W)), W)), None
-
-  v, _ = jax.lax.scan(step, unit(v), None, length=num_iters)
-  return jnp.linalg.norm(_dot(v, _transpose(W))[..., 0, :], axis=-1)
-
-
-def cayley(V: Float[Array, "*b k d"]) -> Float[Array, "*b k d"]:
-  r"""Orthonormal columns (rows for ``k < d``) by the Cayley transform.
-
-  With ``V = [U; Y]``, ``U`` square,
-
-  .. math:: A = U - U^T + Y^T Y, \quad
-    W = \begin{bmatrix} (I - A)(I + A)^{-1} \\ -2 Y (I + A)^{-1}\end{bmatrix}
-
-  Formal guarantees:
-    - ``W^T W = I`` up to the rounding of one linear solve; ``I + A`` is always
-      invertible, since the symmetric part of ``A`` is positive semidefinite.
-
-  It reaches no matrix whose square part has the eigenvalue -1, and ``V = 0``
-  gives the identity.
-
-  References:
-    `Trockman & Kolter (2021) <https://arxiv.org/abs/2104.07167>`_.
-  """
-  V = V.astype(jnp.promote_types(V.dtype, jnp.float32))
-  if V.shape[-2] < V.shape[-1]:
-    return _transpose(cayley(_transpose(V)))
-  n = V.shape[-1]
-  U = V[..., :n, :]
-  Y = V[..., n:, :]
-  A = U - _transpose(U) + _dot(_transpose(Y), Y)
-  eye = _eye(A)
-  stacked = jnp.concatenate([eye - A, -2 * Y], axis=-2)
-  # (I - A)(I + A)^-1 as a solve from the right.
-  return _transpose(jnp.linalg.solve(_transpose(eye + A), _transpose(stacked)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -222,15 +101,17 @@ def _polar(z: Array, num_iters: int) -> tuple[Array, Array, Array]:
   ``W = R z`` and ``R -> P^-1``; ``size`` is the largest squared Frobenius
   norm of ``I - X X^T`` before the last step.
   """
-  gram = _dot(z, _transpose(z))
+  gram = products.dot(z, products.transpose(z))
   trace = jnp.trace(gram, axis1=-2, axis2=-1)[:, None, None]
   # Singular values scatter around 1 after the root mean square, and near 1
   # convergence is fastest; the bound keeps the first step inside its range.
-  scale = jnp.maximum(trace / z.shape[-2], _norm_bound(gram) / _FIRST_LIMIT**2)
+  scale = jnp.maximum(
+    trace / z.shape[-2], products.norm_bound(gram) / products.FIRST_LIMIT**2
+  )
   scale = jnp.where(scale == 0, 1.0, scale)
   r, num_done = _gram_steps(gram / scale, num_iters)
   r = r * jax.lax.rsqrt(scale)
-  x = _dot(r, z)
+  x = products.dot(r, z)
   return _direct_steps(x, r, num_done, num_iters)
 
 
@@ -241,7 +122,7 @@ def _gram_steps(gram: Array, num_iters: int) -> tuple[Array, Array]:
   E^3``: nothing cancels near convergence. One step is left for ``X`` itself.
   """
   epsilon = jnp.finfo(gram.dtype).eps
-  eye = _eye(gram)
+  eye = products.eye(gram)
   # 1 is an unstable fixed point of E: rounding pushes a zero singular value
   # past it, and away. Damping E by the size of that rounding keeps it below 1,
   # which only under-estimates singular values, to be mended on X itself.
@@ -250,8 +131,8 @@ def _gram_steps(gram: Array, num_iters: int) -> tuple[Array, Array]:
     return eye, jnp.zeros((), jnp.int32)
 
   def advance(error):
-    square = _dot(error, error)
-    return 0.75 * square + 0.25 * _dot(square, error)
+    square = products.dot(error, error)
+    return 0.75 * square + 0.25 * products.dot(square, error)
 
   # A step more than halves the error's exponent, and one more follows on X:
   # an applied error of this size leaves less than rounding behind.
@@ -265,7 +146,7 @@ def _gram_steps(gram: Array, num_iters: int) -> tuple[Array, Array]:
   def body(carry):
     step, error, factor = carry
     error = advance(error)
-    return step + 1, error, factor + 0.5 * _dot(factor, error)
+    return step + 1, error, factor + 0.5 * products.dot(factor, error)
 
   carry = (jnp.ones((), jnp.int32), error, eye + 0.5 * error)
   step, _, factor = jax.lax.while_loop(unfinished, body, carry)
@@ -277,19 +158,18 @@ def _direct_steps(
 ) -> tuple[Array, Array, Array]:
   """One step on ``X`` itself, more where it has not converged."""
   epsilon = jnp.finfo(x.dtype).eps
-  gram = _dot(x, _transpose(x))
-  # A no-op unless rounding spoilt the Gram side: the step below is a
-  # contraction onto norm 1 only from singular values below sqrt(3).
-  shrink = _FIRST_LIMIT**2 / jnp.maximum(_norm_bound(gram), _FIRST_LIMIT**2)
+  gram = products.dot(x, products.transpose(x))
+  # A no-op unless rounding spoilt the Gram side.
+  shrink = products.shrink(gram)
   x, r = x * jnp.sqrt(shrink), r * jnp.sqrt(shrink)
 
   def half_error(gram):
-    error = _eye(gram) - gram
+    error = products.eye(gram) - gram
     return 0.5 * error, jnp.max(jnp.sum(jnp.square(error), axis=(-2, -1)))
 
   def advance(step, x, r, gram):
     half, size = half_error(gram)
-    return step + 1, size, x + _dot(half, x), r + _dot(half, r)
+    return step + 1, size, x + products.dot(half, x), r + products.dot(half, r)
 
   def unfinished(carry):
     step, size, *_ = carry
@@ -297,7 +177,7 @@ def _direct_steps(
 
   def body(carry):
     step, _, x, r = carry
-    return advance(step, x, r, _dot(x, _transpose(x)))
+    return advance(step, x, r, products.dot(x, products.transpose(x)))
 
   carry = advance(num_done, x, r, gram * shrink)
   _, size, x, r = jax.lax.while_loop(unfinished, body, carry)
@@ -313,18 +193,18 @@ def _polar_jvp(num_iters, primals, tangents):
   """
   (z,), (dz,) = primals, tangents
   w, r, size = _polar(z, num_iters)
-  p = _dot(z, _transpose(w))
-  p = 0.5 * (p + _transpose(p))
+  p = products.dot(z, products.transpose(w))
+  p = 0.5 * (p + products.transpose(p))
   # Dependent rows make the equation singular. The shift is of the size of the
   # slope that num_iters steps have there, and rounding where they converged.
   mean = jnp.trace(p, axis1=-2, axis2=-1)[:, None, None] / p.shape[-1]
   shift = jnp.minimum(size, 1.0) * mean * 1.5**-num_iters
   shift = jax.lax.stop_gradient(shift + jnp.finfo(z.dtype).tiny)
-  a = _dot(dz, _transpose(w))
-  omega = _solve_skew(p, shift, a - _transpose(a))
-  dw = _dot(omega, w) + _dot(r, dz - _dot(a, w))
-  dp = a - _dot(p, omega)
-  dr = -_dot(_dot(r, 0.5 * (dp + _transpose(dp))), r)
+  a = products.dot(dz, products.transpose(w))
+  omega = _solve_skew(p, shift, a - products.transpose(a))
+  dw = products.dot(omega, w) + products.dot(r, dz - products.dot(a, w))
+  dp = a - products.dot(p, omega)
+  dr = -products.dot(products.dot(r, 0.5 * (dp + products.transpose(dp))), r)
   return (w, r, size), (dw, dr, jnp.zeros_like(size))
 
 
@@ -333,13 +213,13 @@ def _solve_skew(p: Array, shift: Array, skew: Array) -> Array:
 
   def matvec(y):
     # For a skew y, y p = -(p y)^T: one product in place of two.
-    product = _dot(p, y)
-    return product - _transpose(product) + 2 * shift * y
+    product = products.dot(p, y)
+    return product - products.transpose(product) + 2 * shift * y
 
   def solve(matvec, b):
     # The transposed solve receives a general matrix, of which only the skew
     # part acts.
-    return _conjugate_gradient(matvec, 0.5 * (b - _transpose(b)))
+    return _conjugate_gradient(matvec, 0.5 * (b - products.transpose(b)))
 
   return jax.lax.custom_linear_solve(matvec, skew, solve, symmetric=True)
 
@@ -372,27 +252,3 @@ def _conjugate_gradient(matvec, b: Array) -> Array:
   zero = jnp.zeros((), jnp.int32)
   carry = (zero, jnp.zeros_like(b), b, b, inner(b, b))
   return jax.lax.while_loop(unfinished, body, carry)[1]
-
-
-def _norm_bound(gram: Array) -> Array:
-  """Upper bound of the norm of symmetric matrices, ``[n, 1, 1]``."""
-  rows = jnp.max(jnp.sum(jnp.abs(gram), axis=-1), axis=-1)[:, None, None]
-  return jnp.minimum(rows, _frobenius(gram))
-
-
-def _frobenius(matrix: Array) -> Array:
-  return jnp.sqrt(jnp.sum(jnp.square(matrix), axis=(-2, -1), keepdims=True))
-
-
-def _dot(left: Array, right: Array) -> Array:
-  return jnp.matmul(left, right, precision="highest")
-
-
-def _transpose(matrix: Array) -> Array:
-  return jnp.swapaxes(matrix, -2, -1)
-
-
-def _eye(like: Array) -> Array:
-  n = like.shape[-2]
-  eye = jnp.eye(n, dtype=like.dtype)
-  return jnp.broadcast_to(eye, (*like.shape[:-2], n, n))
