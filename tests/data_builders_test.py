@@ -333,7 +333,7 @@ def test_missing_raw_file_is_refused_by_name(tmp_path):
 
 
 def test_builders_carry_the_registry_s_version():
-  for name in registry.names():
+  for name in registry.list_datasets():
     info = registry.get(name)
     if info.kind == "prepared":
       module = data.builders.builder_class(name)

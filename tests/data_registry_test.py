@@ -10,7 +10,7 @@ from robust_mm import data
 from robust_mm.data import registry
 
 
-@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize("name", registry.list_datasets())
 def test_entry_is_complete_and_consistent(name):
   info = registry.get(name)
   assert info.description

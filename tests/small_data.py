@@ -65,7 +65,7 @@ def prepare_all(shared: pathlib.Path, root: pathlib.Path) -> pathlib.Path:
       return root
     raw.mkdir(exist_ok=True)
     raw_av_digits(shared / "data/av_digits", raw)
-    for name in registry.names():
+    for name in registry.list_datasets():
       info = registry.get(name)
       if info.kind == "prepared":
         cut = info.builder_name == "av_digits"

@@ -19,7 +19,7 @@ def open_source(
   """A split of a named data set, ready to gather batches from.
 
   Args:
-    name: one of ``registry.names()``.
+    name: one of ``registry.list_datasets()``.
     split: ``"train"``, ``"validation"`` or ``"test"``.
     path: for ``arrays`` the folder of npz files; for prepared sets the data
       directory (default ``ROBUST_MM_DATA_DIR``, else ``~/.cache/robust_mm``);

@@ -23,7 +23,7 @@ __all__ = [
   "data_dir",
   "format_list",
   "get",
-  "names",
+  "list_datasets",
   "of_builder",
   "prepared_path",
 ]
@@ -36,7 +36,7 @@ DATA_DIR_VARIABLE = "ROBUST_MM_DATA_DIR"
 _DATASETS = {info.name: info for info in catalogue.DATASETS}
 
 
-def names() -> tuple[str, ...]:
+def list_datasets() -> tuple[str, ...]:
   """Every name ``get`` knows, sorted."""
   return tuple(sorted(_DATASETS))
 
@@ -49,8 +49,8 @@ def get(name: str) -> DatasetInfo:
   """
   if name not in _DATASETS:
     raise _validate.UserError(
-      f"There is no data set {name!r}; known are {', '.join(names())}."
-      f"{_validate.suggestion(name, names())}"
+      f"There is no data set {name!r}; known are {', '.join(list_datasets())}."
+      f"{_validate.suggestion(name, list_datasets())}"
     )
   return _DATASETS[name]
 
@@ -123,7 +123,7 @@ def prepared_path(
 def format_list(path: str | os.PathLike | None = None) -> str:
   """All data sets as text, and which prepared ones are there."""
   lines = []
-  for name in names():
+  for name in list_datasets():
     info = get(name)
     state = info.kind
     if info.kind == "prepared":

@@ -11,6 +11,7 @@ import pathlib
 import signal
 import threading
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,26 +81,62 @@ def train(
 
 def _train(config, workdir, say, progress) -> Result:
   started = time.perf_counter()
-  stop = threading.Event()
-
-  # ---- devices and mesh
+  plan = _plan(config)
+  for note in plan.setup.facts["notes"]:
+    say(f"note: {note}")
+  run = _open(config, workdir, plan, say)
+  run.timing["setup"] = time.perf_counter() - started
+  say(
+    f"{run.recipe.name} on {config.data.name}: {len(plan.setup.train)} "
+    f"training examples, {run.recipe.num_steps} steps, {run.mesh.size} device"
+    f"{'s' if run.mesh.size > 1 else ''}"
+  )
   try:
+    with _on_sigterm(run.stop):
+      result = _run_phases(run, iter(plan.stream), progress)
+  finally:
+    run.writer.close()
+    run.rolling.close()
+  run.timing["total"] = time.perf_counter() - started
+  return dataclasses.replace(result, timing=dict(run.timing))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+  """All that a configuration asks for, checked, before anything is written."""
+
+  mesh: Any
+  setup: setup_lib.Setup
+  recipe: Any
+  validator: Any
+  stream: Any
+
+
+def _plan(config) -> _Plan:
+  try:
+    # ---- devices and mesh
     mesh = sharding.make_mesh(data=config.mesh.data, model=config.mesh.model)
     sharding.check_batch_size(config.data.batch_size, mesh)
     # ---- data, model
     setup = setup_lib.prepare(config)
-    # ---- optimizer and recipe
+    # ---- optimizer
     recipe = setup_lib.make_recipe(config, setup.model, setup.facts)
     for phase in recipe.phases:
       abstract = context.abstract_state(setup.model, phase)
       sharding.state_shardings(abstract, mesh, config.mesh.rules, phase)
-    validator = validation.make(config, setup, mesh)
-    stream = _stream(config, setup)
+    return _Plan(
+      mesh=mesh,
+      setup=setup,
+      recipe=recipe,
+      validator=validation.make(config, setup, mesh),
+      stream=_stream(config, setup),
+    )
   except ValueError as error:
     raise _validate.UserError(str(error)) from error
-  for note in setup.facts["notes"]:
-    say(f"note: {note}")
 
+
+def _open(config, workdir, plan: _Plan, say) -> context.Run:
+  """The run's files, opened."""
   primary = jax.process_index() == 0
   if primary:
     runs.save_config(workdir, config)
@@ -107,36 +144,24 @@ def _train(config, workdir, say, progress) -> Result:
     workdir / checkpoints.FOLDER / "state",
     keep=config.training.keep_checkpoints,
   )
-  facts = _begin(workdir, config, setup, recipe, primary)
+  facts = _begin(workdir, config, plan.setup, plan.recipe, primary)
   writer = writers.NullWriter()
   if primary:
     writer = writers.Writer(workdir, step=rolling.latest_step or 0)
-  run = context.Run(
+  return context.Run(
     config=config,
     workdir=workdir,
-    setup=setup,
-    recipe=recipe,
-    mesh=mesh,
-    validator=validator,
+    setup=plan.setup,
+    recipe=plan.recipe,
+    mesh=plan.mesh,
+    validator=plan.validator,
     rolling=rolling,
     writer=writer,
     say=say,
-    timing={"setup": time.perf_counter() - started, "compile": 0.0},
-    stop=stop,
+    timing={"compile": 0.0},
+    stop=threading.Event(),
     facts=facts,
   )
-  say(
-    f"{recipe.name} on {config.data.name}: {len(setup.train)} training "
-    f"examples, {recipe.num_steps} steps, {mesh.size} device(s)"
-  )
-  try:
-    with _on_sigterm(stop):
-      result = _run_phases(run, iter(stream), progress)
-  finally:
-    writer.close()
-    rolling.close()
-  run.timing["total"] = time.perf_counter() - started
-  return dataclasses.replace(result, timing=dict(run.timing))
 
 
 def _begin(workdir, config, setup, recipe, primary) -> dict:
@@ -255,8 +280,11 @@ def _run_phase(
     state, step_metrics = step_fn(state, batch, key)
     step += 1
     seen.push(step, step_metrics)
-    if _due(step, start, run.config.training.log_every) or step == end:
+    if step == end:
       _log(run, phase, step, seen, clock)
+    elif _due(step, start, run.config.training.log_every):
+      # The newest step may still be computing; it is read a period later.
+      _log(run, phase, step, seen, clock, newest=False)
     stopping = _should_stop(run, step, start)
     if _due(step, start, run.config.training.eval_every) or step == end:
       best.consider(step, state)
@@ -291,9 +319,11 @@ def _due(step: int, start: int, period: int) -> bool:
   return (step - start) % period == 0
 
 
-def _log(run: context.Run, phase: Phase, step: int, seen, clock) -> None:
+def _log(
+  run: context.Run, phase: Phase, step: int, seen, clock, *, newest: bool = True
+) -> None:
   try:
-    row = seen.mean()
+    row = seen.mean(newest=newest)
   except metrics_lib.NonFiniteError as error:
     saved = run.rolling.latest_step
     where = f"the last good checkpoint is of step {saved}"

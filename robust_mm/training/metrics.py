@@ -24,11 +24,17 @@ class Accumulator:
     """Keeps the metrics of the update that made ``step``."""
     self._pending.append((step, metrics))
 
-  def mean(self) -> dict[str, float]:
-    """Means since the last call; NonFiniteError naming the first bad step."""
-    steps = [step for step, _ in self._pending]
-    rows = jax.device_get([metrics for _, metrics in self._pending])
-    self._pending = []
+  def mean(self, *, newest: bool = True) -> dict[str, float]:
+    """Means since the last call; NonFiniteError naming the first bad step.
+
+    Args:
+      newest: False leaves the newest step for the next call, so that nothing
+        waits for it.
+    """
+    cut = len(self._pending) - (not newest)
+    steps = [step for step, _ in self._pending[:cut]]
+    rows = jax.device_get([metrics for _, metrics in self._pending[:cut]])
+    self._pending = self._pending[cut:]
     for step, row in zip(steps, rows):
       if not math.isfinite(row["loss"]):
         raise NonFiniteError(f"the loss is {row['loss']} at step {step}")
