@@ -194,12 +194,14 @@ def test_right_by_accident_is_not_robust():
   assert not attacks.survives(KEY, attack, logits_fn, inputs, label).any()
 
 
-def test_eight_devices_agree_with_one(trained):
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+def test_eight_devices_agree_with_one(trained, axis_type):
   params, inputs, label = trained
   inputs = {m: x[:144] for m, x in inputs.items()}
   label = label[:144]
   attack = attacks.pgd(norm=2, budget=0.4, num_steps=5, num_restarts=2)
-  mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
+  axis_type = getattr(jax.sharding.AxisType, axis_type)
+  mesh = jax.make_mesh((8,), ("data",), (axis_type,))
   sharding = jax.NamedSharding(mesh, jax.P("data"))
   present = {"left": jnp.arange(144) % 3 > 0}
 
@@ -210,7 +212,8 @@ def test_eight_devices_agree_with_one(trained):
     )
 
   one = run(inputs, label, present)
-  several = run(*jax.device_put((inputs, label, present), sharding))
+  with jax.set_mesh(mesh):
+    several = run(*jax.device_put((inputs, label, present), sharding))
   for m in HALVES:
     assert several[m].sharding.is_equivalent_to(sharding, 2)
     # Rounding can send a step past a kink of the network another way.

@@ -15,6 +15,7 @@ clean value never leaves it.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,7 +63,7 @@ class Region:
 
   def zeros(self) -> dict:
     """No perturbation."""
-    return {m: jnp.zeros(x.shape, self.dtype) for m, x in self.clean.items()}
+    return {m: jnp.zeros_like(x, self.dtype) for m, x in self.clean.items()}
 
   def size(self, delta: Mapping[str, Any]) -> dict:
     """``{m: [b]}`` in units; the same for all when an l2 ball is joint."""
@@ -239,7 +240,7 @@ def _signed_uniform(key, shape, dtype):
 
 
 def _rows(x):
-  return jnp.reshape(x, (x.shape[0], x[0].size if x.shape[0] else 0))
+  return jnp.reshape(x, (x.shape[0], math.prod(x.shape[1:])))
 
 
 def _largest(x):

@@ -85,11 +85,13 @@ class Objective:
 
   def nothing_found(self) -> Best:
     """Where the bookkeeping starts: no perturbation, nothing broken."""
-    clean = jax.eval_shape(self, self.region.zeros())
+    zeros = self.region.zeros()
+    dtype = jax.eval_shape(self, zeros).loss.dtype
+    # Like the label, for its sharding.
     return Best(
-      self.region.zeros(),
-      jnp.full_like(clean.loss, -jnp.inf),
-      jnp.zeros_like(clean.broken),
+      zeros,
+      jnp.full_like(self.label, -jnp.inf, dtype),
+      jnp.zeros_like(self.label, bool),
     )
 
   def _evaluate(self, inputs, target):
