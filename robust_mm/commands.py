@@ -253,6 +253,7 @@ def make_protocol(config, facts: dict, radii=None) -> evaluation.Protocol:
     }
     or None,
     batch_size=settings.batch_size,
+    tightness=tuple(settings.tightness),
   )
 
 

@@ -76,6 +76,8 @@ def default() -> ml_collections.ConfigDict:
   config.evaluation.num_steps = 50
   config.evaluation.num_restarts = 5
   config.evaluation.certificate = "auto"
+  # Multiples of each example's own radius at which it is attacked; () = none.
+  config.evaluation.tightness = (1.0, 1.2, 1.5, 2.0, 3.0)
   config.evaluation.batch_size = 512
 
   config.mesh = ml_collections.ConfigDict()
@@ -124,6 +126,7 @@ def shrink(config: ml_collections.ConfigDict) -> None:
   config.evaluation.radii = (0.5,)
   config.evaluation.num_steps = 2
   config.evaluation.num_restarts = 1
+  config.evaluation.tightness = ()
   config.evaluation.batch_size = 32
 
 

@@ -12,6 +12,8 @@ from jaxtyping import PRNGKeyArray
 
 from robust_mm import _validate
 from robust_mm._types import Batch
+from robust_mm._types import Inputs
+from robust_mm._types import Present
 
 
 def names(mapping: Iterable[str]) -> tuple[str, ...]:
@@ -23,7 +25,7 @@ def names(mapping: Iterable[str]) -> tuple[str, ...]:
   return tuple(sorted(mapping))
 
 
-def stack(mapping: Mapping[str, Array], axis: int = 0) -> Array:
+def stack(mapping: Mapping, axis: int = 0) -> Array:
   """Stacks per-modality arrays of one shape along ``axis``, sorted by name."""
   return jnp.stack([mapping[name] for name in names(mapping)], axis=axis)
 
@@ -67,7 +69,7 @@ def restrict(batch: Batch, subset: Iterable[str]) -> dict:
   return {**batch, "present": present, "inputs": mask(batch["inputs"], present)}
 
 
-def mask(inputs: Mapping[str, Array], present: Mapping[str, Array]) -> dict:
+def mask(inputs: Inputs, present: Present) -> dict:
   """Inputs with absent examples replaced by zeros, NaN in them included.
 
   ``jnp.where`` selects, it does not multiply: neither the value nor the
@@ -102,5 +104,5 @@ def random_presence(
   return {name: chosen[:, i] for i, name in enumerate(ordered)}
 
 
-def _expand(flag: Array, like: Array) -> Array:
+def _expand(flag, like):
   return jnp.reshape(flag, flag.shape + (1,) * (like.ndim - flag.ndim))

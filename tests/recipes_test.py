@@ -11,7 +11,7 @@ from robust_mm import models
 from robust_mm import recipes
 from robust_mm.models import encoders
 from robust_mm.recipes import interventions
-from robust_mm.recipes import joint
+from robust_mm.recipes import objectives
 from robust_mm.training import state as state_lib
 from robust_mm.training import steps
 
@@ -157,7 +157,7 @@ def test_frozen_parameters_stay_bit_identical():
   phase = recipes.Phase(
     name="x",
     num_steps=1,
-    loss=joint.cross_entropy_loss(model),
+    loss=objectives.cross_entropy_loss(model),
     tx=TX,
     trainable="fusion/",
   )
@@ -198,7 +198,7 @@ def test_adversarial_batch_has_a_larger_loss_inside_the_budget():
     for n in SHAPES
   )
   assert np.all(np.sqrt(size) <= 0.5 * (1 + 1e-5))
-  loss = joint.cross_entropy_loss(model)
+  loss = objectives.cross_entropy_loss(model)
   clean, _ = loss(params, state, batch, key=None)
   attacked, _ = loss(params, state, out, key=None)
   assert attacked > clean
@@ -259,7 +259,7 @@ def test_absent_examples_do_not_count_in_the_joint_loss():
   model = ordinary_model()
   params, state = model.init(jax.random.key(0))
   batch = make_batch()
-  loss = joint.cross_entropy_loss(model)
+  loss = objectives.cross_entropy_loss(model)
   whole, _ = loss(params, state, batch, key=None)
   gone = {
     name: flag.at[8:].set(False) for name, flag in batch["present"].items()

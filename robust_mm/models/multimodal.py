@@ -215,8 +215,8 @@ def _init(parts, fusion, dims) -> Callable:
       for index, (name, part) in enumerate(parts.items())
     }
     params = {name: params for name, (params, _) in made.items()}
-    state = {name: state for name, (_, state) in made.items()}
-    return {"encoders": params, "fusion": head}, {"encoders": state}
+    states = {name: state for name, (_, state) in made.items()}
+    return {"encoders": params, "fusion": head}, _stateful(parts, states)
 
   return init
 
@@ -232,6 +232,7 @@ def _encode(parts, normalizers, encoders) -> Callable:
       {name: present[name] for name in parts},
     )
     embeddings, states = {}, {}
+    held = (state or {}).get("encoders", {})
     for index, (name, part) in enumerate(parts.items()):
       x = normalizers[name](inputs[name])
       if not encoders[name].tokens and not jnp.issubdtype(
@@ -240,7 +241,7 @@ def _encode(parts, normalizers, encoders) -> Callable:
         x = x.astype(jnp.float32)
       embeddings[name], states[name] = part.apply(
         params["encoders"][name],
-        state["encoders"][name],
+        _state_of(part, held, name),
         x,
         train=train,
         key=None if key is None else jax.random.fold_in(key, index),
@@ -248,9 +249,26 @@ def _encode(parts, normalizers, encoders) -> Callable:
     embeddings = modalities.mask(
       embeddings, {name: present[name] for name in parts}
     )
-    return embeddings, {"encoders": states}
+    return embeddings, _stateful(parts, states)
 
   return encode
+
+
+def _stateful(parts, states) -> dict:
+  """The state of those encoders that have any: mostly an empty dict."""
+  kept = {name: s for name, s in states.items() if parts[name].stateful}
+  return {"encoders": kept} if kept else {}
+
+
+def _state_of(part, held, name: str):
+  if not part.stateful:
+    return {}
+  if name not in held:
+    raise ValueError(
+      f"state has no entry for the encoder of modality {name!r}, which keeps "
+      f"statistics; pass the state that init or training gave (state=...)."
+    )
+  return held[name]
 
 
 def _geometry(parts, fusion, encoders, normalizers) -> Callable | None:

@@ -18,7 +18,7 @@ from robust_mm import certification
 from robust_mm import losses
 from robust_mm._types import Model
 from robust_mm.recipes import interventions
-from robust_mm.recipes import joint
+from robust_mm.recipes import objectives
 from robust_mm.recipes import phases
 
 VARIANTS = ("JT", "AT", "Mix")
@@ -161,7 +161,7 @@ def published_loss(
     outputs, state = model.apply(
       params, state, batch["inputs"], batch["present"], train=True, key=key
     )
-    fused = joint.classification(outputs.logits, batch)
+    fused = objectives.classification(outputs.logits, batch)
     if "mix" in batch:
       margin = losses.mixup_margin(
         outputs.scores,
@@ -176,7 +176,7 @@ def published_loss(
         outputs.scores, batch["label"], batch["present"], floor=floor
       )
     metrics = {
-      "accuracy": joint.accuracy(outputs.logits, batch),
+      "accuracy": objectives.accuracy(outputs.logits, batch),
       "cross_entropy": fused,
       "unimodal_margin": margin,
     }
@@ -236,7 +236,7 @@ def corrected_loss(
       radius = mix * radius + (1 - mix) * other[0]
       companion = mix * companion + (1 - mix) * other[1]
     metrics = {
-      "accuracy": joint.accuracy(outputs.logits, batch),
+      "accuracy": objectives.accuracy(outputs.logits, batch),
       "radius_loss": radius,
       "unimodal_radius": companion,
     }

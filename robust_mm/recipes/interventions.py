@@ -117,3 +117,13 @@ def gaussian_noise(*, sigma: float) -> Callable[..., Any]:
     return {**batch, "inputs": modalities.mask(inputs, batch["present"])}
 
   return intervene
+
+
+def with_clean(intervention: Callable) -> Callable:
+  """Keeps the untouched inputs beside the changed ones, as ``clean_inputs``."""
+
+  def intervene(key, params, state, batch):
+    changed = intervention(key, params, state, batch)
+    return {**changed, "clean_inputs": batch["inputs"]}
+
+  return intervene

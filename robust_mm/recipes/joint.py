@@ -1,16 +1,12 @@
 """The joint baseline and its relatives: dropout, adversarial, mixup."""
 
-from collections.abc import Callable
-
-import jax.numpy as jnp
 import optax
 
 from robust_mm import _validate
 from robust_mm import attacks
-from robust_mm import losses
-from robust_mm import modalities
 from robust_mm._types import Model
 from robust_mm.recipes import interventions
+from robust_mm.recipes import objectives
 from robust_mm.recipes import phases
 
 VARIANTS = ("plain", "dropout", "adversarial", "mixup")
@@ -61,7 +57,9 @@ def joint(
       valid_range=valid_range,
       units=units,
     )
-    before = (with_clean(interventions.adversarial(model, attack)),)
+    before = (
+      interventions.with_clean(interventions.adversarial(model, attack)),
+    )
   elif variant == "dropout":
     before = (interventions.modality_dropout(rate=dropout_rate),)
   elif variant == "mixup":
@@ -71,68 +69,9 @@ def joint(
   phase = phases.Phase(
     name="joint",
     num_steps=num_steps,
-    loss=cross_entropy_loss(model, clean_weight=clean_weight),
+    loss=objectives.cross_entropy_loss(model, clean_weight=clean_weight),
     tx=tx,
     interventions=before,
   )
   suffix = "" if variant == "plain" else f"-{variant}"
   return phases.Recipe(name=f"joint{suffix}", phases=(phase,))
-
-
-def with_clean(intervention: Callable) -> Callable:
-  """Keeps the untouched inputs beside the changed ones, as ``clean_inputs``."""
-
-  def intervene(key, params, state, batch):
-    changed = intervention(key, params, state, batch)
-    return {**changed, "clean_inputs": batch["inputs"]}
-
-  return intervene
-
-
-def cross_entropy_loss(model: Model, *, clean_weight: float = 0.0) -> Callable:
-  """Cross-entropy, mixed labels and a clean term where the batch has them."""
-
-  def loss_fn(params, state, batch, *, key):
-    outputs, new_state = model.apply(
-      params, state, batch["inputs"], batch["present"], train=True, key=key
-    )
-    loss = classification(outputs.logits, batch)
-    if clean_weight:
-      clean, _ = model.apply(
-        params,
-        state,
-        batch["clean_inputs"],
-        batch["present"],
-        train=True,
-        key=key,
-      )
-      clean_loss = classification(clean.logits, batch)
-      loss = (1 - clean_weight) * loss + clean_weight * clean_loss
-    return loss, (new_state, {"accuracy": accuracy(outputs.logits, batch)})
-
-  return loss_fn
-
-
-def classification(logits, batch):
-  """Mean cross-entropy over examples with at least one modality."""
-  per_example = losses.cross_entropy(logits, batch["label"])
-  if "mix" in batch:
-    other = losses.cross_entropy(logits, batch["other_label"])
-    per_example = batch["mix"] * per_example + (1 - batch["mix"]) * other
-  return counted_mean(per_example, batch["present"])
-
-
-def accuracy(logits, batch):
-  """Share of examples whose larger label is predicted."""
-  label = batch["label"]
-  if "mix" in batch:
-    label = jnp.where(batch["mix"] >= 0.5, label, batch["other_label"])
-  right = (jnp.argmax(logits, axis=-1) == label).astype(logits.dtype)
-  return counted_mean(right, batch["present"])
-
-
-def counted_mean(per_example, present):
-  """Mean over the examples that have at least one modality; 0 without any."""
-  counted = jnp.any(modalities.stack(present), axis=0)
-  total = jnp.sum(jnp.where(counted, per_example, 0))
-  return total / jnp.maximum(jnp.sum(counted), 1)

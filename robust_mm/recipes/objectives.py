@@ -1,0 +1,58 @@
+"""Losses over a batch that recipes share: cross-entropy, accuracy, means."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from robust_mm import losses
+from robust_mm import modalities
+from robust_mm._types import Model
+
+
+def cross_entropy_loss(model: Model, *, clean_weight: float = 0.0) -> Callable:
+  """Cross-entropy, mixed labels and a clean term where the batch has them."""
+
+  def loss_fn(params, state, batch, *, key):
+    outputs, new_state = model.apply(
+      params, state, batch["inputs"], batch["present"], train=True, key=key
+    )
+    loss = classification(outputs.logits, batch)
+    if clean_weight:
+      clean, _ = model.apply(
+        params,
+        state,
+        batch["clean_inputs"],
+        batch["present"],
+        train=True,
+        key=key,
+      )
+      clean_loss = classification(clean.logits, batch)
+      loss = (1 - clean_weight) * loss + clean_weight * clean_loss
+    return loss, (new_state, {"accuracy": accuracy(outputs.logits, batch)})
+
+  return loss_fn
+
+
+def classification(logits, batch):
+  """Mean cross-entropy over examples with at least one modality."""
+  per_example = losses.cross_entropy(logits, batch["label"])
+  if "mix" in batch:
+    other = losses.cross_entropy(logits, batch["other_label"])
+    per_example = batch["mix"] * per_example + (1 - batch["mix"]) * other
+  return counted_mean(per_example, batch["present"])
+
+
+def accuracy(logits, batch):
+  """Share of examples whose larger label is predicted."""
+  label = batch["label"]
+  if "mix" in batch:
+    label = jnp.where(batch["mix"] >= 0.5, label, batch["other_label"])
+  right = (jnp.argmax(logits, axis=-1) == label).astype(logits.dtype)
+  return counted_mean(right, batch["present"])
+
+
+def counted_mean(per_example, present):
+  """Mean over the examples that have at least one modality; 0 without any."""
+  counted = jnp.any(modalities.stack(present), axis=0)
+  total = jnp.sum(jnp.where(counted, per_example, 0))
+  return total / jnp.maximum(jnp.sum(counted), 1)
