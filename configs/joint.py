@@ -59,6 +59,7 @@ def get_config(argument: str = ""):
     config.recipe.options.budget = 0.3
   if dataset in ("mfeat", "mosi", "utd_mhad", "arrays"):
     config.evaluation.units = "relative"
+    config.recipe.options.units = "relative"
   if dataset == "utd_mhad":
     # Attacks on convolutions over video are slow without an accelerator.
     config.evaluation.radii = (0.1, 0.2, 0.4)

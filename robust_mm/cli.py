@@ -39,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
   except (_validate.UserError, FloatingPointError) as error:
     print(f"robust-mm: {error}", file=sys.stderr)
     return 2 if isinstance(error, _validate.UserError) else 1
+  except OSError as error:
+    print(f"robust-mm: {error}", file=sys.stderr)
+    return 2
   except KeyboardInterrupt:
     print("robust-mm: interrupted", file=sys.stderr)
     return 130
@@ -220,14 +223,16 @@ def _add_data(commands) -> None:
 
 
 def _count(text: str) -> int:
-  value = int(text)
-  if value < 1:
+  if not text.isdecimal() or int(text) < 1:
     raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-  return value
+  return int(text)
 
 
 def _radii(text: str) -> tuple[float, ...]:
-  values = tuple(sorted(float(part) for part in text.split(",")))
+  try:
+    values = tuple(sorted(float(part) for part in text.split(",")))
+  except ValueError:
+    values = (float("nan"),)
   if not all(0 < value < float("inf") for value in values):
     raise argparse.ArgumentTypeError(
       f"must be positive numbers such as 0.1,0.5; got {text}"

@@ -110,8 +110,9 @@ def certify(
   model, params, state, config = training.load(folder, phase=phase)
   facts = runs.describe(folder)
   chosen = units or config.evaluation.units
-  sizes = facts["relative_units"] if chosen == "relative" else None
+  sizes = setup_lib.resolve_units(chosen, facts, "--units")
   rows = setup_lib.open_split(config, split, limit=limit)
+  setup_lib.check_same_data(rows, facts)
   tables = _tables(model, params, state, config, source)
   mesh = sharding.make_mesh()
   axis = sharding.batch_sharding(mesh)
@@ -136,10 +137,10 @@ def certify(
     ),
     axis,
   )
-  _write_certificates(target, rows, found, radii, sound=source == "global")
+  _write_certificates(target, rows, found, radii, sound=tables.sound)
   right = found["prediction"] == rows.batch()["label"]
   counted = found["valid"]
-  word = "certified" if source == "global" else "estimated (not certified)"
+  word = "certified" if tables.sound else "estimated (not certified)"
   print(f"{word} accuracy, {len(rows)} {split} examples, {chosen} units")
   print(f"  clean          {np.mean(right[counted]):.4f}")
   for radius in radii:
@@ -217,6 +218,7 @@ def _evaluate_one(
   config = config or stored
   facts = runs.describe(folder)
   source = setup_lib.open_split(config, split, limit=limit)
+  setup_lib.check_same_data(source, facts)
   reference = setup_lib.reference_batch(setup_lib.open_split(config, "train"))
   mesh = sharding.make_mesh()
   with _bar() as progress:
@@ -244,14 +246,11 @@ def make_protocol(config, facts: dict, radii=None) -> evaluation.Protocol:
     radii=radii or tuple(settings.radii),
     norm=2 if settings.norm == "l2" else math.inf,
     attack=_attack(settings),
-    units=facts["relative_units"] if settings.units == "relative" else None,
-    certificate=settings.certificate,
-    valid_range={
-      name: tuple(bounds)
-      for name, bounds in facts["value_range"].items()
-      if bounds is not None
-    }
-    or None,
+    units=setup_lib.units(config, facts),
+    certificate=None
+    if settings.certificate == "none"
+    else settings.certificate,
+    valid_range=setup_lib.value_range(facts),
     batch_size=settings.batch_size,
     tightness=tuple(settings.tightness),
   )

@@ -18,6 +18,9 @@ from robust_mm import _validate
 
 RECIPES = ("joint", "crmt", "certified_radius")
 FUSIONS = ("concat", "orthogonal", "token")
+ATTACKS = ("fgm", "pgd")
+ATTACK_LOSSES = ("margin", "cross_entropy", "dlr")
+CERTIFICATES = ("auto", "global", "empirical", "none")
 SELECTION_METRICS = ("accuracy", "certified_accuracy", "loss", "last")
 
 
@@ -147,7 +150,8 @@ def find(spec: str) -> tuple[pathlib.Path, str | None]:
     return path.resolve(), argument
   shipped = shipped_folder()
   candidate = shipped / path.name
-  if path.parent.name in ("", "configs") and candidate.is_file():
+  relative = path.parent in (pathlib.Path(), pathlib.Path("configs"))
+  if relative and candidate.is_file():
     return candidate, argument
   names = sorted(p.name for p in shipped.glob("*.py") if p.name[0] != "_")
   raise _validate.UserError(
@@ -187,7 +191,9 @@ def load(spec: str, overrides: list[str] = ()) -> ml_collections.ConfigDict:
     raise _validate.UserError(f"{path} has no function get_config(arg).")
   try:
     config = module.get_config(argument or "")
-  except (AttributeError, KeyError, TypeError) as error:
+  except _validate.UserError:
+    raise
+  except Exception as error:  # whatever a user's own file does wrong
     raise _validate.UserError(
       f"get_config of {path} fails: {type(error).__name__}: {error}"
     ) from error
@@ -208,7 +214,7 @@ def _apply(config: ml_collections.ConfigDict, override: str) -> None:
   node, parts = config, key.split(".")
   for depth, part in enumerate(parts):
     group = f"config.{'.'.join(parts[:depth])}"
-    if group in _FREE and depth == len(parts) - 1 and part not in node:
+    if group.startswith(_FREE) and depth == len(parts) - 1 and part not in node:
       # An option the file leaves at the factory's default.
       with node.unlocked():
         node[part] = _literal(text)
@@ -292,9 +298,18 @@ def _check(config: ml_collections.ConfigDict) -> None:
   _validate.one_of(
     ("l2", "linf"), **{"config.evaluation.norm": config.evaluation.norm}
   )
+  settings = config.evaluation
+  _validate.one_of(ATTACKS, **{"config.evaluation.attack": settings.attack})
+  _validate.one_of(ATTACK_LOSSES, **{"config.evaluation.loss": settings.loss})
+  _validate.one_of(
+    CERTIFICATES, **{"config.evaluation.certificate": settings.certificate}
+  )
   _validate.at_least(
     1,
     **{
+      "config.evaluation.num_steps": settings.num_steps,
+      "config.evaluation.num_restarts": settings.num_restarts,
+      "config.evaluation.batch_size": settings.batch_size,
       "config.num_steps": config.num_steps,
       "config.data.batch_size": config.data.batch_size,
       "config.training.log_every": config.training.log_every,
@@ -314,8 +329,30 @@ def _check(config: ml_collections.ConfigDict) -> None:
   _validate.in_unit_interval(
     **{"config.data.missing_rate": config.data.missing_rate}
   )
-  for radius in config.evaluation.radii:
-    _validate.positive(**{"config.evaluation.radii": radius})
+  for key in ("radii", "tightness"):
+    for value in config.evaluation[key]:
+      _validate.positive(**{f"config.evaluation.{key}": value})
+  _check_rules(config.mesh.rules)
+
+
+def _check_rules(rules) -> None:
+  for rule in rules:
+    if (
+      not isinstance(rule, (tuple, list))
+      or len(rule) != 2
+      or not isinstance(rule[0], str)
+      or not isinstance(rule[1], (tuple, list))
+    ):
+      raise _validate.UserError(
+        f"config.mesh.rules must look like (('.*kernel', ('data', None)),), "
+        f"got the rule {rule!r}."
+      )
+    try:
+      re.compile(rule[0])
+    except re.error as error:
+      raise _validate.UserError(
+        f"config.mesh.rules: {rule[0]!r} is no regular expression: {error}."
+      ) from error
 
 
 # Groups whose keys are the keyword arguments of a factory.

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 
 from robust_mm import modalities
 from robust_mm._types import Batch
@@ -129,12 +131,15 @@ class Device:
   again, so that a function compiles once for each chunk size.
 
   Args:
-    params: passed to every function; stays where it is.
+    params: passed to every function; replicated over the mesh of ``sharding``.
     state: likewise.
     sharding: of the leading axis of a chunk; None for the default device.
   """
 
   def __init__(self, params, state, *, sharding=None):
+    if isinstance(sharding, NamedSharding):
+      everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+      params, state = jax.device_put((params, state), everywhere)
     self._params = params
     self._state = state
     self._sharding = sharding

@@ -80,9 +80,11 @@ def bound_entries(
   """The entries that rest on a certificate; empty ones without."""
   if bounds is None:
     return {"certified": [], "region": None, "vulnerability": None}
+  # A radius is about the prediction of the pass that computed it.
+  right = correct & (bounds.prediction == data.label)
   return {
-    "certified": certified_rows(bounds, protocol, correct, data),
-    "region": region(bounds, correct, data),
+    "certified": certified_rows(bounds, protocol, right, data),
+    "region": region(bounds, right, data),
     "vulnerability": vulnerability(bounds, data),
   }
 

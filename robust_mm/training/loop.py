@@ -80,11 +80,17 @@ def train(
 
 
 def _train(config, workdir, say, progress) -> Result:
+  stop = threading.Event()
+  with _on_sigterm(stop):
+    return _train_until(config, workdir, say, progress, stop)
+
+
+def _train_until(config, workdir, say, progress, stop) -> Result:
   started = time.perf_counter()
   plan = _plan(config)
   for note in plan.setup.facts["notes"]:
     say(f"note: {note}")
-  run = _open(config, workdir, plan, say)
+  run = _open(config, workdir, plan, say, stop)
   run.timing["setup"] = time.perf_counter() - started
   say(
     f"{run.recipe.name} on {config.data.name}: {len(plan.setup.train)} "
@@ -92,8 +98,7 @@ def _train(config, workdir, say, progress) -> Result:
     f"{'s' if run.mesh.size > 1 else ''}"
   )
   try:
-    with _on_sigterm(run.stop):
-      result = _run_phases(run, iter(plan.stream), progress)
+    result = _run_phases(run, iter(plan.stream), progress)
   finally:
     run.writer.close()
     run.rolling.close()
@@ -135,7 +140,7 @@ def _plan(config) -> _Plan:
     raise _validate.UserError(str(error)) from error
 
 
-def _open(config, workdir, plan: _Plan, say) -> context.Run:
+def _open(config, workdir, plan: _Plan, say, stop) -> context.Run:
   """The run's files, opened."""
   primary = jax.process_index() == 0
   if primary:
@@ -159,7 +164,7 @@ def _open(config, workdir, plan: _Plan, say) -> context.Run:
     writer=writer,
     say=say,
     timing={"compile": 0.0},
-    stop=threading.Event(),
+    stop=stop,
     facts=facts,
   )
 
@@ -229,8 +234,13 @@ def _stream(config, setup: setup_lib.Setup):
 def _initial(run: context.Run, phase: Phase) -> state_lib.TrainState:
   """The first state, every array created where it lives."""
   create = state_lib.initializer(run.setup.model, phase)
-  key = jax.random.key(run.config.seed)
+  key, _ = _keys(run.config.seed)
   return jax.jit(create, out_shardings=run.shardings(phase))(key)
+
+
+def _keys(seed: int):
+  """(of the first parameters, of the steps)."""
+  return jax.random.split(jax.random.key(seed))
 
 
 def _restore(run: context.Run, phase: Phase, iterator) -> state_lib.TrainState:
@@ -256,7 +266,7 @@ def _run_phase(
   end = start + phase.num_steps
   # Made on the mesh: a process cannot put an array on devices of others.
   key = jax.jit(
-    lambda: jax.random.fold_in(jax.random.key(run.config.seed), 1),
+    lambda: _keys(run.config.seed)[1],
     out_shardings=sharding.replicated(run.mesh),
   )()
   batches = _batches(run, phase, state, iterator)
@@ -361,11 +371,19 @@ class _Clock:
 
 @contextlib.contextmanager
 def _on_sigterm(stop: threading.Event):
-  """SIGTERM asks the loop to save and end; elsewhere than in main, nothing."""
+  """SIGTERM asks the loop to save and end, a second one ends at once.
+
+  Only in the main thread, where signals can be caught.
+  """
   if threading.current_thread() is not threading.main_thread():
     yield
     return
-  old = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+
+  def ask(*_):
+    stop.set()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+  old = signal.signal(signal.SIGTERM, ask)
   try:
     yield
   finally:

@@ -36,8 +36,10 @@ class Accumulator:
     rows = jax.device_get([metrics for _, metrics in self._pending[:cut]])
     self._pending = self._pending[cut:]
     for step, row in zip(steps, rows):
-      if not math.isfinite(row["loss"]):
-        raise NonFiniteError(f"the loss is {row['loss']} at step {step}")
+      for name in ("loss", "parameter_norm"):
+        if not math.isfinite(row[name]):
+          words = name.replace("_", " ")
+          raise NonFiniteError(f"the {words} is {row[name]} at step {step}")
     if not rows:
       return {}
     return {name: float(np.mean([r[name] for r in rows])) for name in rows[0]}

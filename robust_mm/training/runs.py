@@ -59,7 +59,7 @@ def check_config(
   stored = _flatten(read_json(path))
   given = _flatten(json.loads(config.to_json()))
   for key in sorted(stored.keys() | given.keys()):
-    if key.startswith(_MAY_CHANGE):
+    if key.startswith(_MAY_CHANGE) and key not in _MAY_NOT_CHANGE:
       continue
     if stored.get(key) != given.get(key):
       raise _validate.UserError(
@@ -77,8 +77,10 @@ def save_config(
   write_json(workdir / CONFIG_FILE, json.loads(config.to_json()))
 
 
-# What may differ between the parts of a resumed run.
+# What may differ between the parts of a resumed run. The units decide the
+# validation score, so they may not.
 _MAY_CHANGE = ("evaluation.", "mesh.", "training.")
+_MAY_NOT_CHANGE = ("evaluation.units", "training.eval_every")
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:

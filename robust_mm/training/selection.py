@@ -37,7 +37,7 @@ class Best:
     metric = run.config.selection.metric
     if latest is not None and metric != "last" and not self._phase.accept:
       held = validation.score(self._store.metrics(), metric)
-      if validation.score(metrics, metric) <= held:
+      if not validation.score(metrics, metric) > held:
         return
     model = {"params": state.params, "model_state": state.model_state}
     self._store.save(step, model, metrics=metrics)

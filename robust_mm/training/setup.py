@@ -55,12 +55,6 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
     )
     for name, value in reference["inputs"].items()
   }
-  floats = {
-    name: value
-    for name, value in reference["inputs"].items()
-    if np.issubdtype(value.dtype, np.floating)
-  }
-  units = certification.relative_units({**reference, "inputs": floats})
   facts = {
     "dataset": config.data.name,
     "num_classes": int(train.num_classes),
@@ -73,12 +67,17 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
       name: "tokens" if np.issubdtype(value.dtype, np.integer) else "float"
       for name, value in reference["inputs"].items()
     },
+    "vocabulary": {
+      name: int(train.select((name,)).batch()["inputs"][name].max()) + 1
+      for name, value in reference["inputs"].items()
+      if np.issubdtype(value.dtype, np.integer)
+    },
     "value_range": {
       name: None if bounds is None else [float(b) for b in bounds]
       for name, bounds in train.value_range.items()
     },
     "normalization": {n: v.to_json() for n, v in normalization.items()},
-    "relative_units": {n: float(v) for n, v in units.items()},
+    "relative_units": _relative_units(reference),
     "notes": list(train.notes),
   }
   model = make_model(config, facts)
@@ -89,6 +88,22 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
     facts=facts,
     reference=reference,
   )
+
+
+def _relative_units(reference: dict) -> dict[str, float | None]:
+  """Median distance to the mean by modality; None where it is 0 or unknown."""
+  sizes = {}
+  for name, value in reference["inputs"].items():
+    if np.issubdtype(value.dtype, np.floating):
+      alone = {
+        "inputs": {name: value},
+        "present": {name: reference["present"][name]},
+      }
+      try:
+        sizes[name] = float(certification.relative_units(alone)[name])
+      except ValueError:
+        sizes[name] = None
+  return sizes
 
 
 def reference_batch(train) -> dict:
@@ -121,6 +136,21 @@ def open_split(
   return source
 
 
+def check_same_data(source, facts: dict) -> None:
+  """UserError where a split has other shapes or classes than the run had."""
+  shapes = {n: list(shape) for n, (shape, _) in source.spec.items()}
+  if shapes != facts["input_shapes"]:
+    raise _validate.UserError(
+      f"the data has inputs of shapes {shapes}, the run was trained on "
+      f"{facts['input_shapes']}."
+    )
+  if source.num_classes > facts["num_classes"]:
+    raise _validate.UserError(
+      f"the data has {source.num_classes} classes, the run was trained on "
+      f"{facts['num_classes']}."
+    )
+
+
 def make_model(config: ml_collections.ConfigDict, facts: dict) -> Model:
   """The model of a configuration for data with the given facts."""
   encoders = config.model.encoders.to_dict()
@@ -140,9 +170,21 @@ def make_model(config: ml_collections.ConfigDict, facts: dict) -> Model:
         f"'default'."
       )
   chosen = {
-    name: automatic(value, facts["input_shapes"][name], facts["kinds"][name])
+    name: automatic(
+      value,
+      facts["input_shapes"][name],
+      facts["kinds"][name],
+      facts["vocabulary"].get(name),
+    )
     for name, value in chosen.items()
   }
+  for name, encoder in chosen.items():
+    tokens = facts["kinds"][name] == "tokens"
+    if tokens and encoder["name"] != "transformer":
+      raise _validate.UserError(
+        f"config.model.encoders.{name}: integer tokens need the encoder "
+        f"'transformer', got {encoder['name']!r}."
+      )
   return models.build(
     fusion=config.model.fusion,
     encoders=chosen,
@@ -159,7 +201,9 @@ def make_model(config: ml_collections.ConfigDict, facts: dict) -> Model:
 _BY_RANK = {1: "mlp", 2: "temporal_cnn", 3: "cnn", 4: "cnn"}
 
 
-def automatic(encoder: dict, shape: list[int], kind: str) -> dict:
+def automatic(
+  encoder: dict, shape: list[int], kind: str, vocabulary: int | None = None
+) -> dict:
   """An encoder named ``auto`` or ``lipschitz_auto``, chosen by the input.
 
   Vectors get an MLP, ``[t, d]`` a temporal CNN, ``[h, w, c]`` and
@@ -174,7 +218,7 @@ def automatic(encoder: dict, shape: list[int], kind: str) -> dict:
         "lipschitz_auto: integer tokens have no 1-Lipschitz encoder; leave "
         "that modality out of config.data.modalities."
       )
-    return {**encoder, "name": "transformer"}
+    return {"vocabulary_size": vocabulary, **encoder, "name": "transformer"}
   if len(shape) not in _BY_RANK:
     raise _validate.UserError(
       f"auto: an input of shape {shape} has no encoder; name one in "
@@ -191,21 +235,49 @@ def make_recipe(
   options = config.recipe.options.to_dict()
   tx = optimizers.make(num_steps=config.num_steps, **config.optimizer.to_dict())
   factory = getattr(recipes, config.recipe.name)
-  if options.get("units") == "relative":
-    options["units"] = facts["relative_units"]
-  else:
-    options.pop("units", None)
+  options["units"] = resolve_units(
+    options.get("units", "raw"), facts, "config.recipe.options.units"
+  )
+  if config.recipe.name != "certified_radius":  # the others may attack
+    options.setdefault("valid_range", value_range(facts))
   try:
     return factory(model, num_steps=config.num_steps, tx=tx, **options)
   except TypeError as error:
     raise _validate.UserError(f"config.recipe.options: {error}.") from error
 
 
+def value_range(facts: dict) -> dict | None:
+  """``{modality: (low, high)}`` of those with bounds, or None."""
+  bounded = {n: tuple(b) for n, b in facts["value_range"].items() if b}
+  return bounded or None
+
+
 def units(config: ml_collections.ConfigDict, facts: dict):
   """``{modality: size of one unit}`` of the evaluation, or None for raw."""
-  if config.evaluation.units == "relative":
-    return facts["relative_units"]
-  return None
+  return resolve_units(
+    config.evaluation.units, facts, "config.evaluation.units"
+  )
+
+
+def resolve_units(value, facts: dict, argument: str):
+  """``raw``, ``relative``, or ``{modality: size}`` with 1 where not named."""
+  if isinstance(value, str):
+    _validate.one_of(("raw", "relative"), **{argument: value})
+    if value == "raw":
+      return None
+    sizes = facts["relative_units"]
+    for name, kind in facts["kinds"].items():
+      if kind == "float" and sizes.get(name) is None:
+        raise _validate.UserError(
+          f"{argument}='relative': modality {name!r} is constant over the "
+          f"training data and has no size; use 'raw'."
+        )
+    return sizes
+  _validate.known(tuple(facts["input_shapes"]), **{argument: value})
+  _validate.positive(
+    **{f"{argument}.{name}": size for name, size in value.items()}
+  )
+  return {name: float(value.get(name, 1.0)) for name in facts["input_shapes"]}
 
 
 def has_constants(model: Model) -> bool:

@@ -37,9 +37,10 @@ def make_train_step(phase: Phase) -> Callable:
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, (model_state, metrics)), grads = grad_fn(chosen)
     updates, opt_state = phase.tx.update(grads, state.opt_state, chosen)
+    chosen = optax.apply_updates(chosen, updates)
     new_state = state_lib.TrainState(
       step=state.step + 1,
-      params=state_lib.merge(optax.apply_updates(chosen, updates), frozen),
+      params=state_lib.merge(chosen, frozen),
       model_state=model_state,
       opt_state=opt_state,
     )
@@ -47,6 +48,8 @@ def make_train_step(phase: Phase) -> Callable:
       "loss": loss,
       **metrics,
       "gradient_norm": optax.tree.norm(grads),
+      # Not finite as soon as one parameter is not.
+      "parameter_norm": optax.tree.norm(chosen),
     }
     return new_state, metrics
 
@@ -78,6 +81,8 @@ def make_predict(model: Model, *, units=None, certified: bool) -> Callable:
       certificate = certification.certify(
         model, params, batch, state=model_state, units=units
       )
+      # A radius is about the prediction of the pass that computed it.
+      result["correct"] = certificate.prediction == label
       result["radius"] = certificate.radius
     return result
 
