@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 PyTree = Any
 Params = PyTree
@@ -63,12 +64,16 @@ class Geometry:
     factors: ``{m: [k]}`` or None. When given, ``head[m] = factors[m][:, None] *
       W_m`` with :math:`\|W_m\|_2 \le 1`, so that :math:`\|V_m[y] - V_m[j]\|
       \le \sqrt{a_m[y]^2 + a_m[j]^2}`.
+    integration: ``{m: [k]}`` or None, the factors of a head that has any,
+      orthonormal or not: no statement about norms, so no certificate rests on
+      it.
   """
 
   head: Any
   bias: Any
   lipschitz: Any
   factors: Any = None
+  integration: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -106,7 +111,11 @@ class Model:
     train: bool = False,
     key: Any = None,
   ) -> tuple[Outputs, State]:
-    """``fuse . encode``; evaluation mode unless ``train``."""
+    """``fuse . encode``; evaluation mode unless ``train``.
+
+    Inputs and presence may be host arrays.
+    """
+    inputs, present = jax.tree.map(jnp.asarray, (dict(inputs), dict(present)))
     embeddings, state = self.encode(
       params, state, inputs, present, train=train, key=key
     )
