@@ -239,6 +239,23 @@ def test_head_defect_reads_a_geometry():
   assert fusion.head_defect(geometry) == {}
 
 
+def test_rowwise_geometry_has_factors_but_allows_no_closed_form():
+  """Equal unit rows have norm sqrt(2) > 1: the closed form would be unsound."""
+  head = fusion.OrthogonalFusion(4, orthogonality="rowwise")
+  params = head.init(jax.random.key(0), DIMS)
+  proxy = params["proxy"]["first"]
+  params["proxy"]["first"] = proxy.at[1].set(proxy[0])
+  geometry = head.geometry(params, {"first": None, "second": None})
+  assert geometry.factors is None
+  rows = geometry.head["first"] / geometry.integration["first"][:, None]
+  np.testing.assert_allclose(jnp.linalg.norm(rows, 2), 2**0.5, rtol=1e-5)
+  defect = fusion.head_defect(geometry)
+  np.testing.assert_allclose(defect["first"], 1, rtol=1e-5)
+  polar = fusion.OrthogonalFusion(4)
+  geometry = polar.geometry(params, {"first": None, "second": None})
+  assert geometry.factors is geometry.integration
+
+
 def test_gradient_of_a_proxy_is_orthogonal_to_it():
   head = fusion.OrthogonalFusion(4)
   params = head.init(jax.random.key(0), DIMS)

@@ -165,6 +165,13 @@ ENCODERS = {
     for block in lipschitz.DENSE_BLOCKS
   },
   **{
+    f"mlp {block} stem": (
+      (3, 2),
+      lipschitz.lipschitz_mlp(width=8, embedding_dim=5, block=block, stem=10),
+    )
+    for block in ("sll", "aol")
+  },
+  **{
     f"cnn {block} {pool}": (
       (5, 4, 1),
       lipschitz.lipschitz_cnn(
@@ -201,6 +208,23 @@ def test_encoders_are_one_lipschitz_and_say_so(name):
   assert encoder.one_lipschitz
 
 
+def test_temporal_encoders_keep_time_of_images_in_order():
+  """Frames ``t h w c`` mean what the flattened sequence ``t d`` means."""
+  encoder = lipschitz.lipschitz_temporal_cnn(
+    features=(4, 6), embedding_dim=5, block="aol"
+  )
+  params, video = _functions(lambda rngs: encoder.build((6, 2, 3, 2), rngs))
+  _, sequence = _functions(lambda rngs: encoder.build((6, 12), rngs))
+  x = jax.random.normal(jax.random.key(0), (3, 6, 2, 3, 2))
+  flat = x.reshape(3, 6, 12)
+  np.testing.assert_allclose(
+    video(params, x), sequence(params, flat), rtol=1e-5, atol=1e-6
+  )
+  # The order of frames matters to it, so a scrambled one would show.
+  wrong = sequence(params, jnp.moveaxis(x, 1, -2).reshape(3, 6, 12))
+  assert jnp.max(jnp.abs(wrong - sequence(params, flat))) > 1e-2
+
+
 def test_mlp_blocks_start_as_near_isometries():
   """Embeddings that shrink at the start would leave nothing to certify."""
   for block in ("sll", "bjorck", "cayley"):
@@ -218,6 +242,7 @@ def test_mlp_blocks_start_as_near_isometries():
   [
     (lipschitz.lipschitz_mlp, {"block": "ssl"}, "Did you mean 'sll'"),
     (lipschitz.lipschitz_mlp, {"block": "aol", "width": 7}, "even"),
+    (lipschitz.lipschitz_mlp, {"stem": 7}, "stem must be even"),
     (lipschitz.lipschitz_cnn, {"features": ()}, "features"),
     (lipschitz.lipschitz_cnn, {"block": "bjorck"}, "block must be one of"),
     (lipschitz.lipschitz_temporal_cnn, {"pool": "max"}, "pool"),

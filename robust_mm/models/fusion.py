@@ -46,7 +46,7 @@ class OrthogonalFusion:
     - ``orthogonality="polar"``: ``||W_m||_2 <= 1`` (plus 6e-7), converged or
       not, so ``geometry`` states the factors and the certificate may use
       :math:`\sqrt{a_y^2 + a_j^2}`. The published "rowwise" has unit rows only
-      and states none.
+      and states them as ``integration`` alone.
     - ``a >= 0``; "simplex" keeps its mean at ``integration_init`` exactly.
 
   Attributes:
@@ -183,6 +183,7 @@ class OrthogonalFusion:
       bias=bias,
       lipschitz=dict(constants),
       factors=factors if self.orthogonality == "polar" else None,
+      integration=factors,
     )
 
   def defect(self, params: Params) -> dict[str, Float[Array, ""]]:
@@ -347,16 +348,19 @@ def _token_functions(fusion: TokenFusion, dims: tuple) -> functional.Functions:
 
 
 def head_defect(geometry: Geometry) -> dict[str, Float[Array, ""]]:
-  """The defect of a head with factors, read off a model's geometry.
+  """The defect of a head with integration factors, read off its geometry.
 
-  {} where the head states no factors.
+  {} where the head has none. A row whose factor is 0 counts as a zero row.
   """
-  if geometry.factors is None:
+  factors = geometry.integration or geometry.factors
+  if factors is None:
     return {}
+  inverse = {
+    name: jnp.where(factor > 0, 1 / jnp.where(factor > 0, factor, 1), 0)
+    for name, factor in factors.items()
+  }
   return {
-    name: linalg.defect(
-      jnp.einsum("k,kd->kd", 1 / geometry.factors[name], rows)
-    )
+    name: linalg.defect(jnp.einsum("k,kd->kd", inverse[name], rows))
     for name, rows in geometry.head.items()
   }
 

@@ -153,8 +153,11 @@ def sequence_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def fold(x, shape: Sequence[int]):
-  """Inputs ``[b, ...]`` as ``[b, *shape]``; frames go into channels."""
-  if x.ndim == 5:
+  """Inputs ``[b, ...]`` as ``[b, *shape]``; frames of ``h w c`` into channels.
+
+  For sequences ``shape`` is ``t d`` and time stays where it is.
+  """
+  if x.ndim == 5 and len(shape) == 3:
     x = jnp.moveaxis(x, 1, -2)
   return jnp.reshape(x, (x.shape[0], *shape))
 
