@@ -42,7 +42,7 @@ def quickstart(workdir: str, *, seed: int = 0) -> int:
     if not result.finished:
       return 0
     reports.append(_evaluate_one(folder, config=config))
-  path = evaluation.report.render(
+  evaluation.report.render(
     [report.results for report in reports],
     histories=[writers.read(root / name) for name in QUICKSTART],
     path=root,
@@ -50,7 +50,8 @@ def quickstart(workdir: str, *, seed: int = 0) -> int:
   print()
   print(evaluation.table([report.results for report in reports]))
   print(
-    f"\nreport: {path}   ({time.perf_counter() - began:.0f} s since start-up)"
+    f"\nreport: {root / 'report.html'}   "
+    f"({time.perf_counter() - began:.0f} s since start-up)"
   )
   return 0
 
@@ -155,11 +156,10 @@ def report(workdirs: list[str], *, output: str | None = None) -> int:
   folders = [pathlib.Path(workdir) for workdir in workdirs]
   results = [runs.read_json(folder / "results.json") for folder in folders]
   histories = [writers.read(folder) for folder in folders]
-  path = evaluation.report.render(
-    results, histories=histories, path=pathlib.Path(output or folders[0])
-  )
+  target = pathlib.Path(output or folders[0])
+  evaluation.report.render(results, histories=histories, path=target)
   print(evaluation.table(results))
-  print(f"\nreport: {path}")
+  print(f"\nreport: {target / 'report.html'}")
   return 0
 
 

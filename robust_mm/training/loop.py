@@ -290,17 +290,18 @@ def _run_phase(
     state, step_metrics = step_fn(state, batch, key)
     step += 1
     seen.push(step, step_metrics)
-    if step == end:
+    stopping = _should_stop(run, step, start)
+    saving = stopping or _due(step, start, run.config.training.checkpoint_every)
+    if saving or step == end:
+      # What is saved has been looked at: no checkpoint holds a NaN.
       _log(run, phase, step, seen, clock)
     elif _due(step, start, run.config.training.log_every):
       # The newest step may still be computing; it is read a period later.
       _log(run, phase, step, seen, clock, newest=False)
-    stopping = _should_stop(run, step, start)
     if _due(step, start, run.config.training.eval_every) or step == end:
       best.consider(step, state)
     if step < end:
-      if stopping or _due(step, start, run.config.training.checkpoint_every):
-        _log(run, phase, step, seen, clock)
+      if saving:
         # The batch in hand is drawn after the save: a resumed run draws it.
         run.rolling.save(step, state, data=iterator)
       if stopping:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import time
 from typing import Any
 
 import ml_collections
@@ -29,17 +30,26 @@ def lock(workdir: pathlib.Path):
   An advisory lock of the operating system: it ends with the process, however
   that ends, so a killed run leaves nothing to clean up.
   """
-  import fcntl
-
   workdir.mkdir(parents=True, exist_ok=True)
   with (workdir / LOCK_FILE).open("w") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    if not _held(file):
       raise _validate.UserError(
         f"the work directory {workdir} is in use by another process."
-      ) from error
+      )
     yield
+
+
+def _held(file) -> bool:
+  """Whether the lock was got; a process just killed has a moment to go."""
+  import fcntl
+
+  for attempt in range(6):
+    if attempt:
+      time.sleep(0.05)
+    with contextlib.suppress(OSError):
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      return True
+  return False
 
 
 def check_free(workdir: pathlib.Path) -> None:
