@@ -7,23 +7,28 @@ References:
   `Yang, Wei, Liang, Hu (2024) <https://arxiv.org/abs/2402.06244>`_.
 """
 
+import functools
 from collections.abc import Callable
+from collections.abc import Mapping
 
-import jax
+import jax.numpy as jnp
 import optax
 
 from robust_mm import _validate
 from robust_mm import attacks
 from robust_mm import certification
 from robust_mm import losses
+from robust_mm import models
+from robust_mm._types import Geometry
 from robust_mm._types import Model
+from robust_mm.certification import tables
+from robust_mm.recipes import integration
 from robust_mm.recipes import interventions
 from robust_mm.recipes import objectives
 from robust_mm.recipes import phases
 
 VARIANTS = ("JT", "AT", "Mix")
 FIDELITIES = ("corrected", "published")
-INTEGRATION = "fusion/integration/"
 
 
 def crmt(
@@ -40,8 +45,10 @@ def crmt(
   integration_steps: int = 500,
   integration_lr: float = 1e-2,
   clean_tolerance: float = 0.01,
-  budget: float = 0.1,
+  budget: float | Mapping = 0.1,
   attack_steps: int = 5,
+  attack_loss: str | None = None,
+  clean_weight: float = 0.0,
   mixup_alpha: float = 1.0,
   noise: float = 0.0,
   lipschitz=None,
@@ -55,11 +62,11 @@ def crmt(
       ``fidelity="published"``.
     num_steps: updates of step 1.
     tx: optimiser of step 1.
-    variant: ``JT`` clean inputs, ``AT`` inputs replaced by joint l2 PGD of
-      radius ``budget``, ``Mix`` mixup.
-    fidelity: ``corrected``, radii of all classes with the model's constants;
-      ``published``, cross-entropy plus raw margins in step 1, the radius to
-      the largest other logit in step 2.
+    variant: ``JT`` clean inputs, ``AT`` inputs replaced by l2 PGD within
+      ``budget``, ``Mix`` mixup.
+    fidelity: ``corrected``, radii of all classes with the model's constants,
+      which needs an orthonormal head; ``published``, cross-entropy plus raw
+      margins in step 1, the radius to the largest other logit in step 2.
     rho: weight of the per-modality term.
     r0: the radius aimed at, in ``units`` (corrected).
     temperature: smoothness of the radius loss; ``r0 / 6`` by default.
@@ -67,15 +74,24 @@ def crmt(
     integration_steps: updates of step 2; 0 leaves it out.
     integration_lr: learning rate of step 2.
     clean_tolerance: how much validation accuracy step 2 may cost.
-    budget: radius of the ``AT`` variant, in ``units``.
-    attack_steps: its steps.
+    budget: radius of the ``AT`` variant, in ``units``; a mapping (corrected
+      only) gives each modality it names a ball of its own.
+    attack_steps: its steps. Corrected: a random start, lengths that fall from
+      the whole budget to zero. Published: the clean start, all of length
+      ``budget / attack_steps``. Either keeps the best point it saw.
+    attack_loss: what it makes large, of ``attacks``; by default ``margin``,
+      published ``cross_entropy``.
+    clean_weight: share in [0, 1] of the same loss on inputs not attacked
+      (``AT`` only; published: 0).
     mixup_alpha: parameter of the Beta distribution of ``Mix``.
     noise: standard deviation of white noise added to the inputs of step 1, in
       their own units.
-    lipschitz: ``{modality: constant}`` for step 2 where the model states none
-      (``published``: estimated from data, and never called certified).
+    lipschitz: ``{modality: constant}`` that step 2 fits to instead of the
+      model's own, for a changed threat; validation still judges by the model's
+      own. None where ``published``: estimated from data, and never called
+      certified.
     valid_range: ``{modality: (low, high)}`` for the attack.
-    units: ``{modality: size of one unit}``.
+    units: ``{modality: size of one unit}``, 1 where not named.
 
   Raises:
     ValueError: naming the argument that is wrong.
@@ -84,33 +100,38 @@ def crmt(
   _validate.one_of(FIDELITIES, fidelity=fidelity)
   _validate.non_negative(rho=rho, r0=r0, clean_tolerance=clean_tolerance)
   _validate.at_least(0, integration_steps=integration_steps)
+  _validate.non_negative(noise=noise)
+  _validate.in_unit_interval(clean_weight=clean_weight)
+  if clean_weight and variant != "AT":
+    raise ValueError("clean_weight must be 0 unless variant is 'AT'.")
+  units = tables.check_units(units, model.modalities)
   if temperature is None:
     temperature = r0 / 6
-  if fidelity == "corrected":
-    _validate.positive(temperature=temperature)
-  before = _interventions(
-    model, variant, budget, attack_steps, mixup_alpha, valid_range, units
-  )
-  _validate.non_negative(noise=noise)
-  if noise:
-    before = (interventions.gaussian_noise(sigma=noise), *before)
+  attack = None
+  if variant == "AT":
+    attack = _attack(
+      fidelity, budget, attack_steps, attack_loss, valid_range, units
+    )
   if fidelity == "published":
     loss = published_loss(model, rho=rho, floor=floor)
   else:
+    _validate.positive(temperature=temperature)
     loss = corrected_loss(
       model, rho=rho, r0=r0, temperature=temperature, units=units
     )
   step_1 = phases.Phase(
     name="margins",
     num_steps=num_steps,
-    loss=loss,
+    loss=objectives.with_clean_term(loss, clean_weight),
     tx=tx,
-    interventions=before,
+    interventions=_before(
+      model, variant, attack, clean_weight, mixup_alpha, noise
+    ),
   )
   steps = [step_1]
   if integration_steps:
     steps.append(
-      integration_phase(
+      integration.integration_phase(
         model,
         num_steps=integration_steps,
         lr=integration_lr,
@@ -154,8 +175,11 @@ def certified_radius(
 def published_loss(
   model: Model, *, rho: float, floor: float | None
 ) -> Callable:
-  """Cross-entropy plus ``rho`` times the raw uni-modal margin term."""
-  _need_scores(model)
+  """Cross-entropy plus ``rho`` times the raw uni-modal margin term.
+
+  Mixed batches have one ``mix`` [] for all of their examples.
+  """
+  integration.abstract_geometry(model)
 
   def loss_fn(params, state, batch, *, key):
     outputs, state = model.apply(
@@ -179,6 +203,7 @@ def published_loss(
       "accuracy": objectives.accuracy(outputs.logits, batch),
       "cross_entropy": fused,
       "unimodal_margin": margin,
+      **_head_metrics(model.geometry(params)),
     }
     return fused + rho * margin, (state, metrics)
 
@@ -190,11 +215,18 @@ def corrected_loss(
 ) -> Callable:
   """The certified-radius loss plus ``rho`` times its per-modality companion.
 
+  Mixed batches have one ``mix`` [] for all of their examples; their loss is
+  mixed from those of the two labels, as cross-entropy is.
+
   Raises:
-    ValueError: an encoder states no Lipschitz constant.
+    ValueError: an encoder states no Lipschitz constant, or (``rho > 0``) the
+      head no orthonormal rows.
   """
-  _need_scores(model)
-  _need_constants(model)
+  stated = integration.abstract_geometry(model)
+  _need_constants(stated)
+  if rho:
+    integration.need_orthonormal(stated)
+  units = tables.check_units(units, model.modalities)
 
   def one_label(outputs, geometry, label, batch):
     sensitivity = certification.sensitivity(
@@ -211,8 +243,7 @@ def corrected_loss(
     if not rho:
       return radius, 0.0
     constants = {
-      name: value * (units[name] if units else 1.0)
-      for name, value in geometry.lipschitz.items()
+      name: value * units[name] for name, value in geometry.lipschitz.items()
     }
     companion = losses.unimodal_radius(
       outputs.scores,
@@ -239,118 +270,66 @@ def corrected_loss(
       "accuracy": objectives.accuracy(outputs.logits, batch),
       "radius_loss": radius,
       "unimodal_radius": companion,
+      **_head_metrics(geometry),
     }
     return radius + rho * companion, (state, metrics)
 
   return loss_fn
 
 
-def integration_phase(
-  model: Model,
-  *,
-  num_steps: int,
-  lr: float,
-  fidelity: str,
-  r0: float,
-  temperature: float,
-  tolerance: float,
-  lipschitz=None,
-  units=None,
-) -> phases.Phase:
-  """Step 2: only the integration factors move, on cached scores.
-
-  The encoders, the proxies, the bias and all statistics stay bit-identical.
-  """
-  _need_scores(model)
-
-  def loss_fn(params, state, batch, *, key):
-    del key
-    geometry = model.geometry(params)
-    loss = certification.integration_loss(
-      geometry.factors,
-      batch["scores"],
-      batch["label"],
-      batch["present"],
-      batch["lipschitz"],
-      bias=geometry.bias,
-      r0=r0,
-      temperature=temperature,
-      fidelity=fidelity,
-    )
-    return loss, (state, {})
-
-  def prepare(params, state, cached, reference):
-    constants = _constants(model, params, state, reference, lipschitz, fidelity)
-    scale = units or dict.fromkeys(constants, 1.0)
-    return {
-      "scores": cached["scores"],
-      "label": cached["label"],
-      "present": cached["present"],
-      "lipschitz": {n: c * scale[n] for n, c in constants.items()},
-    }
-
-  def accept(before, after):
-    gained = after["certified_accuracy"] > before["certified_accuracy"]
-    kept = after["accuracy"] >= before["accuracy"] - tolerance
-    sentence = (
-      f"certified accuracy {before['certified_accuracy']:.4f} -> "
-      f"{after['certified_accuracy']:.4f}, accuracy {before['accuracy']:.4f} "
-      f"-> {after['accuracy']:.4f} on validation"
-    )
-    return gained and kept, sentence
-
-  published = fidelity == "published"
-  return phases.Phase(
-    name="integration",
-    num_steps=num_steps,
-    loss=loss_fn,
-    tx=certification.published_optimizer() if published else optax.adam(lr),
-    trainable=INTEGRATION,
-    prepare=prepare,
-    accept=None if published else accept,
-  )
-
-
-def _constants(model, params, state, reference, given, fidelity):
-  if given is not None:
-    return dict(given)
-  if fidelity == "published":
-    return certification.empirical_lipschitz(
-      model, params, reference, state=state
-    )
-  return model.geometry(params).lipschitz
-
-
-def _interventions(
-  model, variant, budget, attack_steps, mixup_alpha, valid_range, units
-):
-  if variant == "JT":
-    return ()
+def _before(model, variant, attack, clean_weight, mixup_alpha, noise) -> tuple:
+  before = (interventions.gaussian_noise(sigma=noise),) if noise else ()
   if variant == "Mix":
-    return (interventions.mixup(alpha=mixup_alpha),)
-  attack = attacks.pgd(
+    return (*before, interventions.mixup(alpha=mixup_alpha))
+  if variant == "AT":
+    attacked = interventions.adversarial(model, attack)
+    if clean_weight:
+      attacked = interventions.with_clean(attacked)
+    return (*before, attacked)
+  return before
+
+
+def _attack(
+  fidelity, budget, attack_steps, attack_loss, valid_range, units
+) -> attacks.Attack:
+  """Published: from the clean input, equal steps up cross-entropy."""
+  _validate.at_least(1, attack_steps=attack_steps)
+  published = fidelity == "published"
+  options = {}
+  if published:
+    if isinstance(budget, Mapping):
+      raise ValueError(
+        "budget must be one number, a joint one, with fidelity='published'."
+      )
+    # None where there is no budget to step through.
+    options = {
+      "random_start": False,
+      "step_size": budget / attack_steps or None,
+    }
+  return attacks.pgd(
     norm=2,
     budget=budget,
     num_steps=attack_steps,
     num_restarts=1,
+    loss=attack_loss or ("cross_entropy" if published else "margin"),
     valid_range=valid_range,
     units=units,
+    **options,
   )
-  return (interventions.adversarial(model, attack),)
 
 
-def _need_scores(model: Model) -> None:
-  if model.geometry is None:
-    raise ValueError(
-      "crmt needs a model whose logits are a sum of per-modality scores "
-      "(model.fusion='orthogonal'); this one mixes modalities before them."
-    )
+def _head_metrics(geometry: Geometry) -> dict:
+  """The worst defect of the rows, and each modality's mean factor."""
+  factors = integration.stated_factors(geometry)
+  if factors is None:
+    return {}
+  worst = functools.reduce(jnp.maximum, models.head_defect(geometry).values())
+  means = {f"mean_factor_{n}": jnp.mean(a) for n, a in factors.items()}
+  return {"orthogonality_defect": worst, **means}
 
 
-def _need_constants(model: Model) -> None:
-  abstract = jax.eval_shape(lambda key: model.init(key)[0], jax.random.key(0))
-  constants = jax.eval_shape(model.geometry, abstract).lipschitz
-  for name, constant in constants.items():
+def _need_constants(geometry: Geometry) -> None:
+  for name, constant in geometry.lipschitz.items():
     if constant is None:
       raise ValueError(
         f"the encoder of modality {name!r} states no Lipschitz constant, "

@@ -1,10 +1,13 @@
 """The joint baseline and its relatives: dropout, adversarial, mixup."""
 
+from collections.abc import Mapping
+
 import optax
 
 from robust_mm import _validate
 from robust_mm import attacks
 from robust_mm._types import Model
+from robust_mm.certification import tables
 from robust_mm.recipes import interventions
 from robust_mm.recipes import objectives
 from robust_mm.recipes import phases
@@ -18,8 +21,9 @@ def joint(
   num_steps: int,
   tx: optax.GradientTransformation,
   variant: str = "plain",
-  budget: float = 0.1,
+  budget: float | Mapping = 0.1,
   attack_steps: int = 5,
+  attack_loss: str = "margin",
   clean_weight: float = 0.0,
   dropout_rate: float = 1.0,
   mixup_alpha: float = 1.0,
@@ -33,33 +37,41 @@ def joint(
     num_steps: optimiser updates.
     tx: the optimiser.
     variant: ``plain``; ``dropout``, a random subset of the modalities per
-      example; ``adversarial``, inputs replaced by l2 PGD within one joint
-      ball; ``mixup``.
-    budget: joint l2 radius of the adversarial variant, in ``units``.
-    attack_steps: steps of that attack, each of size ``2.5 budget / steps``.
+      example; ``adversarial``, inputs replaced by l2 PGD; ``mixup``.
+    budget: joint l2 radius of the adversarial variant, in ``units``; a mapping
+      gives each modality it names a ball of its own.
+    attack_steps: steps of that attack, ``attacks.pgd`` with one restart: from a
+      random point, lengths that fall along a cosine from the whole budget to
+      zero, the best point seen.
+    attack_loss: what it makes large: ``margin``, ``cross_entropy`` or ``dlr``.
     clean_weight: share of the clean loss in the adversarial variant, in [0, 1].
     dropout_rate: share of examples touched by the dropout variant.
     mixup_alpha: parameter of the Beta distribution of the mixup variant.
     valid_range: ``{modality: (low, high)}`` the attack stays in.
-    units: ``{modality: size of one unit}`` of the budget.
+    units: ``{modality: size of one unit}`` of the budget, 1 where not named.
 
   Raises:
     ValueError: an unknown variant or a number out of range, naming it.
   """
   _validate.one_of(VARIANTS, variant=variant)
   _validate.in_unit_interval(clean_weight=clean_weight)
+  if clean_weight and variant != "adversarial":
+    raise ValueError("clean_weight must be 0 unless variant is 'adversarial'.")
+  units = tables.check_units(units, model.modalities)
   if variant == "adversarial":
     attack = attacks.pgd(
       norm=2,
       budget=budget,
       num_steps=attack_steps,
       num_restarts=1,
+      loss=attack_loss,
       valid_range=valid_range,
       units=units,
     )
-    before = (
-      interventions.with_clean(interventions.adversarial(model, attack)),
-    )
+    attacked = interventions.adversarial(model, attack)
+    if clean_weight:
+      attacked = interventions.with_clean(attacked)
+    before = (attacked,)
   elif variant == "dropout":
     before = (interventions.modality_dropout(rate=dropout_rate),)
   elif variant == "mixup":

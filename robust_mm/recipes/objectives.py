@@ -17,20 +17,26 @@ def cross_entropy_loss(model: Model, *, clean_weight: float = 0.0) -> Callable:
       params, state, batch["inputs"], batch["present"], train=True, key=key
     )
     loss = classification(outputs.logits, batch)
-    if clean_weight:
-      clean, _ = model.apply(
-        params,
-        state,
-        batch["clean_inputs"],
-        batch["present"],
-        train=True,
-        key=key,
-      )
-      clean_loss = classification(clean.logits, batch)
-      loss = (1 - clean_weight) * loss + clean_weight * clean_loss
     return loss, (new_state, {"accuracy": accuracy(outputs.logits, batch)})
 
-  return loss_fn
+  return with_clean_term(loss_fn, clean_weight)
+
+
+def with_clean_term(loss_fn: Callable, clean_weight: float) -> Callable:
+  """``loss_fn``, mixed with itself on ``batch["clean_inputs"]``.
+
+  State and metrics are those of the changed inputs.
+  """
+  if not clean_weight:
+    return loss_fn
+
+  def mixed(params, state, batch, *, key):
+    loss, aux = loss_fn(params, state, batch, key=key)
+    clean_batch = {**batch, "inputs": batch["clean_inputs"]}
+    clean, _ = loss_fn(params, state, clean_batch, key=key)
+    return (1 - clean_weight) * loss + clean_weight * clean, aux
+
+  return mixed
 
 
 def classification(logits, batch):

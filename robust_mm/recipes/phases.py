@@ -31,9 +31,12 @@ class Phase:
     interventions: ``fn(key, params, state, batch) -> batch``, applied in order
       inside the jitted step, outside the gradient: dropout of modalities,
       mixing, adversarial inputs, augmentation.
-    prepare: ``prepare(outputs, batch) -> batch`` turns the evaluation-mode
-      outputs of the *whole* training set into the one batch that every step of
-      the phase sees; None to stream batches from the data pipeline.
+    prepare: ``prepare(params, state, cached, reference) -> batch`` gives the
+      one batch that every step of the phase sees, from the parameters and state
+      at its start; ``cached`` holds ``scores`` {m: [N, k]}, ``logits`` [N, k],
+      ``label`` [N] and ``present`` {m: bool[N]} of the *whole* training set in
+      evaluation mode, ``reference`` is a class-balanced batch of raw training
+      examples. None to stream batches from the data pipeline.
     accept: ``accept(before, after) -> (bool, sentence)`` decides from the two
       validation metric dicts whether the phase's result is kept; None keeps
       the result that selection prefers.
