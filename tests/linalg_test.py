@@ -211,8 +211,8 @@ def test_gram_norm_is_an_upper_bound_with_the_stated_excess(k, d, num_iters):
   norm = jax.jit(lambda w: linalg.gram_norm(w, num_iters=num_iters))
   bound = norm(jnp.asarray(W))
   rank = min(k, d)
-  assert bound >= exact * (1 - 1e-6)
-  assert bound <= exact * rank**0.5 ** (num_iters + 1) * (1 + 1e-6)
+  assert float(bound) >= exact
+  assert bound <= exact * rank**0.5 ** (num_iters + 1) * (1 + 4e-6)
 
 
 def test_gram_norm_of_orthonormal_rows_attains_its_worst_case():
@@ -220,7 +220,7 @@ def test_gram_norm_of_orthonormal_rows_attains_its_worst_case():
   for num_iters in (2, 6):
     bound = linalg.gram_norm(W, num_iters=num_iters)
     expected = 32**0.5 ** (num_iters + 1)
-    np.testing.assert_allclose(bound, expected, rtol=1e-6)
+    np.testing.assert_allclose(bound, expected, rtol=4e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e30])

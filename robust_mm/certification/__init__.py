@@ -9,7 +9,7 @@ whether the prediction is *correct* is a separate factor
 ``certify`` asks a model; ``margin_certificate`` takes plain arrays of a model
 of any framework; ``fit_integration`` re-weights modalities for a threat.
 Inside, each module imports only from those before it: tables, empirical,
-certificates, arrays, door, integration.
+programs, certificates, arrays, door, integration.
 
 References:
   `Yang et al. (2024) <https://arxiv.org/abs/2402.06244>`_;

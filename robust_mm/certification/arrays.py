@@ -29,6 +29,7 @@ def margin_certificate(
   *,
   bias: Any = None,
   logits: Any = None,
+  rounding: Any = None,
   units: Mapping[str, Any] | str | None = None,
   norm: Mapping[str, str] | str | None = None,
   sizes: Mapping[str, int] | None = None,
@@ -53,6 +54,9 @@ def margin_certificate(
     bias: ``[k]``, default 0.
     logits: ``[b, k]``, default the sum of contributions and bias; needed for
       joint fusion. Their argmax is the prediction.
+    rounding: ``[b]``, the size of the terms the logits were made from, where
+      that may be more than their own (inputs with large offsets), see
+      ``Slack``.
     units: ``{m: s_m}``, default 1.
     norm: ``"l2"`` (default), ``"linf"`` or ``"l1"`` for all or ``{m: norm}``.
     sizes: ``{m: number of input elements}``, needed for ``"linf"``, because
@@ -69,6 +73,7 @@ def margin_certificate(
   _validate.one_of(FUSIONS, fusion=fusion)
   _validate.non_negative(slack=slack.margin)
   _validate.non_negative(slack=slack.sensitivity)
+  _validate.non_negative(slack=slack.rounding)
   known = modalities.names(tables.tables)
   if fusion == "joint":
     contributions = None  # the logits are no sum of them
@@ -87,12 +92,16 @@ def margin_certificate(
     logits.dtype.itemsize < 4
   ):
     raise ValueError(f"logits must be float32 or float64, got {logits.dtype}.")
+  loss = slack.margin * scale
+  if rounding is not None:
+    rounding = slack.rounding * jnp.asarray(rounding, scale.dtype)
+    loss = jnp.maximum(loss, rounding)
   if present is None:
     present = {name: jnp.ones(logits.shape[:-1], bool) for name in known}
   return _build(
     logits,
     contributions,
-    scale * (slack.margin * float(jnp.finfo(logits.dtype).eps)),
+    loss * float(jnp.finfo(logits.dtype).eps),
     tables,
     {name: jnp.asarray(present[name]) for name in known},
     _size_factors(known, units, norm, sizes, slack),

@@ -2,7 +2,6 @@
 
 import functools
 import statistics
-from collections.abc import Iterator
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,13 +20,13 @@ from robust_mm._types import State
 from robust_mm.certification import arrays
 from robust_mm.certification import certificates
 from robust_mm.certification import empirical
+from robust_mm.certification import programs
 from robust_mm.certification import tables as tables_lib
 from robust_mm.certification.certificates import Certificate
 from robust_mm.certification.certificates import Slack
 from robust_mm.certification.tables import SensitivityTables
 
 SOURCES = ("global", "empirical")
-_LOW_PRECISION = 4  # bytes: anything narrower voids the slack
 
 
 def certify(
@@ -86,19 +85,23 @@ def certify(
     ``valid=False``.
 
   Raises:
-    ValueError: naming the modality whose encoder states no bound; for models
-      that mix modalities before their scores; for a geometry that does not
-      reproduce the logits (inside jit: radius 0); for 16-bit arithmetic.
+    ValueError: naming the modality whose encoder states no bound, or reads
+      another modality; for models that mix modalities before their scores; for
+      a geometry that does not reproduce the logits (inside jit: radius 0); for
+      16-bit arithmetic and products at less than full precision; outside jit,
+      on one example only, for encoders that read other examples of the batch.
   """
   _validate.one_of(SOURCES, source=source)
   _validate.one_of(arrays.FIDELITIES, fidelity=fidelity)
   tables_lib.need_geometry(model)
   present = tables_lib.presence(batch, model.modalities)
-  certificate, agree = _certify(
+  inputs = {name: jnp.asarray(batch["inputs"][name]) for name in present}
+  state = {} if state is None else state
+  certificate, agree, embeddings, sizes = _certify(
     params,
-    {name: jnp.asarray(batch["inputs"][name]) for name in present},
+    inputs,
     present,
-    {} if state is None else state,
+    state,
     tables,
     tables_lib.check_units(units, model.modalities),
     model=model,
@@ -111,6 +114,10 @@ def certify(
     raise ValueError(
       "geometry does not explain the logits: they must be the sum over "
       "present modalities of head[m] @ embedding[m], plus bias."
+    )
+  if certificate.sound and margins.known_values(*inputs.values(), agree):
+    programs.check_rows(
+      model, params, state, inputs, present, embeddings, sizes
     )
   return certificate
 
@@ -134,13 +141,18 @@ def _certify(
   slack,
   fidelity,
 ):
-  outputs = _evaluate(model, params, state, inputs, present)
+  outputs = programs.evaluate(model, params, state, inputs, present)
   geometry = tables_lib.model_geometry(model, params)
   if tables is None:
     batch = {"inputs": inputs, "present": present}
     tables = _tables(model, params, batch, state, geometry, source, fidelity)
   contributions = _contributions(geometry, outputs, present)
-  agree = _agreement(geometry, outputs, contributions)
+  sizes = _sizes(geometry, outputs, inputs, present)
+  rounding = sum(
+    size * jnp.max(margins.norm(geometry.head[name]))
+    for name, size in sizes.items()
+  )
+  agree = _agreement(geometry, outputs, contributions, rounding)
   # Logits that the geometry does not explain carry no certificate.
   contributions = jax.tree.map(
     lambda value: jnp.where(agree[..., None], value, jnp.nan), contributions
@@ -151,13 +163,14 @@ def _certify(
     present,
     bias=geometry.bias,
     logits=outputs.logits,
+    rounding=rounding,
     units=units,
     norm=dict(norm),
     sizes={name: int(np.prod(x.shape[1:])) for name, x in inputs.items()},
     slack=slack,
     fidelity=fidelity,
   )
-  return certificate, agree
+  return certificate, agree, outputs.embeddings, sizes
 
 
 def recheck_fp64(
@@ -320,47 +333,6 @@ def _tables(model, params, batch, state, geometry, source, fidelity):
   )
 
 
-def _evaluate(model, params, state, inputs, present):
-  """Outputs in evaluation mode at full precision, refused where unfit."""
-
-  def forward(params, state, inputs, present):
-    return model.apply(params, state, inputs, present, train=False)[0]
-
-  with jax.default_matmul_precision("highest"):
-    jaxpr, outputs = jax.make_jaxpr(forward, return_shape=True)(
-      params, state, inputs, present
-    )
-    tables_lib.refuse_mixed(outputs)
-    narrow = sorted(
-      {
-        str(dtype)
-        for dtype in _dtypes(jaxpr.jaxpr)
-        if jnp.issubdtype(dtype, jnp.floating)
-        and dtype.itemsize < _LOW_PRECISION
-      }
-    )
-    if narrow:
-      raise ValueError(
-        f"the model computes in {', '.join(narrow)}, whose rounding a "
-        "certificate cannot absorb. Cast its parameters and its dtype to "
-        "float32; the certificate is then about that model."
-      )
-    return forward(params, state, inputs, present)
-
-
-def _dtypes(jaxpr) -> Iterator[Any]:
-  """Types of everything computed, inner functions included."""
-  for equation in jaxpr.eqns:
-    for variable in equation.outvars:
-      if hasattr(variable.aval, "dtype"):
-        yield variable.aval.dtype
-    for value in equation.params.values():
-      for inner in value if isinstance(value, tuple | list) else (value,):
-        inner = getattr(inner, "jaxpr", inner)
-        if hasattr(inner, "eqns"):
-          yield from _dtypes(inner)
-
-
 def _contributions(geometry, outputs, present):
   return {
     name: jnp.where(
@@ -377,18 +349,38 @@ def _contributions(geometry, outputs, present):
   }
 
 
-def _agreement(geometry, outputs, contributions) -> Array:
+def _sizes(geometry, outputs, inputs, present):
+  r"""``{m: [b]}``: :math:`\|\phi_m\| + L_m \|x_m\|`.
+
+  What the rounding of an embedding is relative to. A bias that cancels an
+  offset of the input leaves a small embedding, made from large terms.
+  """
+  sizes = {}
+  for name, here in present.items():
+    embedding = outputs.embeddings[name]
+    size = margins.norm(jnp.where(here[..., None], embedding, 0))
+    bound = geometry.lipschitz.get(name)
+    if bound is not None:
+      flat = jnp.reshape(inputs[name], (*here.shape, -1)).astype(size.dtype)
+      flat = jnp.where(here[..., None], flat, 0)
+      size = size + jnp.asarray(bound, size.dtype) * margins.norm(flat)
+    sizes[name] = jax.lax.stop_gradient(size)
+  return sizes
+
+
+def _agreement(geometry, outputs, contributions, rounding) -> Array:
   """Whether contributions and bias add up to the logits, per example."""
   bias = jnp.broadcast_to(geometry.bias, outputs.logits.shape)
-  total, size = bias, jnp.max(jnp.abs(bias), axis=-1)
-  for name, value in contributions.items():
-    total = total + value
-    rows = jnp.max(margins.norm(geometry.head[name]))
-    # Rounding is relative to the norms, not to a sum that may cancel.
-    size = size + rows * margins.norm(outputs.embeddings[name])
+  total = bias + sum(contributions.values())
+  scale = sum(jnp.abs(value) for value in contributions.values())
+  scale = jnp.max(scale + jnp.abs(bias), axis=-1)
   difference = jnp.max(jnp.abs(total - outputs.logits), axis=-1)
-  # NaN agrees: non-finite values are dealt with by the certificate.
-  return ~(difference > 1e-4 * size)
+  # A margin is wrong by twice the difference; the default slack is
+  # at least twice the limit. NaN agrees: the certificate deals with it.
+  allowed = certificates.DEFAULT_SLACK
+  limit = allowed.margin * scale + allowed.rounding * rounding
+  eps = float(jnp.finfo(outputs.logits.dtype).eps)
+  return ~(difference > eps / 4 * limit)
 
 
 def _widen(tree):

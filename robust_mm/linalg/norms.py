@@ -20,9 +20,11 @@ def gram_norm(
   with ``r`` the rank, each :math:`G_t` rescaled to Frobenius norm 1.
 
   Formal guarantees:
-    - Upper bound for every ``num_iters``, up to rounding (relative 1e-6 in
-      float32 up to 512 x 512). Excess at rank 512: 5 % after 6 steps, 5e-5
-      after 16; the worst case is an orthonormal ``W``.
+    - Upper bound for every ``num_iters``, rounded up by a relative
+      :math:`(8 + 2 |\log \|W\||)` machine epsilons. Measured without that, in
+      float32 up to 1024 x 512: short by at most 1 + |log| epsilons. Excess
+      at rank 512: 5 % after 6 steps, 5e-5 after 16; the worst case is an
+      orthonormal ``W``.
 
   A zero matrix gives 0 with gradient 0.
 
@@ -51,7 +53,10 @@ def gram_norm(
     G = G / scale
     G = products.dot(products.transpose(G), G)
   log_norm += jnp.log(products.frobenius(G)[..., 0, 0]) / 2**num_iters
-  return jnp.where(zero[..., 0, 0], 0.0, jnp.exp(log_norm))
+  # A logarithm loses the relative precision of a number in its own size.
+  eps = float(jnp.finfo(G.dtype).eps)
+  up = 1 + eps * (8 + 2 * jnp.abs(jax.lax.stop_gradient(log_norm)))
+  return jnp.where(zero[..., 0, 0], 0.0, jnp.exp(log_norm) * up)
 
 
 def power_iteration(
