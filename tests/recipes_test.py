@@ -80,12 +80,23 @@ def run(recipe, model, batch, num_steps):
   phase = recipe.phases[0]
   key = jax.random.key(0)
   state = jax.jit(state_lib.initializer(model, phase))(key)
-  step = jax.jit(steps.make_train_step(phase))
-  history = []
-  for _ in range(num_steps):
-    state, metrics = step(state, batch, key)
-    history.append(float(metrics["loss"]))
-  return state, history
+  return repeat(phase, state, batch, num_steps)
+
+
+def repeat(phase, state, batch, num_steps):
+  """(the last state, losses [num_steps]), all steps in one call."""
+  step = steps.make_train_step(phase)
+
+  @jax.jit
+  def all_steps(state):
+    return jax.lax.scan(
+      lambda state, _: step(state, batch, jax.random.key(0)),
+      state,
+      length=num_steps,
+    )
+
+  state, metrics = all_steps(state)
+  return state, metrics["loss"]
 
 
 TX = optax.adam(1e-2)
@@ -321,11 +332,7 @@ def integrate(recipe, model, num_steps):
   state = jax.jit(state_lib.initializer(model, phase))(jax.random.key(0))
   before = state.params
   data = phase.prepare(before, {}, cached, batch)
-  step = jax.jit(steps.make_train_step(phase))
-  history = []
-  for _ in range(num_steps):
-    state, metrics = step(state, data, jax.random.key(0))
-    history.append(float(metrics["loss"]))
+  state, history = repeat(phase, state, data, num_steps)
   return before, state.params, history
 
 
