@@ -74,12 +74,32 @@ def test_override_keeps_the_type(override, expected):
     ("configs/joint.py", ["--config.data.missing_rate=2.0"], "missing_rate"),
     ("configs/joint.py", ["--configs.seed=1"], "unknown argument"),
     ("configs/joint.py", ["--config.evaluation.radii=0,1"], "radii"),
+    ("configs/joint.py", ["--config.evaluation.attack=pgdd"], "'pgd'"),
+    ("configs/joint.py", ["--config.evaluation.loss=hinge"], "evaluation.loss"),
+    ("configs/joint.py", ["--config.evaluation.batch_size=0"], "batch_size"),
+    (
+      "configs/joint.py",
+      ["--config.mesh.rules=(('[', ('data',)),)"],
+      "regular",
+    ),
+    ("configs/joint.py", ["--config.mesh.rules=('a', ('data',))"], "must look"),
+    ("/nowhere/configs/joint.py:digits", [], "which is no file"),
   ],
 )
 def test_mistake_is_one_sentence_naming_it(spec, overrides, sentence):
   with pytest.raises(_validate.UserError, match=sentence) as error:
     config_lib.load(spec, overrides)
   assert "\n" not in str(error.value)
+
+
+def test_option_left_at_the_default_of_a_factory_can_be_set():
+  config = load(
+    "configs/crmt.py:digits",
+    "--config.recipe.options.clean_tolerance=0.02",
+    "--config.model.encoders.default.num_iters=20",
+  )
+  assert config.recipe.options.clean_tolerance == 0.02
+  assert config.model.encoders.default.num_iters == 20
 
 
 def test_unknown_key_in_a_file_is_refused(tmp_path):
