@@ -22,7 +22,7 @@ def gram_norm(
   Formal guarantees:
     - Upper bound for every ``num_iters``, rounded up by a relative
       :math:`(8 + 2 |\log \|W\||)` machine epsilons. Measured without that, in
-      float32 up to 1024 x 512: short by at most 1 + |log| epsilons. Excess
+      float32 up to 512 x 512: short by at most 1 + |log| epsilons. Excess
       at rank 512: 5 % after 6 steps, 5e-5 after 16; the worst case is an
       orthonormal ``W``.
 
