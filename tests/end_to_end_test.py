@@ -91,7 +91,7 @@ def test_kill_dash_nine_and_the_same_command_again(tmp_path):
   while time.monotonic() < deadline and not any(checkpoints.glob("[2-9]*0")):
     time.sleep(0.01)
   process.send_signal(signal.SIGKILL)
-  process.wait()
+  process.communicate()
   assert writers.read(killed)
   assert writers.read(killed)[-1]["step"] < 400, "it was not killed in time"
   finish(start(*TRAIN, f"--workdir={killed}"))
