@@ -52,6 +52,7 @@ def check_run(workdir: str) -> None:
 
 def check_evaluated(workdir: str) -> None:
   """Refuses a folder without results."""
+  check_run(workdir)
   path = pathlib.Path(workdir)
   if not (path / "results.json").is_file():
     raise _validate.UserError(

@@ -107,8 +107,10 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   """The configuration of a run; UserError when there is none."""
   path = workdir / CONFIG_FILE
   if not path.is_file():
+    inside = sorted(p.parent.name for p in workdir.glob(f"*/{CONFIG_FILE}"))
+    hint = f" Did you mean {workdir / inside[0]}?" if inside else ""
     raise _validate.UserError(
-      f"{workdir} is no work directory of a run: it has no {CONFIG_FILE}."
+      f"{workdir} is no work directory of a run: it has no {CONFIG_FILE}.{hint}"
     )
   tree = read_json(path)
   return ml_collections.ConfigDict(_tuples(tree)).lock()

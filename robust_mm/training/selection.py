@@ -60,7 +60,8 @@ def finish_phase(
     if not accepted:
       name = before["model"]
       model, metrics, step = read_model(run.workdir, name, _model_like(state))
-    sentence = f"{'accepted' if accepted else 'refused'}: {sentence}"
+    verdict = "accepted" if accepted else "no improvement, not taken"
+    sentence = f"{verdict}: {sentence}"
   run.facts["finished"][phase.name] = {
     "model": name,
     "step": step,

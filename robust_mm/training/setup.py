@@ -78,7 +78,7 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
     },
     "normalization": {n: v.to_json() for n, v in normalization.items()},
     "relative_units": _relative_units(reference),
-    "notes": list(train.notes),
+    "notes": [*train.notes, *_label_notes(train)],
   }
   model = make_model(config, facts)
   return Setup(
@@ -88,6 +88,18 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
     facts=facts,
     reference=reference,
   )
+
+
+def _label_notes(train) -> list[str]:
+  """What a label column that counts from 1, say, should make one wonder."""
+  empty = sorted(set(range(train.num_classes)) - set(map(int, train.labels)))
+  if not empty:
+    return []
+  shown = ", ".join(map(str, empty[:5])) + (" ..." if len(empty) > 5 else "")
+  return [
+    f"class {shown} has no training example; labels count from 0, and "
+    f"{train.num_classes} classes are trained."
+  ]
 
 
 def _relative_units(reference: dict) -> dict[str, float | None]:
@@ -215,8 +227,9 @@ def automatic(
   if kind == "tokens":
     if lipschitz:
       raise _validate.UserError(
-        "lipschitz_auto: integer tokens have no 1-Lipschitz encoder; leave "
-        "that modality out of config.data.modalities."
+        f"lipschitz_auto: integer inputs of shape {shape} are read as tokens, "
+        f"which have no 1-Lipschitz encoder; save pixels as float32 (x / 255), "
+        f"or leave that modality out of config.data.modalities."
       )
     return {"vocabulary_size": vocabulary, **encoder, "name": "transformer"}
   if len(shape) not in _BY_RANK:
