@@ -1,5 +1,6 @@
 """The front door: ``certify`` a model, and what is read off a certificate."""
 
+import dataclasses
 import functools
 import statistics
 from collections.abc import Mapping
@@ -146,6 +147,9 @@ def _certify(
   if tables is None:
     batch = {"inputs": inputs, "present": present}
     tables = _tables(model, params, batch, state, geometry, source, fidelity)
+  if tables.lipschitz is not None:
+    # Cached: what computes the constants of the encoders is then dead code.
+    geometry = dataclasses.replace(geometry, lipschitz=tables.lipschitz)
   contributions = _contributions(geometry, outputs, present)
   sizes = _sizes(geometry, outputs, inputs, present)
   rounding = sum(

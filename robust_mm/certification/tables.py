@@ -39,9 +39,12 @@ class SensitivityTables:
     source: ``"global"`` (sound on the whole input space) or ``"empirical"``
       (an estimate from data, no bound).
     sound: whether every entry is an upper bound.
+    lipschitz: ``{m: [] | None}`` constants of the encoders, so that a batch
+      need not compute them again; None reads them from the model.
   """
 
   tables: Any
+  lipschitz: Any = dataclasses.field(default=None, kw_only=True)
   source: str = dataclasses.field(metadata={"static": True})
   sound: bool = dataclasses.field(metadata={"static": True})
 
@@ -63,7 +66,10 @@ def sensitivity_tables(
   _validate.one_of(("global",), source=source)
   geometry = model_geometry(model, params)
   return SensitivityTables(
-    tables=pairwise_sensitivity(geometry), source="global", sound=True
+    tables=pairwise_sensitivity(geometry),
+    lipschitz=dict(geometry.lipschitz),
+    source="global",
+    sound=True,
   )
 
 
