@@ -76,9 +76,11 @@ def empirical_tables(
     constants = empirical_lipschitz(
       model, params, batch, state=state, chunk=chunk
     )
-    factors = geometry.factors or {
-      name: jnp.ones_like(constants[name]) for name in constants
-    }
+    factors = (
+      geometry.integration
+      or geometry.factors
+      or {name: jnp.ones_like(constants[name]) for name in constants}
+    )
     result = tables.split_tables(factors, constants)
   else:
     result = _largest_gradient(

@@ -78,7 +78,7 @@ def pipeline(
       ``get_state()`` gives exactly the remaining batches.
     - The parts of all processes, put together in order of ``process_index``,
       are the batch of a single process: the stream is the same for every
-      ``process_count``, so a run can resume on another number.
+      ``process_count``.
 
   Args:
     source: where examples come from.
