@@ -197,7 +197,9 @@ def _add_report(commands) -> None:
     "--workdir", required=True, help="one folder, or several: a,b,c"
   )
   command.add_argument(
-    "--output", help="folder of the report (default: the first work directory)"
+    "--output",
+    help="folder of the report, or one file that ends in .html "
+    "(default: the first work directory)",
   )
 
 
@@ -301,6 +303,10 @@ def _report(options):
   from robust_mm import preflight
 
   workdirs = options.workdir.split(",")
+  if not all(workdirs):
+    raise _validate.UserError(
+      f"--workdir: a folder's name is empty in {options.workdir!r}."
+    )
   for workdir in workdirs:
     preflight.check_evaluated(workdir)
   from robust_mm import commands

@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import pathlib
+import shutil
 import sys
 import time
 
@@ -45,10 +46,11 @@ def quickstart(workdir: str, *, seed: int = 0) -> int:
   evaluation.report.render(
     [report.results for report in reports],
     histories=[writers.read(root / name) for name in QUICKSTART],
+    folders=[root / name for name in QUICKSTART],
     path=root,
   )
   print()
-  print(evaluation.table([report.results for report in reports]))
+  _print_table([report.results for report in reports])
   print(
     f"\nreport: {root / 'report.html'}   "
     f"({time.perf_counter() - began:.0f} s since start-up)"
@@ -85,7 +87,7 @@ def evaluate(
   report = _evaluate_one(
     pathlib.Path(workdir), split=split, phase=phase, radii=radii, limit=limit
   )
-  print(evaluation.table([report.results]))
+  _print_table([report.results])
   print(f"\nreport: {pathlib.Path(workdir) / 'report.html'}")
   return 0
 
@@ -157,9 +159,12 @@ def report(workdirs: list[str], *, output: str | None = None) -> int:
   results = [runs.read_json(folder / "results.json") for folder in folders]
   histories = [writers.read(folder) for folder in folders]
   target = pathlib.Path(output or folders[0])
-  evaluation.report.render(results, histories=histories, path=target)
-  print(evaluation.table(results))
-  print(f"\nreport: {target / 'report.html'}")
+  evaluation.report.render(
+    results, histories=histories, folders=folders, path=target
+  )
+  _print_table(results)
+  page = target if target.suffix == ".html" else target / "report.html"
+  print(f"\nreport: {page}")
   return 0
 
 
@@ -290,6 +295,13 @@ def _join() -> None:
     raise _validate.UserError(
       f"--distributed: the job cannot be joined: {error}"
     ) from error
+
+
+def _print_table(results: list[dict]) -> None:
+  width = None
+  if sys.stdout.isatty():
+    width = shutil.get_terminal_size().columns
+  print(evaluation.table(results, width=width))
 
 
 def _say(line: str) -> None:

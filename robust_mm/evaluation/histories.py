@@ -1,72 +1,187 @@
 """Training curves from the rows of ``metrics.jsonl``."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from robust_mm.evaluation import style
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Line:
+  run: int
+  metric: str
+  steps: list[int]
+  values: list[float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Panel:
+  title: str
+  ylabel: str
+  lines: list[_Line]
+  phases: bool
 
 
 def training(
   results: Sequence[dict], histories: Sequence[Any] | None
 ) -> Figure | None:
-  """Losses and accuracies against the update, one colour a run."""
+  """What every phase minimised, and what validation said; a colour a run.
+
+  Objectives of different recipes or phases are different quantities, so each
+  has a panel; the validation cross-entropy is comparable and has its own.
+  """
   if not histories or not any(histories):
     return None
+  histories = [history or [] for history in histories]
   panels = [
-    (kind, [_series(history or [], kind) for history in histories])
-    for kind in ("loss", "accuracy")
+    *_objectives(results, histories),
+    _validation(histories, "accuracy"),
+    _validation(histories, "cross-entropy"),
   ]
-  panels = [panel for panel in panels if any(panel[1])]
+  panels = [panel for panel in panels if panel.lines]
   if not panels:
     return None
-  figure, grid = style.panels(len(panels), height=4.0, width=3.8)
-  for axes, (kind, runs) in zip(grid, panels):
-    metrics = list(dict.fromkeys(metric for run in runs for metric in run))
-    lines = dict(zip(metrics, itertools.cycle(style.line_styles())))
-    for index, series in enumerate(runs):
-      for metric, (steps, values) in series.items():
-        axes.plot(
-          steps,
-          values,
-          linestyle=lines[metric],
-          linewidth=1.3,
-          color=style.colour(index),
-          label=f"{results[index]['name']}: {metric.replace('_', ' ')}",
-        )
-      for step in _phase_starts(histories[index] or []):
-        axes.axvline(step, color=style.colour(index), linewidth=0.7, alpha=0.5)
-    axes.set_title(kind, loc="left", color=style.INK, fontsize=10)
-    axes.set_xlabel("update", fontsize=9)
-    axes.legend(
-      frameon=False,
-      fontsize=7,
-      loc="upper center",
-      bbox_to_anchor=(0.5, -0.18),
-    )
+  figure, grid = style.panels(len(panels), height=3.2, width=3.5)
+  for axes, panel in zip(grid, panels):
+    _draw(axes, panel)
+    if panel.phases:
+      _mark_phases(axes, histories)
+  handles = [
+    Line2D([], [], color=style.colour(index), label=result["name"])
+    for index, result in enumerate(results)
+    if histories[index]
+  ]
+  style.legend_below(figure, handles)
   return figure
 
 
-def _series(history, kind) -> dict[str, tuple[list, list]]:
-  series = {}
-  for row in history:
-    for metric, value in row.items():
-      # Terms of a loss are left out: the total and validation say enough.
-      validated = metric.startswith("validation") and metric.endswith(kind)
-      if metric != kind and not validated:
-        continue
-      if isinstance(value, (int, float)) and math.isfinite(value):
-        steps, values = series.setdefault(metric, ([], []))
-        steps.append(row["step"])
-        values.append(value)
-  return series
-
-
-def _phase_starts(history) -> list[int]:
-  phases = [(row.get("phase"), row["step"]) for row in history]
+def _objectives(results, histories) -> list[_Panel]:
+  """A panel for each phase of each recipe, runs of one recipe together."""
+  panels = {}
+  for index, history in enumerate(histories):
+    recipe = results[index]["recipe"] or results[index]["name"]
+    for phase in dict.fromkeys(row.get("phase") for row in history):
+      rows = [row for row in history if row.get("phase") == phase]
+      steps, values = _series(rows, "loss")
+      if steps:
+        line = _Line(run=index, metric="loss", steps=steps, values=values)
+        panels.setdefault((recipe, phase), []).append(line)
   return [
-    now[1] for before, now in itertools.pairwise(phases) if before[0] != now[0]
+    _Panel(
+      title=f"Training: {_phase_title(recipe, phase)}",
+      ylabel="objective of this phase",
+      lines=lines,
+      phases=False,
+    )
+    for (recipe, phase), lines in panels.items()
   ]
+
+
+def _phase_title(recipe: str, phase: str | None) -> str:
+  return recipe if phase in (None, recipe) else f"{recipe}, {phase}"
+
+
+def _validation(histories, kind: str) -> _Panel:
+  lines = []
+  for index, history in enumerate(histories):
+    names = dict.fromkeys(name for row in history for name in row)
+    for name in names:
+      metric = _validated(name)
+      wanted = (
+        metric.endswith("accuracy") if kind == "accuracy" else metric == "loss"
+      )
+      if wanted:
+        steps, values = _series(history, name)
+        word = "cross-entropy" if metric == "loss" else metric.replace("_", " ")
+        lines.append(_Line(run=index, metric=word, steps=steps, values=values))
+  lines = [line for line in lines if line.steps]
+  return _Panel(
+    title=f"Validation: {kind}", ylabel=kind, lines=lines, phases=True
+  )
+
+
+def _validated(name: str) -> str:
+  """``validation_loss`` -> ``loss``; empty for what is no such metric."""
+  head = "validation"
+  return name[len(head) + 1 :] if name.startswith(head) else ""
+
+
+def _series(history, metric) -> tuple[list, list]:
+  pairs = [(row["step"], row.get(metric)) for row in history]
+  pairs = [
+    (step, value)
+    for step, value in pairs
+    if isinstance(value, (int, float)) and math.isfinite(value)
+  ]
+  return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def _draw(axes, panel: _Panel) -> None:
+  metrics = list(dict.fromkeys(line.metric for line in panel.lines))
+  looks = dict(zip(metrics, itertools.cycle(style.line_styles())))
+  for line in panel.lines:
+    axes.plot(
+      line.steps,
+      line.values,
+      linestyle=looks[line.metric],
+      linewidth=1.4,
+      marker="." if len(line.steps) == 1 else "",
+      color=style.colour(line.run),
+    )
+  style.title(axes, panel.title)
+  axes.set_xlabel("update")
+  axes.set_ylabel(panel.ylabel)
+  if panel.ylabel == "accuracy":
+    axes.set_ylim(0, 1.02)
+  else:
+    _from_zero(axes, [value for line in panel.lines for value in line.values])
+  if len(metrics) > 1:
+    handles = [
+      Line2D([], [], color=style.INK, linestyle=looks[metric], label=metric)
+      for metric in metrics
+    ]
+    axes.legend(handles=handles, frameon=False, fontsize=style.SMALL)
+
+
+def _from_zero(axes, values) -> None:
+  # Matplotlib would zoom into the rounding of an objective that is constant.
+  low, high = min(0.0, *values), max(0.0, *values)
+  pad = 0.05 * (high - low) or 1.0
+  axes.set_ylim(low - (pad if low < 0 else 0.0), high + pad)
+
+
+def _mark_phases(axes, histories) -> None:
+  found = {}
+  for index, history in enumerate(histories):
+    for phase, start in _phases(history):
+      found.setdefault((phase, start), index)
+  for (phase, start), index in found.items():
+    axes.axvline(start, color=style.colour(index), linewidth=0.9, alpha=0.7)
+    axes.text(
+      start,
+      0.03,
+      f" {phase}",
+      rotation=90,
+      va="bottom",
+      ha="left",
+      fontsize=style.SMALL,
+      color=style.INK,
+      transform=axes.get_xaxis_transform(),
+    )
+
+
+def _phases(history) -> list[tuple[str, int]]:
+  """``(phase, the update it starts after)``, nothing for a single phase."""
+  rows = [(row.get("phase"), row["step"]) for row in history]
+  later = [
+    (now[0], before[1])
+    for before, now in itertools.pairwise(rows)
+    if before[0] != now[0]
+  ]
+  return [(rows[0][0], 0), *later] if later else []

@@ -3,12 +3,15 @@
 import base64
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jinja2
 
+from robust_mm.evaluation import captions
+from robust_mm.evaluation import details
 from robust_mm.evaluation import files
 from robust_mm.evaluation import plots
 from robust_mm.evaluation import style
@@ -50,7 +53,10 @@ class Report:
     if path.suffix != ".html":
       files.write_json(path / RESULTS_FILE, self.results)
       files.write_columns(path / EXAMPLES_FILE, self.examples)
-    return render([self.results], histories=[history], path=path)
+    folders = None if path.suffix == ".html" else [path]
+    return render(
+      [self.results], histories=[history], folders=folders, path=path
+    )
 
   def __str__(self) -> str:
     return table([self.results])
@@ -60,6 +66,7 @@ def render(
   results: Sequence[dict],
   *,
   histories: Sequence[Any] | None = None,
+  folders: Sequence[Any] | None = None,
   path: Any,
   title: str | None = None,
 ) -> pathlib.Path:
@@ -71,6 +78,8 @@ def render(
   Args:
     results: dictionaries of ``evaluation.SCHEMA``, as in ``results.json``.
     histories: for each result the rows of its ``metrics.jsonl``, or None.
+    folders: for each result the folder of its ``results.json`` and
+      ``examples.csv``, which the page then names as seen from itself.
     path: ends in ``.html`` for one self-contained file, else a folder for
       ``report.html`` and ``plots/*.png``.
     title: a heading; made from the names otherwise.
@@ -79,43 +88,24 @@ def render(
     The path.
 
   Raises:
-    ValueError: no results, or as many histories as there are not results.
+    ValueError: no results, or as many histories or folders as there are not
+      results.
   """
   results = distinct(results)
-  if histories is not None and len(histories) != len(results):
-    raise ValueError(
-      f"histories must have one entry for each of the {len(results)} results, "
-      f"got {len(histories)}."
-    )
+  for name, given in (("histories", histories), ("folders", folders)):
+    if given is not None and len(given) != len(results):
+      raise ValueError(
+        f"{name} must have one entry for each of the {len(results)} results, "
+        f"got {len(given)}."
+      )
   path = pathlib.Path(path)
   drawn = {
     name: style.png(figure)
     for name, figure in plots.figures(results, histories).items()
   }
-  page = (
-    _template()
-    .render(
-      title=title or wording.title(results),
-      summary=wording.summary(results),
-      runs=[wording.run(result) for result in results],
-      table=wording.table_rows(results),
-      names=[result["name"] for result in results],
-      checks=[(r["name"], check) for r in results for check in r["checks"]],
-      warnings=wording.warnings(results),
-      figures=[
-        {
-          "name": name,
-          "title": texts.FIGURES[name][0],
-          "text": texts.FIGURES[name][1],
-          "data": base64.b64encode(content).decode(),
-        }
-        for name, content in drawn.items()
-      ],
-      details=[wording.details(result) for result in results],
-      glossary=texts.glossary(results),
-    )
-    .encode()
-  )
+  page = _page(results, histories, title or wording.title(results), drawn)
+  page = _template().render(**page, files=_places(results, folders, path))
+  page = page.encode()
   if path.suffix == ".html":
     return files.write_bytes(path, page)
   for name, content in drawn.items():
@@ -124,25 +114,103 @@ def render(
   return path
 
 
-def table(results: Sequence[dict]) -> str:
+def _page(results, histories, title: str, drawn: dict) -> dict:
+  """What the template is filled with."""
+  return {
+    "title": title,
+    "summary": wording.summary(results),
+    "headlines": wording.headlines(results),
+    "runs": [wording.run(result) for result in results],
+    "table": wording.table_rows(results),
+    "names": [result["name"] for result in results],
+    "checks": [(r["name"], check) for r in results for check in r["checks"]],
+    "warnings": wording.warnings(results),
+    "figures": [
+      {
+        "title": texts.TITLES[name],
+        "text": texts.caption(name, results),
+        "settings": captions.settings(name, results),
+        "alternative": captions.alternative(name, results, histories),
+        "data": base64.b64encode(content).decode(),
+      }
+      for name, content in drawn.items()
+    ],
+    "details": [details.details(result) for result in results],
+    "glossary": texts.glossary(results),
+  }
+
+
+def _places(results, folders, path: pathlib.Path) -> dict:
+  """Where the files lie that a reader of the page may want."""
+  whole = path.suffix != ".html"
+  home = path if whole else path.parent
+  text = f"Its figures also lie in {PLOTS_FOLDER}/ beside it. " if whole else ""
+  what = (
+    f"{RESULTS_FILE} (every curve) and {EXAMPLES_FILE} (a row for each test "
+    "example)"
+  )
+  if folders is None:
+    text += f"A report that is saved into a folder comes with {what}."
+    return {"text": text, "folders": []}
+  text += f"{what} of each run lie in these folders, seen from this page:"
+  seen = [os.path.relpath(folder, home) for folder in folders]
+  shown = ["its own folder" if place == "." else place for place in seen]
+  names = [result["name"] for result in results]
+  return {"text": text, "folders": list(zip(names, shown))}
+
+
+def table(results: Sequence[dict], *, width: int | None = None) -> str:
   """The accuracies of all runs as one table of text, a column a run.
 
   Certified and estimated numbers stand in rows of their own; a dash means
   that the run has no such number.
+
+  Args:
+    results: dictionaries of ``evaluation.SCHEMA``.
+    width: characters of a line; runs that would not fit follow in a table
+      below. None for lines of any length.
   """
   results = distinct(results)
   rows = wording.table_rows(results)
-  cells = [["accuracy", *[result["name"] for result in results]]]
-  cells += [[row["label"], *row["values"]] for row in rows]
-  widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-  lines = [
-    "  ".join(
-      [line[0].ljust(widths[0])]
-      + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
-    )
-    for line in cells
+  columns = [["accuracy", *[row["label"] for row in rows]]]
+  columns += [
+    [result["name"], *[row["values"][index] for row in rows]]
+    for index, result in enumerate(results)
   ]
-  return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+  blocks, sizes = [], dict.fromkeys(map(wording.size_words, results))
+  groups = _fitting([max(map(len, column)) for column in columns], width)
+  for group in groups:
+    lines = list(zip(columns[0], *[columns[i] for i in group]))
+    if len(groups) > 1:
+      # Rows of the runs in other blocks only.
+      lines = [line for line in lines if set(line[1:]) != {"-"}]
+    blocks.append(_block(lines))
+  return "\n\n".join([*blocks, *[f"sizes: {words}" for words in sizes]])
+
+
+def _fitting(widths: Sequence[int], width: int | None) -> list[list[int]]:
+  """Columns 1, 2, ... in groups that fit beside column 0; at least one each."""
+  groups, used = [], 0
+  for index in range(1, len(widths)):
+    needed = widths[index] + 2
+    if not groups or (width is not None and used + needed > width):
+      groups.append([])
+      used = widths[0]
+    groups[-1].append(index)
+    used += needed
+  return groups
+
+
+def _block(lines: Sequence[Sequence[str]]) -> str:
+  widths = [max(map(len, column)) for column in zip(*lines)]
+  written = [
+    "  ".join(
+      [label.ljust(widths[0])]
+      + [cell.rjust(size) for cell, size in zip(cells, widths[1:])]
+    )
+    for label, *cells in lines
+  ]
+  return "\n".join([written[0], "-" * len(written[0]), *written[1:]])
 
 
 def distinct(results: Sequence[dict]) -> list[dict]:

@@ -6,9 +6,11 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito: told apart by colour-blind readers and in grey print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-INK = "#333333"
+INK = "#222222"
 MAX_COLUMNS = 3
-DPI = 110
+DPI = 120
+# Points; no text of a figure is smaller.
+SMALL = 9
 
 
 def png(figure: Figure) -> bytes:
@@ -34,11 +36,16 @@ def plain(axes, grid_axis: str = "both"):
   for side in ("top", "right"):
     axes.spines[side].set_visible(False)
   for side in ("left", "bottom"):
-    axes.spines[side].set_color("#999999")
-  axes.tick_params(colors=INK, labelsize=9)
+    axes.spines[side].set_color("#777777")
+  axes.tick_params(colors=INK, labelsize=SMALL)
   axes.grid(True, axis=grid_axis, color="#e6e6e6", linewidth=0.7)
   axes.set_axisbelow(True)
   return axes
+
+
+def title(axes, text: str) -> None:
+  """A panel's title, above its left end."""
+  axes.set_title(text, loc="left", color=INK, fontsize=10)
 
 
 def panels(count: int, *, height: float, width: float = 3.2):
@@ -55,16 +62,30 @@ def panels(count: int, *, height: float, width: float = 3.2):
   return figure, axes
 
 
-def shared_legend(figure, axes):
-  """One legend below all panels, from the entries of ``axes``."""
-  handles, labels = axes.get_legend_handles_labels()
+def legend_below(figure, handles) -> None:
+  """One legend below all panels."""
   figure.legend(
-    handles,
-    labels,
+    handles=handles,
     loc="outside lower center",
-    ncols=min(len(labels), 2),
+    ncols=max(1, min(len(handles), 2)),
     frameon=False,
-    fontsize=8,
+    fontsize=SMALL,
+  )
+
+
+def shared_legend(figure, grid) -> None:
+  """One legend below all panels, of every label of any of them."""
+  found = {}
+  for axes in grid:
+    for handle, label in zip(*axes.get_legend_handles_labels()):
+      found.setdefault(label, handle)
+  figure.legend(
+    list(found.values()),
+    list(found),
+    loc="outside lower center",
+    ncols=max(1, min(len(found), 2)),
+    frameon=False,
+    fontsize=SMALL,
   )
 
 

@@ -1,74 +1,103 @@
-"""Captions and definitions of a report: fixed text, no numbers."""
+"""Captions, definitions and what recipes do: fixed text, no numbers."""
 
 from collections.abc import Sequence
 
-FIGURES = {
-  "radius_joint": (
-    "Accuracy against the size of a change to all modalities",
-    "The higher and flatter, the better. The line with markers is what was "
-    "left after an attack searched for a harmful change of at most that size: "
-    "the true robust accuracy lies at or below it, and each value holds until "
-    "the next radius that was tried. The dashed line is "
-    "certified: the true robust accuracy lies at or above it, whatever the "
-    "attacker does. A dotted line is only an estimate and guarantees nothing. "
-    "Shaded bands are 95 % intervals for the number of test examples.",
-  ),
+TITLES = {
+  "radius_joint": "Accuracy against the size of a change to all modalities",
+  "radius_modalities": "Accuracy when only one modality is changed",
+  "subsets": "Accuracy with missing modalities",
+  "vulnerability": "Which modality is the weak one",
+  "region": "Two budgets at once",
+  "tightness": "How far beyond its radius an example has to be attacked",
+  "training": "Training curves",
+}
+
+_CAPTIONS = {
   "radius_modalities": (
-    "Accuracy when only one modality is changed",
     "The same curves when the attacker may touch one modality and the others "
-    "stay intact. A modality whose curve drops early is the weak one. Where "
-    "units are used, the upper axis gives the size in raw input values.",
+    "stay intact. A modality whose curve drops early is the weak one."
   ),
   "subsets": (
-    "Accuracy with missing modalities",
     "Each bar is the accuracy when only the named modalities are available; "
     "the others are marked as absent and no value of them is used. Thin lines "
-    "are 95 % intervals.",
+    "are 95 % intervals."
   ),
   "vulnerability": (
-    "Which modality is the weak one",
-    "Left, where there is a bound: each modality's share of the squared "
-    "sensitivity of the decision at the nearest other class, averaged over "
-    "examples (the shares sum to 1 and depend on the units). And the accuracy "
-    "lost when attacks may change only this modality, at its largest radius.",
+    "Where there is a bound: each modality's share of the squared sensitivity "
+    "of the decision at the nearest other class, averaged over examples (the "
+    "shares sum to 1 and depend on the units). Where there is an attack: the "
+    "accuracy lost when it may change only this modality."
   ),
   "region": (
-    "Two budgets at once",
-    "The share of examples that stay right when the first modality may change "
-    "by the size on the horizontal axis and, at the same time, the second by "
-    "the size on the vertical axis. Lines mark 0.5, 0.7 and 0.9.",
+    "The share of test examples that are right and stay right when the "
+    "modality on the horizontal axis may change by up to the size there and, "
+    "at the same time, the other one by up to the size on the vertical axis. "
+    "Along a black line the share is the number on it."
   ),
   "tightness": (
-    "How far beyond the radius an attack has to go",
-    "Each example is attacked at a multiple of its own radius. Left of 1 no "
-    "prediction may flip if the radius is certified; how soon the curve rises "
-    "after 1 shows how much of the true robustness the radius accounts for.",
+    "Each example is attacked at multiples of its own joint radius. At a "
+    "certified radius itself, marked by the vertical line, no prediction may "
+    "flip; the sooner the curve rises beyond it, the less robustness the "
+    "radius leaves unproven."
   ),
   "training": (
-    "Training curves",
-    "Loss and accuracy as they were logged during training. Losses of "
-    "different recipes are different quantities. Thin vertical lines mark the "
-    "start of a new phase.",
+    "First, what each phase of each recipe minimised: different quantities, so "
+    "each has a panel. The panels on validation data can be compared between "
+    "runs; vertical lines mark where a phase starts. Certified accuracy there "
+    "is that at the radius by which the best model was chosen."
   ),
 }
 
+_HOW = {
+  "attacked": (
+    "The line with markers is what was left after an attack searched for a "
+    "harmful change of at most that size: the true robust accuracy lies at or "
+    "below it, and each value holds until the next radius that was tried."
+  ),
+  True: (
+    "The dashed line is certified: the true robust accuracy lies at or above "
+    "it, whatever the attacker does."
+  ),
+  False: "The dotted line is only an estimate and guarantees nothing.",
+}
 
-def _radius(results: Sequence[dict]) -> str:
-  text = (
-    "The largest size of a change to the input. Joint: all modalities together "
-    "in one ball. Sizes are divided by each modality's unit."
+# By the beginning of the recipe's name.
+_RECIPES = {
+  "joint": "cross-entropy on all modalities together, the usual baseline",
+  "crmt": (
+    "certified robust multimodal training: enlarges every modality's own "
+    "margin, then weighs modalities by how reliable they are"
+  ),
+  "certified_radius": "trained for a large certified radius",
+}
+
+
+def recipe(name: str | None) -> str:
+  """A recipe's name and, where it is one of this package, what it does."""
+  if name is None:
+    return "not stated"
+  for beginning, text in _RECIPES.items():
+    if name == beginning or name.startswith(f"{beginning}-"):
+      return f"{name}: {text}"
+  return name
+
+
+def caption(name: str, results: Sequence[dict]) -> str:
+  """What a figure shows and how to read it, only of lines that are there."""
+  if name != "radius_joint":
+    return _CAPTIONS[name]
+  parts = ["The higher and flatter, the better."]
+  if any(result["attacked"] for result in results):
+    parts.append(_HOW["attacked"])
+  parts += [_HOW[kind] for kind in (True, False) if kind in _sounds(results)]
+  parts.append(
+    "Shaded bands are 95 % intervals for the number of test examples."
   )
-  if any(result["settings"]["norm"] == "inf" for result in results):
-    text += (
-      " In linf a change is as large as the largest change of one entry, so a "
-      "joint ball lets every entry of every modality move that far at once."
-    )
-  return text
+  return " ".join(parts)
 
 
 def glossary(results: Sequence[dict]) -> list[tuple[str, str]]:
   """Terms and what they mean here; only those that this report uses."""
-  sound = {row["sound"] for r in results for row in r["certified"]}
   terms = [
     ("modality", "One of the inputs the model combines, such as image."),
     (
@@ -76,7 +105,7 @@ def glossary(results: Sequence[dict]) -> list[tuple[str, str]]:
       "The share of test examples whose true class the model predicts, "
       "with unchanged inputs.",
     ),
-    ("radius", _radius(results)),
+    ("size of a change, radius", _radius(results)),
     (
       "attacked accuracy",
       "The share that is right and stays right under the strongest change an "
@@ -84,7 +113,7 @@ def glossary(results: Sequence[dict]) -> list[tuple[str, str]]:
       "of the true robust accuracy.",
     ),
   ]
-  if True in sound:
+  if True in _sounds(results):
     terms.append(
       (
         "certified accuracy",
@@ -94,7 +123,7 @@ def glossary(results: Sequence[dict]) -> list[tuple[str, str]]:
         "not about the world before them.",
       )
     )
-  if False in sound:
+  if False in _sounds(results):
     terms.append(
       (
         "estimated accuracy",
@@ -110,3 +139,26 @@ def glossary(results: Sequence[dict]) -> list[tuple[str, str]]:
       "the same kind.",
     ),
   ]
+
+
+def _sounds(results: Sequence[dict]) -> set[bool]:
+  return {row["sound"] for result in results for row in result["certified"]}
+
+
+def _radius(results: Sequence[dict]) -> str:
+  text = (
+    "How far an input may move, divided by its modality's unit. All changed: "
+    "all modalities share one ball of that size."
+  )
+  norms = {result["settings"]["norm"] for result in results}
+  if 2 in norms:
+    text += (
+      " In l2 it is the Euclidean length, the root of the sum of the squared "
+      "changes of all entries."
+    )
+  if "inf" in norms:
+    text += (
+      " In linf a change is as large as the largest change of one entry, so a "
+      "joint ball lets every entry of every modality move that far at once."
+    )
+  return text

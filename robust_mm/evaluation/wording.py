@@ -6,30 +6,38 @@ A number from a sound bound is *certified*; one from estimated constants is
 
 from collections.abc import Mapping
 from collections.abc import Sequence
-from typing import Any
+
+from robust_mm.evaluation import rows as rows_lib
+from robust_mm.evaluation import texts
 
 GROUPS = (
   "clean",
   "missing",
-  "attacked joint",
-  "certified joint",
-  "estimated joint",
-  "attacked single",
-  "certified single",
-  "estimated single",
+  "attacked all",
+  "certified all",
+  "estimated all",
+  "attacked one",
+  "certified one",
+  "estimated one",
 )
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 def title(results: Sequence[dict]) -> str:
-  """A heading from the names and the data set."""
-  names = " and ".join(result["name"] for result in results)
-  data = results[0]["dataset"]
-  return f"Robustness of {names}" + (f" on {data}" if data else "")
+  """A heading from the names and the data sets."""
+  names = _listing([result["name"] for result in results])
+  data = dict.fromkeys(r["dataset"] for r in results if r["dataset"])
+  return f"Robustness of {names}" + (f" on {_listing(data)}" if data else "")
+
+
+def _listing(words) -> str:
+  *first, last = words
+  return f"{', '.join(first)} and {last}" if first else last
 
 
 def percent(share: float | None) -> str:
-  """``0.9833`` -> ``"98.3 %"``; a dash for None."""
-  return "-" if share is None else f"{100 * share:.1f} %"
+  """``0.9833`` -> ``"98.3 %"`` that no line break parts; a dash for None."""
+  return "-" if share is None else f"{100 * share:.1f}{_NO_BREAK}%"
 
 
 def kind_word(row: Mapping) -> str:
@@ -38,90 +46,145 @@ def kind_word(row: Mapping) -> str:
 
 
 def where(names: Sequence[str], result: Mapping) -> str:
-  """``joint``, or ``only left`` for one modality alone."""
+  """``all``, or ``only left`` for one modality alone."""
   if sorted(names) == sorted(result["settings"]["modalities"]):
-    return "joint"
-  return f"only {'+'.join(names)}"
+    return "all"
+  return f"only {'+'.join(sorted(names))}"
 
 
-def grid(result: Mapping, names: Sequence[str]) -> list[float]:
-  """Radii to list: those attacked, else four along the certified curve."""
-  names = sorted(names)
-  attacked = {
-    row["radius"]
-    for row in result["attacked"]
-    if sorted(row["modalities"]) == names
-  }
-  if attacked:
-    return sorted(attacked)
-  curve = sorted(
-    row["radius"]
-    for row in result["certified"]
-    if sorted(row["modalities"]) == names
-  )
-  return curve[:: max(1, (len(curve) - 1) // 4)][1:]
+def attack_words(result: Mapping, name: str) -> str:
+  """An attack and what it cost: ``pgd (50 steps, 5 restarts)``."""
+  settings = result["settings"]["attacks"][name]
+  spent = [
+    f"{settings[key]} {word}"
+    for key, word in (("num_steps", "steps"), ("num_restarts", "restarts"))
+    if settings.get(key) is not None
+  ]
+  return f"{name} ({', '.join(spent)})" if spent else name
+
+
+def size_words(result: Mapping) -> str:
+  """How sizes are measured, in a few words."""
+  norm = f"l{result['settings']['norm']}"
+  if rows_lib.in_raw_units([result]):
+    return f"{norm} norm of raw input values"
+  if result["settings"]["units"] == "relative":
+    return f"{norm} norm in units of each modality's typical size"
+  sizes = ", ".join(f"{m} {size:.4g}" for m, size in result["units"].items())
+  return f"{norm} norm in units of {sizes}"
 
 
 def shown(result: Mapping, names: Sequence[str]) -> list[float]:
-  """Of :func:`grid` the ends and the middle; of one modality the middle."""
-  radii = grid(result, names)
+  """Of the listed radii the ends and the middle; of one modality the middle."""
+  radii = rows_lib.grid(result, names)
   if not radii:
     return []
   middle = radii[len(radii) // 2]
-  if where(names, result) != "joint":
+  if where(names, result) != "all":
     return [middle]
   return sorted({radii[0], middle, radii[-1]})
 
 
-def joint_first(rows: Sequence[Mapping]) -> list[Mapping]:
-  """Rows of many modalities before rows of one, else as they are."""
-  return sorted(rows, key=lambda row: -len(row["modalities"]))
-
-
-def listed(result: Mapping) -> list[dict]:
-  """The certified or estimated rows at the radii of :func:`grid`."""
-  return [
-    row
-    for row in result["certified"]
-    if row["radius"] in grid(result, row["modalities"])
-  ]
-
-
 def table_rows(results: Sequence[dict]) -> list[dict]:
-  """``[{"group", "label", "values"}]``: a value a run, as text.
+  """The accuracies side by side, a value a run, as text.
 
   At most three radii of a joint curve and one of a single modality.
+
+  Returns:
+    ``[{"group", "kind", "inputs", "size", "label", "values"}]``; the label says
+    kind, inputs and size in one.
   """
   cells = {}
   for index, result in enumerate(results):
-    for group, label, value in _cells(result):
-      row = cells.setdefault((group, label), ["-"] * len(results))
-      row[index] = "-" if value is None else f"{value:.4f}"
+    for row, value in _cells(result):
+      held = cells.setdefault(row, ["-"] * len(results))
+      held[index] = "-" if value is None else f"{value:.4f}"
   ordered = sorted(cells.items(), key=lambda item: GROUPS.index(item[0][0]))
   return [
-    {"group": group, "label": label, "values": values}
-    for (group, label), values in ordered
+    {
+      "group": group,
+      "kind": kind,
+      "inputs": inputs,
+      "size": size,
+      "label": _label(group, kind, inputs, size),
+      "values": values,
+    }
+    for (group, kind, inputs, size), values in ordered
   ]
 
 
+def _label(group: str, kind: str, inputs: str, size: str) -> str:
+  if group == "clean":
+    return kind
+  return f"{kind}, {inputs}" + (f" by {size}" if size else "")
+
+
 def _cells(result: Mapping):
-  yield "clean", "clean", result["clean"]["accuracy"]
+  yield ("clean", "clean", "all present", ""), result["clean"]["accuracy"]
   every = "+".join(sorted(result["settings"]["modalities"]))
   for name, row in result["subsets"].items():
     if name != every:
-      yield "missing", f"only {name} present", row["accuracy"]
-  rows = [*result["attacked"], *result["certified"]]
-  for row in rows:
+      yield ("missing", "clean", f"only {name} present", ""), row["accuracy"]
+  for row in [*result["attacked"], *result["certified"]]:
     if row["radius"] not in shown(result, row["modalities"]):
       continue
     part = where(row["modalities"], result)
     group = "attacked" if "attack" in row else kind_word(row)
-    how = f" (l{row['norm']})"
-    if "attack" in row:
-      how = f" ({row['attack']} l{row['norm']})"
-    place = "joint" if part == "joint" else "single"
-    label = f"{group}{how}, {part}, {row['radius']:g}"
-    yield f"{group} {place}", label, row["accuracy"]
+    how = f"{row['attack']} l{row['norm']}" if "attack" in row else ""
+    kind = f"{group} ({how or 'l' + str(row['norm'])})"
+    group = f"{group} {'all' if part == 'all' else 'one'}"
+    size = f"{row['radius']:g}"
+    yield (group, kind, f"{part} changed", size), row["accuracy"]
+
+
+def headlines(results: Sequence[dict]) -> dict:
+  """The main numbers, a row a run; attacked, certified, estimated apart.
+
+  Returns:
+    ``{"columns": [text], "rows": [[text]]}``; a dash where there is no such
+    number, and no column that is empty in every row.
+  """
+  columns = ("clean", "size of change", *_COLUMNS.values(), _ONE)
+  rows = []
+  for result in results:
+    found = rows_lib.headline(result)
+    bound, radius = found["bound"], found["radius"]
+    values = dict.fromkeys(_COLUMNS, "-")
+    if found["attacked"]:
+      values["attacked"] = percent(found["attacked"]["accuracy"])
+    if bound:
+      values[kind_word(bound)] = percent(bound["accuracy"])
+    size = "-" if radius is None else f"l{_norm(result)} {radius:g}"
+    clean = percent(result["clean"]["accuracy"])
+    rows.append([clean, size, *values.values(), _worst_alone(result)])
+  kept = [i for i in range(len(columns)) if any(row[i] != "-" for row in rows)]
+  return {
+    "columns": [columns[i] for i in kept],
+    "rows": [[row[i] for i in kept] for row in rows],
+  }
+
+
+_COLUMNS = {
+  "attacked": f"attacked (at{_NO_BREAK}most)",
+  "certified": f"certified (at{_NO_BREAK}least)",
+  "estimated": f"estimated (no{_NO_BREAK}guarantee)",
+}
+
+_ONE = "one modality only, at worst"
+
+
+def _norm(result: Mapping):
+  return result["settings"]["norm"]
+
+
+def _worst_alone(result: Mapping) -> str:
+  alone = rows_lib.alone(result)
+  return _named_share(alone, min) if len(alone) > 1 else "-"
+
+
+def _named_share(alone: Mapping[str, float], choose) -> str:
+  name = choose(alone, key=alone.get)
+  return f"{percent(alone[name])} ({name})"
 
 
 def summary(results: Sequence[dict]) -> list[str]:
@@ -130,58 +193,41 @@ def summary(results: Sequence[dict]) -> list[str]:
 
 
 def _sentence(result: Mapping) -> str:
+  clean = result["clean"]
   text = (
-    f"The model “{result['name']}” is right on "
-    f"{percent(result['clean']['accuracy'])} of "
-    f"{result['clean']['num_examples']} test examples."
+    f"“{result['name']}” is right on {percent(clean['accuracy'])} of "
+    f"{clean['num_examples']} test examples with unchanged inputs."
   )
-  joint = [
-    row
-    for row in result["attacked"]
-    if where(row["modalities"], result) == "joint"
-  ]
-  if joint:
-    row = joint[len(joint) // 2]
+  found = rows_lib.headline(result)
+  attacked, bound = found["attacked"], found["bound"]
+  parts = []
+  if attacked:
+    parts.append(
+      f"{percent(attacked['accuracy'])} are still right after the attack "
+      f"{attack_words(result, attacked['attack'])}"
+    )
+  if bound and bound["sound"]:
+    parts.append(
+      f"it is proven that at least {percent(bound['accuracy'])} stay right, "
+      "whatever the attacker does"
+    )
+  elif bound:
+    parts.append(
+      f"an estimate, which guarantees nothing, says "
+      f"{percent(bound['accuracy'])}"
+    )
+  if parts:
     text += (
-      f" After an attack on all modalities of size {row['radius']:g} "
-      f"({size_words(result)}) {percent(row['accuracy'])} are still right."
+      f" When all modalities may change by up to {found['radius']:g} "
+      f"({size_words(result)}), {', and '.join(parts)}."
     )
-  bound = [
-    row for row in listed(result) if where(row["modalities"], result) == "joint"
-  ]
-  if bound:
-    row = min(
-      bound,
-      key=lambda r: abs(r["radius"] - bound[len(bound) // 2]["radius"]),
-    )
-    share, radius = percent(row["accuracy"]), f"{row['radius']:g}"
-    if row["sound"]:
-      text += f" It is proven that at least {share} stay right at {radius}."
-    else:
-      text += (
-        f" An estimate says {share} at {radius}; it is estimated, not proven."
-      )
-  alone = {
-    name: row["accuracy"]
-    for name, row in result["subsets"].items()
-    if "+" not in name and row["accuracy"] is not None
-  }
+  alone = rows_lib.alone(result)
   if len(alone) > 1:
-    best, worst = max(alone, key=alone.get), min(alone, key=alone.get)
     text += (
-      f" With one modality only it reaches {percent(alone[worst])} ({worst}) "
-      f"to {percent(alone[best])} ({best})."
+      f" With one modality only it is right on {_named_share(alone, min)} to "
+      f"{_named_share(alone, max)}."
     )
   return text
-
-
-def size_words(result: Mapping) -> str:
-  """How sizes are measured, in a few words."""
-  norm = result["settings"]["norm"]
-  measure = "Euclidean" if norm == 2 else "largest-entry"
-  if all(size == 1.0 for size in result["units"].values()):
-    return f"{measure} norm of raw input values"
-  return f"{measure} norm in units of each modality's typical size"
 
 
 def warnings(results: Sequence[dict]) -> list[str]:
@@ -199,10 +245,7 @@ def warnings(results: Sequence[dict]) -> list[str]:
         f"The runs were measured in different {what}: their radii cannot be "
         "compared."
       )
-  if any(
-    result["settings"]["norm"] != first["settings"]["norm"]
-    for result in results
-  ):
+  if any(_norm(result) != _norm(first) for result in results):
     found.append(
       "The runs were measured in different norms: their radii cannot be "
       "compared."
@@ -223,117 +266,48 @@ def run(result: Mapping) -> list[tuple[str, str]]:
     tested += (
       f", of which {examples['num_left_out']} have no modality and are left out"
     )
+  attacks = ", ".join(
+    attack_words(result, name) for name in settings["attacks"]
+  )
   return [
-    ("model", result["name"]),
-    ("training recipe", result["recipe"] or "not stated"),
+    ("training recipe", texts.recipe(result["recipe"])),
     ("data", result["dataset"] or "not stated"),
     ("modalities (input size)", shapes),
     ("classes", str(settings["num_classes"])),
     ("test examples", tested),
     ("seed", str(result["seed"])),
     ("sizes measured in", size_words(result)),
+    ("attack", attacks or "none"),
     ("bound", bound_words(result)),
   ]
 
 
 def bound_words(result: Mapping) -> str:
   """Certified, estimated or none, and why."""
-  certificate = settings_of(result, "certificate")
+  certificate = result["settings"]["certificate"]
   if certificate["source"] is None:
     return f"none. {certificate['reason']}"
   word = kind_word(certificate)
   return f"{word} (source: {certificate['source']}). {certificate['reason']}"
 
 
-def settings_of(result: Mapping, key: str) -> Any:
-  """One entry of the settings."""
-  return result["settings"][key]
-
-
 def settings_line(values: Mapping) -> str:
   """``num_steps 50, loss margin``: settings on one line."""
   return ", ".join(
-    f"{key} {_plain(value)}"
+    f"{key} {plain(value)}"
     for key, value in values.items()
     if key != "name" and value is not None
   )
 
 
-def _plain(value) -> str:
+def plain(value) -> str:
+  """A setting as a reader would write it, floats with few digits."""
   if isinstance(value, Mapping):
-    return "{" + ", ".join(f"{k}: {_plain(v)}" for k, v in value.items()) + "}"
+    return "{" + ", ".join(f"{k}: {plain(v)}" for k, v in value.items()) + "}"
   if isinstance(value, (list, tuple)):
-    return "[" + ", ".join(_plain(item) for item in value) + "]"
+    return "[" + ", ".join(plain(item) for item in value) + "]"
+  if isinstance(value, bool):
+    return "yes" if value else "no"
+  if value is None:
+    return "none"
   return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def details(result: Mapping) -> dict:
-  """Every number of one run in tables, with the settings it was made with."""
-  settings = result["settings"]
-  tables = [_clean_table(result)]
-  tables += [_attack_table(result, attack) for attack in settings["attacks"]]
-  if result["certified"]:
-    tables.append(_bound_table(result))
-  return {
-    "name": result["name"],
-    "tables": tables,
-    "units": result["units"],
-    "settings": [
-      (key, _plain(value))
-      for key, value in settings.items()
-      if key not in ("attacks", "certificate", "input_shapes")
-    ],
-    "timing": [
-      (key.replace("_", " "), f"{value:.4g}")
-      for key, value in result["timing"].items()
-      if value is not None
-    ],
-  }
-
-
-def _clean_table(result: Mapping) -> dict:
-  every = "+".join(sorted(result["settings"]["modalities"]))
-  parts = [
-    (f"only {name} present", "", "0", row)
-    for name, row in result["subsets"].items()
-    if name != every
-  ]
-  return {
-    "title": "Clean and with missing modalities",
-    "note": "No attack. Absent modalities are marked absent.",
-    "rows": [("all present", "", "0", result["clean"]), *parts],
-  }
-
-
-def _attack_table(result: Mapping, attack: str) -> dict:
-  note = settings_line(result["settings"]["attacks"][attack])
-  if result["settings"]["survivors_only"]:
-    note += (
-      "; an example broken by a smaller attack inside the same budget counts "
-      "as broken"
-    )
-  rows = [
-    (where(row["modalities"], result), f"l{row['norm']}", row["radius"], row)
-    for row in joint_first(result["attacked"])
-    if row["attack"] == attack
-  ]
-  rows = [(part, norm, f"{radius:g}", row) for part, norm, radius, row in rows]
-  return {"title": f"Attacked: {attack}", "note": note, "rows": rows}
-
-
-def _bound_table(result: Mapping) -> dict:
-  word = kind_word(result["settings"]["certificate"])
-  norm = result["settings"]["certificate"]["norm"]
-  note = f"{bound_words(result)} Norm l{norm}."
-  if word == "estimated":
-    note += " Estimated numbers are no guarantee."
-  rows = [
-    (
-      where(row["modalities"], result),
-      f"l{row['norm']}",
-      f"{row['radius']:g}",
-      row,
-    )
-    for row in listed(result)
-  ]
-  return {"title": word.capitalize(), "note": note, "rows": rows}

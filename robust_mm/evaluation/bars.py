@@ -1,0 +1,165 @@
+"""Bar charts: missing modalities, and which modality is the weak one."""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from robust_mm.evaluation import rows as rows_lib
+from robust_mm.evaluation import style
+
+# Estimated quantities look different from certified ones in every plot.
+ESTIMATED_HATCH = "///"
+
+
+def subsets(results: Sequence[dict]) -> Figure | None:
+  """Accuracy with only some of the modalities, a bar for each subset."""
+  labels = list(
+    dict.fromkeys(k for result in results for k in result["subsets"])
+  )
+  if not labels:
+    return None
+  every = "+".join(rows_lib.names_of(results))
+  labels.sort(key=lambda label: (-label.count("+"), label))
+  height = 1.2 + 0.24 * len(labels) * (len(results) + 0.6)
+  figure = Figure(figsize=(7.6, height), layout="constrained")
+  axes = style.plain(figure.add_subplot(), grid_axis="x")
+  thickness = 0.8 / len(results)
+  for index, result in enumerate(results):
+    rows = [result["subsets"].get(label) for label in labels]
+    _subset_bars(axes, rows, index, thickness)
+  axes.set_yticks(np.arange(len(labels)) + 0.4 - thickness / 2)
+  axes.set_yticklabels(
+    [
+      f"{label} (all)" if label == every else f"only {label}"
+      for label in labels
+    ]
+  )
+  axes.invert_yaxis()
+  axes.set_xlim(0, 1)
+  axes.set_xlabel("accuracy (thin lines: 95 % interval)")
+  style.title(axes, "Right with only these modalities available")
+  if len(results) > 1:
+    style.legend_below(figure, [_patch(i, r) for i, r in enumerate(results)])
+  return figure
+
+
+def _subset_bars(axes, rows, index, thickness) -> None:
+  for place, row in enumerate(rows):
+    y = place + index * thickness
+    measured = row is not None and row["accuracy"] is not None
+    text = f"{row['accuracy']:.3f}" if measured else "not measured"
+    # Right of the axes: on a short or pale bar it could not be read.
+    axes.text(
+      1.01,
+      y,
+      text,
+      va="center",
+      fontsize=style.SMALL,
+      color=style.INK,
+      transform=axes.get_yaxis_transform(),
+    )
+    if measured:
+      value, (low, high) = row["accuracy"], row["interval"]
+      axes.barh(
+        y,
+        value,
+        height=thickness * 0.9,
+        color=style.colour(index),
+        xerr=np.maximum([[value - low], [high - value]], 0.0),
+        error_kw={"elinewidth": 0.9, "ecolor": style.INK},
+      )
+
+
+def vulnerability(results: Sequence[dict]) -> Figure | None:
+  """Which modality is the weak one: by sensitivity and by attack."""
+  names = rows_lib.names_of(results)
+  if len(names) < 2:
+    return None
+  panels = []
+  if any(result["vulnerability"] for result in results):
+    panels.append(("Share of the sensitivity", _sensitivity_share, True))
+  if any(
+    rows_lib.accuracy_lost(r, name) is not None
+    for r in results
+    for name in names
+  ):
+    title = f"Accuracy lost, {_largest_radii(results, names)}"
+    panels.append((title, rows_lib.accuracy_lost, False))
+  if not panels:
+    return None
+  figure, grid = style.panels(len(panels), height=3.6, width=4.0)
+  for axes, (title, value_of, bound) in zip(grid, panels):
+    _modality_bars(axes, results, names, value_of, bound=bound)
+    style.title(axes, title)
+    axes.set_ylim(0, 1.05)
+  return figure
+
+
+def _modality_bars(axes, results, names, value_of: Callable, *, bound: bool):
+  width = 0.8 / len(results)
+  handles = []
+  for index, result in enumerate(results):
+    hatch, word = None, ""
+    if bound:
+      sound = result["settings"]["certificate"]["sound"]
+      word = {True: " (certified)", False: " (estimated)", None: " (none)"}[
+        sound
+      ]
+      hatch = ESTIMATED_HATCH if sound is False else None
+    handles.append(_patch(index, result, word=word, hatch=hatch))
+    for place, name in enumerate(names):
+      value = value_of(result, name)
+      if value is not None:
+        bar = axes.bar(
+          place + index * width,
+          value,
+          width=width * 0.9,
+          color=style.colour(index),
+          hatch=hatch,
+          edgecolor="white",
+          linewidth=0,
+        )
+        axes.bar_label(
+          bar, fmt="%.2f", fontsize=style.SMALL, color=style.INK, padding=1
+        )
+  axes.set_xticks(np.arange(len(names)) + 0.4 - width / 2)
+  axes.set_xticklabels(names)
+  axes.legend(
+    handles=handles,
+    loc="upper center",
+    bbox_to_anchor=(0.5, -0.1),
+    ncols=min(2, len(handles)),
+    frameon=False,
+    fontsize=style.SMALL,
+  )
+
+
+def _patch(index, result, *, word="", hatch=None) -> Patch:
+  return Patch(
+    facecolor=style.colour(index),
+    hatch=hatch,
+    edgecolor="white",
+    linewidth=0,
+    label=f"{result['name']}{word}",
+  )
+
+
+def _sensitivity_share(result: Mapping, name: str) -> float | None:
+  return (result["vulnerability"] or {}).get(name)
+
+
+def _largest_radii(results, names) -> str:
+  """Where the losses were measured, such as ``l2 attack of size 1``."""
+  rows = [
+    rows_lib.weakest(rows_lib.curve(result, "attacked", [name]))
+    for result in results
+    for name in names
+  ]
+  rows = [row for row in rows if row is not None]
+  norms = " or ".join(sorted({f"l{row['norm']}" for row in rows}))
+  sizes = " or ".join(f"{r:g}" for r in sorted({row["radius"] for row in rows}))
+  return f"{norms} attack of size {sizes}"
