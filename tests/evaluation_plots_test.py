@@ -234,7 +234,7 @@ def test_accuracy_lost_is_that_of_the_strongest_attack_and_says_where(results):
   results[1]["attacked"] += weaker
   axes = plots.figures(results)["vulnerability"].axes[1]
   assert axes.get_title(loc="left") == "Accuracy lost, l2 attack of size 1"
-  heights = sorted(bar.get_height() for bar in axes.patches)
+  heights = sorted(bar.get_width() for bar in axes.patches)
   np.testing.assert_allclose(heights, [0.4, 0.4, 0.8, 0.8])
 
 
@@ -272,3 +272,15 @@ def test_no_panel_runs_into_another(results, histories):
     boxes = [axes.get_tightbbox() for axes in figure.axes]
     for index, box in enumerate(boxes):
       assert not any(box.overlaps(b) for b in boxes[index + 1 :]), name
+
+
+def test_numbers_at_bars_do_not_run_into_each_other(results):
+  runs = [*results, made.make_result("third"), made.make_result("fourth")]
+  for name in ("vulnerability", "subsets"):
+    figure = plots.figures(runs)[name]
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+      boxes = [text.get_window_extent() for text in axes.texts]
+      assert len(boxes) >= 8
+      for index, box in enumerate(boxes):
+        assert not any(box.overlaps(b) for b in boxes[index + 1 :]), name

@@ -13,6 +13,7 @@ from robust_mm.evaluation import style
 
 # Estimated quantities look different from certified ones in every plot.
 ESTIMATED_HATCH = "///"
+_WORDS = {True: "certified", False: "estimated", None: "no bound"}
 
 
 def subsets(results: Sequence[dict]) -> Figure | None:
@@ -24,21 +25,17 @@ def subsets(results: Sequence[dict]) -> Figure | None:
     return None
   every = "+".join(rows_lib.names_of(results))
   labels.sort(key=lambda label: (-label.count("+"), label))
-  height = 1.2 + 0.24 * len(labels) * (len(results) + 0.6)
+  height = _height(len(labels), results)
   figure = Figure(figsize=(7.6, height), layout="constrained")
   axes = style.plain(figure.add_subplot(), grid_axis="x")
   thickness = 0.8 / len(results)
   for index, result in enumerate(results):
     rows = [result["subsets"].get(label) for label in labels]
     _subset_bars(axes, rows, index, thickness)
-  axes.set_yticks(np.arange(len(labels)) + 0.4 - thickness / 2)
-  axes.set_yticklabels(
-    [
-      f"{label} (all)" if label == every else f"only {label}"
-      for label in labels
-    ]
-  )
-  axes.invert_yaxis()
+  words = [
+    f"{label} (all)" if label == every else f"only {label}" for label in labels
+  ]
+  _name_rows(axes, words, thickness)
   axes.set_xlim(0, 1)
   axes.set_xlabel("accuracy (thin lines: 95 % interval)")
   style.title(axes, "Right with only these modalities available")
@@ -91,51 +88,59 @@ def vulnerability(results: Sequence[dict]) -> Figure | None:
     panels.append((title, rows_lib.accuracy_lost, False))
   if not panels:
     return None
-  figure, grid = style.panels(len(panels), height=3.6, width=4.0)
+  height = _height(len(names), results)
+  figure, grid = style.panels(len(panels), height=height, width=4.4)
   for axes, (title, value_of, bound) in zip(grid, panels):
+    axes.grid(False, axis="y")
     _modality_bars(axes, results, names, value_of, bound=bound)
     style.title(axes, title)
-    axes.set_ylim(0, 1.05)
   return figure
 
 
 def _modality_bars(axes, results, names, value_of: Callable, *, bound: bool):
-  width = 0.8 / len(results)
+  thickness = 0.8 / len(results)
   handles = []
   for index, result in enumerate(results):
     hatch, word = None, ""
     if bound:
       sound = result["settings"]["certificate"]["sound"]
-      word = {True: " (certified)", False: " (estimated)", None: " (none)"}[
-        sound
-      ]
+      word = f" ({_WORDS[sound]})"
       hatch = ESTIMATED_HATCH if sound is False else None
     handles.append(_patch(index, result, word=word, hatch=hatch))
     for place, name in enumerate(names):
       value = value_of(result, name)
       if value is not None:
-        bar = axes.bar(
-          place + index * width,
+        bar = axes.barh(
+          place + index * thickness,
           value,
-          width=width * 0.9,
+          height=thickness * 0.9,
           color=style.colour(index),
           hatch=hatch,
           edgecolor="white",
           linewidth=0,
         )
         axes.bar_label(
-          bar, fmt="%.2f", fontsize=style.SMALL, color=style.INK, padding=1
+          bar, fmt="%.2f", fontsize=style.SMALL, color=style.INK, padding=2
         )
-  axes.set_xticks(np.arange(len(names)) + 0.4 - width / 2)
-  axes.set_xticklabels(names)
+  _name_rows(axes, names, thickness)
+  # Room for the number behind a bar of length 1.
+  axes.set_xlim(0, 1.12)
   axes.legend(
     handles=handles,
-    loc="upper center",
-    bbox_to_anchor=(0.5, -0.1),
-    ncols=min(2, len(handles)),
+    loc="upper left",
+    bbox_to_anchor=(0.0, -0.3 / axes.figure.get_figheight()),
     frameon=False,
     fontsize=style.SMALL,
   )
+
+
+def _name_rows(axes, labels, thickness: float) -> None:
+  axes.set_yticks(np.arange(len(labels)) + 0.4 - thickness / 2, labels)
+  axes.set_ylim(len(labels) - 0.1 - thickness / 2, -0.1 - thickness / 2)
+
+
+def _height(num_labels: int, results) -> float:
+  return 1.2 + 0.24 * num_labels * (len(results) + 0.6)
 
 
 def _patch(index, result, *, word="", hatch=None) -> Patch:

@@ -61,25 +61,27 @@ _HOW = {
   False: "The dotted line is only an estimate and guarantees nothing.",
 }
 
-# By the beginning of the recipe's name.
 _RECIPES = {
   "joint": "cross-entropy on all modalities together, the usual baseline",
-  "crmt": (
-    "certified robust multimodal training: enlarges every modality's own "
-    "margin, then weighs modalities by how reliable they are"
+  "joint-dropout": (
+    "cross-entropy, with a random subset of the modalities for each example"
   ),
+  "joint-adversarial": "cross-entropy on inputs that an attack has changed",
+  "joint-mixup": "cross-entropy on mixtures of two examples",
   "certified_radius": "trained for a large certified radius",
 }
+_CRMT = (
+  "certified robust multimodal training: enlarges every modality's own margin, "
+  "then weighs modalities by how reliable they are"
+)
 
 
 def recipe(name: str | None) -> str:
   """A recipe's name and, where it is one of this package, what it does."""
   if name is None:
     return "not stated"
-  for beginning, text in _RECIPES.items():
-    if name == beginning or name.startswith(f"{beginning}-"):
-      return f"{name}: {text}"
-  return name
+  text = _CRMT if name.startswith("crmt-") else _RECIPES.get(name)
+  return f"{name}: {text}" if text else name
 
 
 def caption(name: str, results: Sequence[dict]) -> str:
@@ -150,6 +152,11 @@ def _radius(results: Sequence[dict]) -> str:
     "How far an input may move, divided by its modality's unit. All changed: "
     "all modalities share one ball of that size."
   )
+  if any(result["settings"]["units"] == "relative" for result in results):
+    text += (
+      " A unit is the median distance of a training example from the mean of "
+      "all, in that modality."
+    )
   norms = {result["settings"]["norm"] for result in results}
   if 2 in norms:
     text += (
