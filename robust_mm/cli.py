@@ -267,7 +267,7 @@ def _train(options):
 def _evaluate(options):
   from robust_mm import preflight
 
-  preflight.check_run(options.workdir)
+  preflight.check_run(options.workdir, options.split)
   from robust_mm import commands
 
   return commands.evaluate(
@@ -283,7 +283,7 @@ def _evaluate(options):
 def _certify(options):
   from robust_mm import preflight
 
-  preflight.check_run(options.workdir)
+  preflight.check_run(options.workdir, options.split)
   from robust_mm import commands
 
   return commands.certify(

@@ -22,10 +22,7 @@ def check(config: ml_collections.ConfigDict, workdir: str) -> None:
   info = data.registry.get(config.data.name)
   wanted = tuple(config.data.modalities) or None
   if info.kind == "folder":
-    for split in ("train", "validation"):
-      data.open_source(
-        config.data.name, split, path=config.data.path, modalities=wanted
-      )
+    data.arrays.check_arrays(config.data.path, modalities=wanted)
   else:
     data.registry.choose_modalities(
       info.name, tuple(sorted(info.modalities)), info.default_modalities, wanted
@@ -36,18 +33,20 @@ def check(config: ml_collections.ConfigDict, workdir: str) -> None:
   runs.check_free(workdir)
 
 
-def check_run(workdir: str) -> None:
-  """Refuses a folder that holds no trained run."""
+def check_run(workdir: str, split: str | None = None) -> None:
+  """Refuses a folder that holds no trained run, or lacks the split's data."""
   path = pathlib.Path(workdir)
   if not path.is_dir():
     raise _validate.UserError(f"--workdir={workdir} is no folder.")
-  runs.read_config(path)
+  config = runs.read_config(path)
   facts = runs.describe(path)
   if not facts["finished"]:
     raise _validate.UserError(
       f"no phase of the run in {workdir} has ended yet; run the same "
       f"robust-mm train command again to go on."
     )
+  if split and data.registry.get(config.data.name).kind == "folder":
+    data.arrays.check_split(config.data.path, split)
 
 
 def check_evaluated(workdir: str) -> None:

@@ -1,60 +1,11 @@
 """The command line: one sentence and exit code 2 for a user's mistake."""
 
-import json
 import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
-
-from robust_mm import cli
-
-
-def run(capsys, *arguments):
-  """(exit code, standard output, standard error)."""
-  try:
-    code = cli.main(list(arguments))
-  except SystemExit as stop:
-    code = stop.code
-  out = capsys.readouterr()
-  return code, out.out, out.err
-
-
-@pytest.fixture(scope="module")
-def arrays(tmp_path_factory):
-  """A folder with a vector, a sequence and an image modality, a third gone."""
-  folder = tmp_path_factory.mktemp("arrays")
-  rng = np.random.default_rng(0)
-  for split, size in (("train", 96), ("validation", 32), ("test", 32)):
-    label = np.arange(size) % 3
-    columns = {"label": label}
-    shapes = {"vector": (5,), "sequence": (8, 3), "image": (6, 6, 1)}
-    for name, shape in shapes.items():
-      centre = np.zeros((3, *shape))
-      centre[np.arange(3), ..., 0] = np.reshape(
-        np.arange(3.0), (3, *[1] * (len(shape) - 1))
-      )
-      value = centre[label] + 0.1 * rng.normal(size=(size, *shape))
-      here = rng.random(size) > 1 / 3
-      columns[f"inputs/{name}"] = np.where(
-        np.reshape(here, (size, *[1] * len(shape))), value, np.nan
-      ).astype(np.float32)
-      columns[f"present/{name}"] = here
-    np.savez(folder / f"{split}.npz", **columns)
-  return folder
-
-
-def damaged(arrays, tmp_path, **changes):
-  """The folder with some keys of its training file replaced."""
-  for path in arrays.glob("*.npz"):
-    (tmp_path / path.name).write_bytes(path.read_bytes())
-  columns = dict(np.load(arrays / "train.npz"))
-  for key, value in changes.items():
-    columns[key.replace("__", "/")] = value
-  np.savez(tmp_path / "train.npz", **columns)
-  return tmp_path
-
+from command_line import run
 
 TRAIN = ("train", "--config=configs/joint.py:digits,smoke")
 
@@ -97,64 +48,6 @@ def test_mistake_is_one_sentence_and_exit_code_two(
 
   assert re.search(sentence, err), err
   assert list(tmp_path.iterdir()) == [], "something was left behind"
-
-
-NAN = np.full((96, 5), np.nan, np.float32)
-
-
-@pytest.mark.parametrize(
-  "changes, sentence",
-  [
-    ({"label": np.arange(95) % 3}, "label"),
-    ({"label": np.arange(96) - 1}, "label"),
-    ({"label": np.arange(96) / 2}, "label"),
-    ({"inputs__vector": NAN, "present__vector": np.ones(96, bool)}, "vector"),
-    ({"inputs__vector": np.zeros((96, 4), np.float32)}, "vector"),
-    ({"inputs__image": np.zeros((90, 6, 6, 1), np.float32)}, "image"),
-  ],
-)
-def test_bad_arrays_are_refused_by_file_and_key(
-  capsys, tmp_path, arrays, changes, sentence
-):
-  folder = damaged(arrays, tmp_path, **changes)
-  workdir = tmp_path / "run"
-  code, _, err = run(
-    capsys,
-    "train",
-    "--config=configs/joint.py:arrays,smoke",
-    f"--config.data.path={folder}",
-    f"--workdir={workdir}",
-  )
-  assert code == 2
-  assert err.count("\n") == 1, err
-  assert sentence in err
-  assert ".npz" in err
-  assert not workdir.exists()
-
-
-def test_three_modalities_of_different_rank_with_a_third_missing(
-  capsys, tmp_path, arrays
-):
-  workdir = tmp_path / "run"
-  code, _, err = run(
-    capsys,
-    "train",
-    "--config=configs/crmt.py:arrays,smoke",
-    f"--config.data.path={arrays}",
-    f"--workdir={workdir}",
-    "--config.mesh.data=1",
-  )
-  assert code == 0, err
-  code, _, err = run(capsys, "evaluate", f"--workdir={workdir}")
-  assert code == 0, err
-  results = json.loads((workdir / "results.json").read_text())
-  assert len(results["subsets"]) == 7
-  assert all(0 <= row["accuracy"] <= 1 for row in results["certified"])
-  code, _, err = run(capsys, "certify", f"--workdir={workdir}", "--radius=0.1")
-  assert code == 0, err
-  rows = (workdir / "certificates.csv").read_text().splitlines()
-  assert len(rows) == 33
-  assert "radius_vector" in rows[0]
 
 
 def test_user_mistake_is_answered_within_half_a_second(tmp_path):

@@ -87,9 +87,98 @@ def test_absent_entries_may_be_nan_and_become_zero(folder):
   assert "missing: train 35.0%" in data.format_inspection(found)
 
 
+PIXELS = {"uint8": 255, "uint16": 65535}
+
+
+def _pixels(folder, dtype):
+  """Replaces "sensor" by pixels, never the brightest but in training."""
+  for split, size in SIZES.items():
+    rng = np.random.default_rng(size)
+    values = rng.integers(0, 200, (size, 5, 2)).astype(dtype)
+    if split == "train":
+      values[0, 0, 0] = PIXELS[dtype]
+    _change(folder, split, "inputs/sensor", values)
+
+
+@pytest.mark.parametrize("split", SIZES)
+@pytest.mark.parametrize("dtype", PIXELS)
+def test_unsigned_integers_are_pixels_in_units_of_their_dtype(
+  folder, dtype, split
+):
+  _pixels(folder, dtype)
+  source = data.open_source("arrays", split, path=folder)
+  raw = np.load(folder / f"{split}.npz")["inputs/sensor"]
+  expected = (raw / PIXELS[dtype]).astype(np.float32)
+  for batch in (source.batch(), data.load("arrays", split=split, path=folder)):
+    assert batch["inputs"]["sensor"].dtype == np.float32
+    np.testing.assert_array_equal(batch["inputs"]["sensor"], expected)
+    assert batch["inputs"]["words"].dtype == np.int32
+  assert (expected.max() == 1.0) == (split == "train")
+  assert source.value_range == {"sensor": (0.0, 1.0), "words": None}
+  assert source.spec["sensor"].dtype == np.float32
+  (note,) = source.notes
+  assert f"'inputs/sensor' is {dtype}" in note
+  assert f"divided by {PIXELS[dtype]}" in note
+
+
+def test_grey_levels_are_scaled_as_a_user_would(folder):
+  levels = np.arange(256, dtype=np.uint8)
+  raw = np.concatenate([levels, levels[:144]]).reshape(40, 5, 2)
+  _pixels(folder, "uint8")
+  _change(folder, "train", "inputs/sensor", raw)
+  found = data.load("arrays", split="train", path=folder)["inputs"]["sensor"]
+  np.testing.assert_array_equal(found, raw.astype(np.float32) / 255)
+
+
+def test_held_out_pixels_are_scaled_and_absent_ones_black(folder):
+  _pixels(folder, "uint8")
+  (folder / "validation.npz").unlink()
+  flags = np.arange(40) % 3 > 0
+  _change(folder, "train", "present/sensor", flags)
+  raw = np.load(folder / "train.npz")["inputs/sensor"]
+  for split in ("train", "validation"):
+    source = data.open_source("arrays", split, path=folder)
+    expected = raw[source.ids] / np.float32(255)
+    expected[~flags[source.ids]] = 0
+    np.testing.assert_array_equal(source.batch()["inputs"]["sensor"], expected)
+
+
+def test_pixels_of_another_depth_in_a_split_are_refused(folder):
+  _pixels(folder, "uint8")
+  _change(folder, "test", "inputs/sensor", np.zeros((20, 5, 2), np.uint16))
+  with pytest.raises(
+    _validate.UserError,
+    match=r"test\.npz: 'inputs/sensor' is uint16, but train.npz has uint8",
+  ):
+    data.open_source("arrays", "train", path=folder)
+
+
+def test_inspection_says_what_pixels_and_tokens_are(folder):
+  _pixels(folder, "uint8")
+  found = data.inspect("arrays", path=folder)
+  assert found["modalities"]["sensor"]["max"] == 1.0
+  assert found["modalities"]["sensor"]["value_range"] == [0.0, 1.0]
+  taken = [note for note in found["notes"] if "taken as pixels" in note]
+  assert len(taken) == 1
+  text = data.format_inspection(found)
+  assert "pixels, stored as uint8, / 255" in text
+  assert "int32 tokens" in text
+
+
+def test_booleans_are_signals_of_zero_and_one(folder):
+  for split, size in SIZES.items():
+    _change(folder, split, "inputs/words", np.eye(size, 4, dtype=bool))
+  batch = data.load("arrays", split="train", path=folder)
+  np.testing.assert_array_equal(
+    batch["inputs"]["words"], np.eye(40, 4, dtype=np.float32)
+  )
+
+
 def test_test_file_is_needed_for_its_split_only(folder):
   (folder / "test.npz").unlink()
-  assert len(data.open_source("arrays", "train", path=folder)) == 40
+  source = data.open_source("arrays", "train", path=folder)
+  assert len(source) == 40
+  assert "test.npz is missing: training does without it" in source.notes[0]
   with pytest.raises(_validate.UserError, match=r"test\.npz is missing"):
     data.open_source("arrays", "test", path=folder)
   assert list(data.inspect("arrays", path=folder)["splits"]) == [
@@ -174,7 +263,26 @@ BAD = {
     "train",
     "inputs/sensor",
     np.zeros((40, 5, 2), complex),
-    "must hold floats or integers, got complex128",
+    "must hold floats (signals), uint8 or uint16 (pixels) or signed integers "
+    "(tokens), got complex128",
+  ),
+  "unsigned tokens": (
+    "train",
+    "inputs/words",
+    np.zeros((40, 4), np.uint32),
+    "got uint32",
+  ),
+  "pixels beside tokens": (
+    "validation",
+    "inputs/words",
+    np.zeros((12, 4), np.uint8),
+    "validation.npz: 'inputs/words' is uint8, but train.npz has int64",
+  ),
+  "pixels beside signals": (
+    "test",
+    "inputs/sensor",
+    np.zeros((20, 5, 2), np.uint8),
+    "test.npz: 'inputs/sensor' is uint8, but train.npz has float64",
   ),
   "objects": (
     "train",
@@ -228,9 +336,25 @@ def test_test_label_beyond_training_classes_is_refused(folder):
     data.open_source("arrays", "test", path=folder)
 
 
+@pytest.mark.parametrize("split", SIZES)
+def test_check_reads_the_values_of_every_file(folder, split):
+  data.arrays.check_arrays(folder)
+  _change(folder, split, "inputs/sensor", _nan)
+  with pytest.raises(_validate.UserError, match=rf"{split}\.npz.*in row 7"):
+    data.arrays.check_arrays(folder)
+  data.arrays.check_arrays(folder, modalities=("words",))
+
+
+def test_check_refuses_labels_nobody_trains(folder):
+  _change(folder, "test", "label", np.arange(20) % 5)
+  with pytest.raises(_validate.UserError, match=r"test\.npz.*got 4 in row 4"):
+    data.arrays.check_arrays(folder)
+
+
+@pytest.mark.parametrize("split", SIZES)
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "text"])
-def test_damaged_file_is_refused_by_name(folder, damage):
-  file = folder / "train.npz"
+def test_damaged_file_is_refused_by_name(folder, damage, split):
+  file = folder / f"{split}.npz"
   contents = bytearray(file.read_bytes())
   if damage == "truncated":
     contents = contents[: len(contents) // 2]
@@ -239,8 +363,11 @@ def test_damaged_file_is_refused_by_name(folder, damage):
   else:
     contents = b"not an archive"
   file.write_bytes(bytes(contents))
-  with pytest.raises(_validate.UserError, match=r"train\.npz cannot be read"):
-    data.open_source("arrays", "train", path=folder)
+  words = rf"{split}\.npz cannot be read"
+  with pytest.raises(_validate.UserError, match=words):
+    data.open_source("arrays", split, path=folder)
+  with pytest.raises(_validate.UserError, match=words):
+    data.arrays.check_arrays(folder)
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,59 @@ def test_restored_state_gives_the_identical_remaining_batches(source):
       np.testing.assert_array_equal(a["present"][name], b["present"][name])
 
 
+@pytest.mark.parametrize("drop_remainder", [True, False])
+@pytest.mark.parametrize("before, after", [(1, 1), (2, 1), (1, 4), (4, 2)])
+@pytest.mark.parametrize("start", [0, 1, 9, 17])
+def test_another_number_of_processes_goes_on_with_the_same_batches(
+  source, start, before, after, drop_remainder
+):
+  """Nine batches end within the first epoch, 17 lie in the second."""
+
+  def joined(count, number, **arguments):
+    parts = [
+      _ids(
+        source,
+        number,
+        seed=3,
+        num_epochs=2,
+        drop_remainder=drop_remainder,
+        process_index=index,
+        process_count=count,
+        **arguments,
+      )
+      for index in range(count)
+    ]
+    return [np.concatenate(step) for step in zip(*parts, strict=True)]
+
+  whole = joined(1, None)
+  begun = joined(before, start) if start else []
+  resumed = joined(after, None, start=start)
+  assert len(begun) + len(resumed) == len(whole)
+  for mine, expected in zip((*begun, *resumed), whole):
+    np.testing.assert_array_equal(mine, expected)
+
+
+def test_start_applies_transforms_as_the_whole_stream_does(source):
+  missing = (transforms.missing_at_random(0.3, 0),)
+  arguments = {"batch_size": 100, "seed": 0, "transforms": missing}
+  whole = iter(data.pipeline(source, **arguments))
+  for _ in range(30):
+    next(whole)
+  begun = iter(data.pipeline(source, start=30, **arguments))
+  for _ in range(3):
+    a, b = next(whole), next(begun)
+    np.testing.assert_array_equal(a["id"], b["id"])
+    np.testing.assert_array_equal(a["inputs"]["left"], b["inputs"]["left"])
+    np.testing.assert_array_equal(a["present"]["left"], b["present"]["left"])
+  whole.close()
+  begun.close()
+
+
+def test_nothing_is_left_behind_the_last_epoch(source):
+  assert _ids(source, num_epochs=2, start=24) == []
+  assert len(_ids(source, num_epochs=2, start=23)) == 1
+
+
 def test_orbax_checkpoints_the_iterator(source, tmp_path):
   dataset = data.pipeline(source, batch_size=50, seed=0)
   iterator = iter(dataset)
@@ -175,6 +228,7 @@ def test_evaluation_shows_every_example_once_in_equal_shapes(count, batch_size):
       "process_index must lie in",
     ),
     ({"batch_size": 10, "num_epochs": 0}, ValueError, "num_epochs must be"),
+    ({"batch_size": 10, "start": -1}, ValueError, "start must be"),
   ],
 )
 def test_bad_arguments_are_refused(source, arguments, error, words):

@@ -39,6 +39,11 @@ def parameters(workdir):
   return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
 
 
+def losses(workdir):
+  rows = writers.read(workdir)
+  return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
 def assert_bit_identical(first, second):
   for a, b in zip(parameters(first), parameters(second), strict=True):
     np.testing.assert_array_equal(a, b)
@@ -82,33 +87,40 @@ TRAIN = (
 )
 
 
+def kill_after_a_checkpoint(processes, workdir):
+  """kill -9 once a checkpoint of step 20 or later lies there."""
+  checkpoints = workdir / "checkpoints" / "state"
+  deadline = time.monotonic() + 120
+  while time.monotonic() < deadline and not any(checkpoints.glob("[2-9]*0")):
+    time.sleep(0.01)
+  for process in processes:
+    process.send_signal(signal.SIGKILL)
+  for process in processes:
+    process.communicate()
+  assert writers.read(workdir)
+  assert writers.read(workdir)[-1]["step"] < 400, "it was not killed in time"
+
+
 def test_kill_dash_nine_and_the_same_command_again(tmp_path):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   finish(start(*TRAIN, f"--workdir={whole}"))
   process = start(*TRAIN, f"--workdir={killed}")
-  checkpoints = killed / "checkpoints" / "state"
-  deadline = time.monotonic() + 120
-  while time.monotonic() < deadline and not any(checkpoints.glob("[2-9]*0")):
-    time.sleep(0.01)
-  process.send_signal(signal.SIGKILL)
-  process.communicate()
-  assert writers.read(killed)
-  assert writers.read(killed)[-1]["step"] < 400, "it was not killed in time"
+  kill_after_a_checkpoint([process], killed)
   finish(start(*TRAIN, f"--workdir={killed}"))
   assert_bit_identical(whole, killed)
   assert writers.read(whole) == writers.read(killed)
 
 
-def test_two_processes_train_as_one(tmp_path):
-  smoke = ("train", "--config=configs/joint.py:digits,smoke")
-  finish(start(*smoke, f"--workdir={tmp_path / 'one'}", "--device-count=2"))
+def start_together(count, *arguments):
+  """Two devices in all, over one or two processes."""
+  if count == 1:
+    return [start(*arguments, "--device-count=2")]
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
-  processes = [
+  return [
     start(
-      *smoke,
-      f"--workdir={tmp_path / 'two'}",
+      *arguments,
       "--device-count=1",
       "--distributed",
       JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
@@ -118,17 +130,56 @@ def test_two_processes_train_as_one(tmp_path):
     )
     for index in range(2)
   ]
-  for process in processes:
+
+
+SMOKE = ("train", "--config=configs/joint.py:digits,smoke")
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("one")
+  finish(*start_together(1, *SMOKE, f"--workdir={workdir}"))
+  return workdir
+
+
+# With a model axis of 2 both processes hold, and feed, the whole batch.
+@pytest.mark.parametrize("model_axis", [1, 2])
+def test_two_processes_train_as_one(tmp_path, one_process, model_axis):
+  axis = f"--config.mesh.model={model_axis}"
+  for process in start_together(2, *SMOKE, axis, f"--workdir={tmp_path}"):
     finish(process)
-  one, two = (
-    [row["loss"] for row in writers.read(tmp_path / name) if "loss" in row]
-    for name in ("one", "two")
-  )
-  np.testing.assert_allclose(two, one, rtol=1e-5)
-  for a, b in zip(
-    parameters(tmp_path / "one"), parameters(tmp_path / "two"), strict=True
-  ):
+  one, two = losses(one_process), losses(tmp_path)
+  assert one.keys() == two.keys()
+  np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
+  for a, b in zip(parameters(one_process), parameters(tmp_path), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def every_step(tmp_path_factory):
+  """(arguments, losses) of one process that logs the loss of every step."""
+  workdir = tmp_path_factory.mktemp("every_step")
+  arguments = (*TRAIN, "--config.training.log_every=1")
+  finish(*start_together(1, *arguments, f"--workdir={workdir}"))
+  return arguments, losses(workdir)
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+def test_killed_run_goes_on_with_another_number_of_processes(
+  tmp_path, every_step, before, after
+):
+  """The batches are the same, row by row: so is the loss of every step."""
+  arguments, whole = every_step
+  arguments = (*arguments, f"--workdir={tmp_path}")
+  kill_after_a_checkpoint(start_together(before, *arguments), tmp_path)
+  resumed = start_together(after, *arguments)
+  outs = [finish(process) for process in resumed]
+  assert "resumed at step" in outs[0]
+  mine = losses(tmp_path)
+  assert mine.keys() == whole.keys()
+  np.testing.assert_allclose(
+    list(mine.values()), list(whole.values()), rtol=1e-3
+  )
 
 
 @pytest.mark.parametrize("name", ["joint", "crmt"])

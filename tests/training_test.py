@@ -5,14 +5,19 @@ import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 import robust_mm
 from robust_mm import _validate
 from robust_mm import config as config_lib
+from robust_mm import data
 from robust_mm import training
+from robust_mm.training import checkpoints
 from robust_mm.training import runs
+from robust_mm.training import sharding
 from robust_mm.training import writers
 
 
@@ -63,6 +68,26 @@ def test_killed_run_resumes_bit_identically(tmp_path, whole, kill_at):
   assert result.finished
   assert_same(leaves(tmp_path), leaves(whole))
   assert writers.read(tmp_path) == writers.read(whole)
+
+
+def test_checkpoint_with_a_data_iterator_of_old_is_read(tmp_path):
+  """Before runs resumed by their step, one file a process lay beside it."""
+  state = {"step": jnp.int32(3), "weight": jnp.arange(4.0)}
+  source = data.open_source("digits", "train")
+  iterator = iter(data.pipeline(source, batch_size=8, seed=0))
+  next(iterator)
+  old = ocp.training.Checkpointer(tmp_path)
+  old.save_checkpointables(3, {"state": state, "data": iterator})
+  old.close()
+  iterator.close()
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  abstract = checkpoints.abstract_like(
+    state, jax.tree.map(lambda _: here, state)
+  )
+  store = checkpoints.Checkpoints(tmp_path)
+  found = store.restore(abstract)
+  store.close()
+  jax.tree.map(np.testing.assert_array_equal, found, state)
 
 
 def test_sigterm_saves_and_the_same_call_goes_on(tmp_path, whole):
@@ -186,6 +211,29 @@ def test_a_run_resumes_on_another_number_of_devices(tmp_path, whole):
   mine, other = leaves(tmp_path), leaves(whole)
   for name, value in mine.items():
     np.testing.assert_allclose(value, other[name], atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(
+  "owners, parts",
+  [
+    ([[0], [0], [0]], [(0, 1)]),
+    ([[0], [0], [1], [1]], [(0, 2), (1, 2)]),
+    ([[1], [0]], [(1, 2), (0, 2)]),  # a mesh may order devices otherwise
+    ([[0, 0], [1, 1]], [(0, 2), (1, 2)]),
+    ([[0, 1]], [(0, 1), (0, 1)]),  # both hold the whole batch
+    ([[0, 1], [2, 3]], [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    ([[0, 1], [0, 1]], [(0, 1), (0, 1)]),
+  ],
+)
+def test_every_process_feeds_the_rows_it_holds(owners, parts):
+  found = [sharding.part_of(owners, process) for process in range(len(parts))]
+  assert found == parts
+
+
+@pytest.mark.parametrize("owners", [[[0, 0], [0, 1], [1, 1]], [[0], [0], [1]]])
+def test_processes_that_share_a_part_of_their_rows_are_refused(owners):
+  with pytest.raises(ValueError, match="cannot be divided evenly"):
+    sharding.part_of(owners, 0)
 
 
 @pytest.mark.parametrize(

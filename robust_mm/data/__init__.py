@@ -24,6 +24,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
     "prepare": "robust_mm.data.prepared",
   },
   modules=(
+    "archives",
     "arrays",
     "builders",
     "catalogue",

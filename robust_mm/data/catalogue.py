@@ -212,7 +212,8 @@ DATASETS = (
     licence="yours",
     notes=(
       "Without validation.npz a stratified tenth of train.npz is held out.",
-      "Floats become float32, integers int32; scale images to floats yourself.",
+      "Floats are signals, uint8 and uint16 pixels scaled to [0, 1], signed "
+      "integers tokens.",
     ),
   ),
   _AV_DIGITS,

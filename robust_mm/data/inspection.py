@@ -73,11 +73,16 @@ def _modality(info, name, splits) -> dict:
   declared = info.modalities.get(name)
   train = splits["train"]
   value_range = train.value_range[name]
+  column = train.columns[name]
+  kind = "tokens" if train.spec[name].dtype.kind == "i" else ""
+  unit = ""
+  if column.divisor != 1.0:
+    unit = f"pixels, stored as {column.array.dtype}, / {column.divisor:g}"
   return {
     "shape": list(train.spec[name].shape),
     "dtype": str(train.spec[name].dtype),
-    "kind": declared.kind if declared else "",
-    "unit": declared.unit if declared else "",
+    "kind": declared.kind if declared else kind,
+    "unit": declared.unit if declared else unit,
     "value_range": None if value_range is None else list(value_range),
     **_statistics(train.select((name,)), name),
     "missing": {split: _missing(s, name) for split, s in splits.items()},

@@ -69,7 +69,8 @@ def load(
   >>> load("digits", limit=5)["inputs"]["left"].shape
   (5, 8, 4, 1)
 
-  Arguments and errors are those of ``open_source``.
+  Arguments and errors are those of ``open_source``; values are those training
+  sees, so pixels of ``arrays`` are scaled to [0, 1].
   """
   return open_source(
     name, split, path=path, modalities=modalities, limit=limit

@@ -67,6 +67,7 @@ def pipeline(
   num_epochs: int | None = None,
   shuffle: bool = True,
   drop_remainder: bool = True,
+  start: int = 0,
   process_index: int = 0,
   process_count: int = 1,
   transforms: Sequence[Callable[[dict], dict]] = (),
@@ -74,11 +75,14 @@ def pipeline(
   """Batches of a source, shuffled anew every epoch.
 
   Formal guarantees:
-    - Step ``i`` depends on the arguments alone; an iterator restored from
+    - Batch ``i`` depends on the arguments alone; with ``start=i`` the stream
+      goes on as if ``i`` batches had been drawn, and an iterator restored from
       ``get_state()`` gives exactly the remaining batches.
     - The parts of all processes, put together in order of ``process_index``,
-      are the batch of a single process: the stream is the same for every
-      ``process_count``.
+      are the batch of a single process: the stream is the same, row by row,
+      for every ``process_count``. So ``start`` resumes what another number of
+      processes began; a ``get_state()`` holds for one process and one
+      ``start``.
 
   Args:
     source: where examples come from.
@@ -88,8 +92,10 @@ def pipeline(
     shuffle: False keeps the source's order in every epoch.
     drop_remainder: leaves out the last, smaller batch of an epoch (other
       examples every epoch when shuffled).
-    process_index: which part of each batch to give.
-    process_count: must divide ``batch_size``.
+    start: number of batches, over all epochs, to leave out at the beginning.
+    process_index: which part of each batch to give; of processes that hold
+      the same rows, the same.
+    process_count: number of parts; must divide ``batch_size``.
     transforms: applied to each batch, in order.
 
   Returns:
@@ -103,6 +109,7 @@ def pipeline(
   _check_shards(batch_size, process_index, process_count)
   if num_epochs is not None:
     _validate.at_least(1, num_epochs=num_epochs)
+  _validate.at_least(0, start=start)
   size = len(source)
   steps = size // batch_size if drop_remainder else -(-size // batch_size)
   if steps == 0:
@@ -120,7 +127,7 @@ def pipeline(
     process_count=process_count,
   )
   dataset = grain.MapDataset.range(steps).repeat(num_epochs)
-  dataset = dataset.map_with_index(gather)
+  dataset = dataset.map_with_index(gather).slice(slice(start, None))
   for transform in transforms:
     dataset = dataset.map(transform)
   # A batch is cheap to make: one thread and two batches ahead are enough, and

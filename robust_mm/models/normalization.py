@@ -97,7 +97,9 @@ def fit_normalization(kind: str, inputs, present=None):
   Args:
     kind: one of these.
     inputs: ``[N, ...]`` of one modality, or ``{m: [N, ...]}``. Signed integers
-      are tokens and are never normalised; unsigned ones are pixels.
+      are tokens and are never normalised. Unsigned ones are pixels, normalised
+      as they are given: their unit is one grey level, where the data set
+      ``arrays`` has already scaled them to [0, 1].
     present: ``bool[N]`` or ``{m: bool[N]}``; absent examples do not count.
 
   Returns:

@@ -36,7 +36,7 @@ class Phase:
       at its start; ``cached`` holds ``scores`` {m: [N, k]}, ``logits`` [N, k],
       ``label`` [N] and ``present`` {m: bool[N]} of the *whole* training set in
       evaluation mode, ``reference`` is a class-balanced batch of raw training
-      examples. None to stream batches from the data pipeline.
+      examples. None to stream batches from the data pipeline, one an update.
     accept: ``accept(before, after) -> (bool, sentence)`` decides from the two
       validation metric dicts whether the phase's result is kept; None keeps
       the result that selection prefers.

@@ -2,7 +2,6 @@
 
 import pathlib
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -48,29 +47,30 @@ class Checkpoints:
     step: int,
     tree: PyTree,
     *,
-    data: Any = None,
     metrics: Mapping[str, float] | None = None,
   ) -> None:
-    """Saves a tree of arrays, the data iterator and metrics; waits for it."""
-    items = {_STATE: tree} if data is None else {_STATE: tree, "data": data}
+    """Saves a tree of arrays and metrics; waits for it."""
     self._checkpointer.save_checkpointables(
-      step, items, force=True, overwrite=True, metrics=dict(metrics or {})
+      step,
+      {_STATE: tree},
+      force=True,
+      overwrite=True,
+      metrics=dict(metrics or {}),
     )
 
-  def restore(
-    self, abstract: PyTree, *, step: int | None = None, data: Any = None
-  ) -> PyTree:
-    """Arrays as ``abstract`` says (shape, dtype, sharding); the iterator moves.
+  def restore(self, abstract: PyTree, *, step: int | None = None) -> PyTree:
+    """Arrays as ``abstract`` says: shape, dtype, sharding.
+
+    Any number of processes and devices reads what another number wrote.
 
     Raises:
       UserError: the checkpoint is of another model, naming the leaf.
     """
     step = self.latest_step if step is None else step
     self._compare(step, abstract)
-    items = {_STATE: abstract}
-    if data is not None:
-      items["data"] = data
-    return self._checkpointer.load_checkpointables(step, items)[_STATE]
+    return self._checkpointer.load_checkpointables(step, {_STATE: abstract})[
+      _STATE
+    ]
 
   def metrics(self, step: int | None = None) -> dict[str, float]:
     """What was said when that checkpoint was saved."""

@@ -57,7 +57,8 @@ def train(
   """Trains what a configuration says, from where the folder stands.
 
   The same call resumes a killed run exactly: bit-identical parameters on the
-  same number of devices. SIGTERM saves a checkpoint and returns.
+  same number of devices and processes, and the same batches, with other
+  rounding, on another. SIGTERM saves a checkpoint and returns.
 
   Args:
     config: see ``robust_mm.config.default``.
@@ -98,7 +99,7 @@ def _train_until(config, workdir, say, progress, stop) -> Result:
     f"{'s' if run.mesh.size > 1 else ''}"
   )
   try:
-    result = _run_phases(run, iter(plan.stream), progress)
+    result = _run_phases(run, progress)
   finally:
     run.writer.close()
     run.rolling.close()
@@ -114,7 +115,6 @@ class _Plan:
   setup: setup_lib.Setup
   recipe: Any
   validator: Any
-  stream: Any
 
 
 def _plan(config) -> _Plan:
@@ -129,12 +129,12 @@ def _plan(config) -> _Plan:
     for phase in recipe.phases:
       abstract = context.abstract_state(setup.model, phase)
       sharding.state_shardings(abstract, mesh, config.mesh.rules, phase)
+    _stream(config, setup, mesh)  # a batch larger than the set is refused here
     return _Plan(
       mesh=mesh,
       setup=setup,
       recipe=recipe,
       validator=validation.make(config, setup, mesh),
-      stream=_stream(config, setup),
     )
   except ValueError as error:
     raise _validate.UserError(str(error)) from error
@@ -174,7 +174,7 @@ def _begin(workdir, config, setup, recipe, primary) -> dict:
   path = workdir / runs.RUN_FILE
   if path.is_file():
     facts = runs.read_json(path)
-    for key in ("dataset", "input_shapes", "num_classes", "num_train"):
+    for key in ("dataset", *setup_lib.INPUTS, "num_classes", "num_train"):
       if facts[key] != setup.facts[key]:
         raise _validate.UserError(
           f"the work directory {workdir} holds a run on other data: {key} is "
@@ -196,38 +196,40 @@ def _begin(workdir, config, setup, recipe, primary) -> dict:
   return facts
 
 
-def _run_phases(run: context.Run, iterator, progress) -> Result:
+def _run_phases(run: context.Run, progress) -> Result:
   # ---- state, created sharded; restored where there is a checkpoint
   phases = run.recipe.phases
   done = run.rolling.latest_step or 0
   index, start = run.recipe.locate(done)
   if done:
-    state = _restore(run, phases[min(index, len(phases) - 1)], iterator)
+    state = _restore(run, phases[min(index, len(phases) - 1)])
     run.say(f"resumed at step {done} of {run.recipe.num_steps}")
   else:
     state = _initial(run, phases[0])
   for position in range(index, len(phases)):
-    state, stopped = _run_phase(
-      run, phases[position], state, start, iterator, progress
-    )
+    phase = phases[position]
+    with contextlib.closing(_batches(run, phase, state)) as batches:
+      state, stopped = _run_phase(run, phase, state, start, batches, progress)
     if stopped:
       return Result(step=int(state.step), finished=False, metrics={}, timing={})
     state = selection.finish_phase(run, position, state)
-    start += phases[position].num_steps
+    start += phase.num_steps
     if position + 1 < len(phases):
       state = _enter(run, phases[position + 1], state)
-    run.rolling.save(start, state, data=iterator)
+    run.rolling.save(start, state)
   kept = run.facts["finished"][phases[-1].name]["metrics"]
   return Result(step=start, finished=True, metrics=kept, timing={})
 
 
-def _stream(config, setup: setup_lib.Setup):
+def _stream(config, setup: setup_lib.Setup, mesh, *, start: int = 0):
+  index, count = sharding.batch_part(mesh)
   return data.pipeline(
     setup.train,
     batch_size=config.data.batch_size,
     seed=config.seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    start=start,
+    process_index=index,
+    process_count=count,
   )
 
 
@@ -243,11 +245,11 @@ def _keys(seed: int):
   return jax.random.split(jax.random.key(seed))
 
 
-def _restore(run: context.Run, phase: Phase, iterator) -> state_lib.TrainState:
+def _restore(run: context.Run, phase: Phase) -> state_lib.TrainState:
   abstract = checkpoints.abstract_like(
     run.abstract(phase), run.shardings(phase)
   )
-  return run.rolling.restore(abstract, data=iterator)
+  return run.rolling.restore(abstract)
 
 
 def _enter(run: context.Run, phase: Phase, state) -> state_lib.TrainState:
@@ -259,9 +261,7 @@ def _enter(run: context.Run, phase: Phase, state) -> state_lib.TrainState:
   return enter(state.step, state.params, state.model_state)
 
 
-def _run_phase(
-  run: context.Run, phase: Phase, state, start, iterator, progress
-):
+def _run_phase(run: context.Run, phase: Phase, state, start, batches, progress):
   """Steps to the end of the phase; (state, whether asked to stop)."""
   end = start + phase.num_steps
   # Made on the mesh: a process cannot put an array on devices of others.
@@ -269,10 +269,9 @@ def _run_phase(
     lambda: _keys(run.config.seed)[1],
     out_shardings=sharding.replicated(run.mesh),
   )()
-  batches = _batches(run, phase, state, iterator)
+  batch = next(batches)
   # ---- compile
   began = time.perf_counter()
-  batch = next(batches)
   step_fn = jax.jit(
     steps.make_train_step(phase),
     donate_argnums=0,
@@ -302,8 +301,7 @@ def _run_phase(
       best.consider(step, state)
     if step < end:
       if saving:
-        # The batch in hand is drawn after the save: a resumed run draws it.
-        run.rolling.save(step, state, data=iterator)
+        run.rolling.save(step, state)
       if stopping:
         run.say(f"stopped at step {step}; the same command goes on from here")
         return state, True
@@ -315,15 +313,22 @@ def _run_phase(
   return state, False
 
 
-def _batches(run: context.Run, phase: Phase, state, iterator):
-  """Device batches: streamed, or one prepared batch again and again."""
+def _batches(run: context.Run, phase: Phase, state):
+  """Device batches: streamed, or one prepared batch again and again.
+
+  Update ``i`` of a run takes batch ``i`` of the stream, so the step is all that
+  a checkpoint has to say about the data.
+  """
   if phase.prepare is None:
-    return (
-      sharding.put_batch(batch, run.batch_sharding)
-      for batch in iter(lambda: next(iterator), None)
+    start = int(state.step)
+    stream = _stream(run.config, run.setup, run.mesh, start=start)
+    with contextlib.closing(iter(stream)) as iterator:
+      for batch in iterator:
+        yield sharding.put_batch(batch, run.batch_sharding)
+  else:
+    yield from itertools.repeat(
+      validation.whole_set(run.setup, run.config, run.mesh, phase, state)
     )
-  batch = validation.whole_set(run.setup, run.config, run.mesh, phase, state)
-  return itertools.repeat(batch)
 
 
 def _due(step: int, start: int, period: int) -> bool:

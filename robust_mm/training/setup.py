@@ -18,6 +18,8 @@ from robust_mm.training import optimizers
 from robust_mm.training import runs
 
 REFERENCE_SIZE = 2048
+# Facts about the inputs, {key of run.json: what it holds}.
+INPUTS = {"input_shapes": "shapes", "kinds": "kinds", "value_range": "ranges"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,21 +62,11 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
     "num_classes": int(train.num_classes),
     "num_train": len(train),
     "num_validation": len(validation),
-    "input_shapes": {
-      name: list(value.shape[1:]) for name, value in reference["inputs"].items()
-    },
-    "kinds": {
-      name: "tokens" if np.issubdtype(value.dtype, np.integer) else "float"
-      for name, value in reference["inputs"].items()
-    },
+    **_describe_inputs(train),
     "vocabulary": {
       name: int(train.select((name,)).batch()["inputs"][name].max()) + 1
       for name, value in reference["inputs"].items()
       if np.issubdtype(value.dtype, np.integer)
-    },
-    "value_range": {
-      name: None if bounds is None else [float(b) for b in bounds]
-      for name, bounds in train.value_range.items()
     },
     "normalization": {n: v.to_json() for n, v in normalization.items()},
     "relative_units": _relative_units(reference),
@@ -88,6 +80,22 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
     facts=facts,
     reference=reference,
   )
+
+
+def _describe_inputs(source) -> dict:
+  """Shapes, kinds and ranges of the inputs of a split, for ``run.json``."""
+  spec = source.spec
+  return {
+    "input_shapes": {n: list(shape) for n, (shape, _) in spec.items()},
+    "kinds": {
+      name: "tokens" if np.issubdtype(dtype, np.integer) else "float"
+      for name, (_, dtype) in spec.items()
+    },
+    "value_range": {
+      name: None if bounds is None else [float(b) for b in bounds]
+      for name, bounds in source.value_range.items()
+    },
+  }
 
 
 def _label_notes(train) -> list[str]:
@@ -149,13 +157,18 @@ def open_split(
 
 
 def check_same_data(source, facts: dict) -> None:
-  """UserError where a split has other shapes or classes than the run had."""
-  shapes = {n: list(shape) for n, (shape, _) in source.spec.items()}
-  if shapes != facts["input_shapes"]:
-    raise _validate.UserError(
-      f"the data has inputs of shapes {shapes}, the run was trained on "
-      f"{facts['input_shapes']}."
-    )
+  """UserError where a split has other inputs or classes than the run had.
+
+  Ranges count: pixels that were floats when the run was trained and are uint8
+  now, or the other way round, may have another scale.
+  """
+  found = _describe_inputs(source)
+  for key, what in INPUTS.items():
+    if found[key] != facts[key]:
+      raise _validate.UserError(
+        f"the data has inputs of {what} {found[key]}, the run was trained on "
+        f"{facts[key]}."
+      )
   if source.num_classes > facts["num_classes"]:
     raise _validate.UserError(
       f"the data has {source.num_classes} classes, the run was trained on "
@@ -227,8 +240,8 @@ def automatic(
   if kind == "tokens":
     if lipschitz:
       raise _validate.UserError(
-        f"lipschitz_auto: integer inputs of shape {shape} are read as tokens, "
-        f"which have no 1-Lipschitz encoder; save pixels as float32 (x / 255), "
+        f"lipschitz_auto: signed integers of shape {shape} are read as tokens, "
+        f"which have no 1-Lipschitz encoder; save pixels as uint8 or uint16, "
         f"or leave that modality out of config.data.modalities."
       )
     return {"vocabulary_size": vocabulary, **encoder, "name": "transformer"}

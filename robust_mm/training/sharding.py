@@ -1,6 +1,5 @@
 """The mesh, where parameters and batches live on it, and host to device."""
 
-import math
 import re
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -136,14 +135,47 @@ def put_batch(batch: PyTree, sharding: NamedSharding) -> PyTree:
   )
 
 
+def batch_part(mesh: Mesh) -> tuple[int, int]:
+  """(index, count) of the part of a global batch that this process feeds.
+
+  Processes between which only the model axis runs feed the same part.
+
+  Raises:
+    ValueError: the processes do not divide the data axis evenly.
+  """
+  owners = [[device.process_index for device in row] for row in mesh.devices]
+  return part_of(owners, jax.process_index())
+
+
+def part_of(owners: Sequence[Sequence[int]], process: int) -> tuple[int, int]:
+  """:func:`batch_part` of a mesh whose devices ``[data][model]`` have owners.
+
+  >>> part_of([[0, 0], [1, 1]], 1), part_of([[0, 1]], 1)
+  ((1, 2), (0, 1))
+  """
+  positions = {}
+  for position, row in enumerate(owners):
+    for owner in row:
+      positions.setdefault(owner, set()).add(position)
+  held = {owner: tuple(sorted(value)) for owner, value in positions.items()}
+  parts = sorted(set(held.values()))
+  even = len({len(part) for part in parts}) == 1
+  if not even or sum(map(len, parts)) != len(owners):
+    raise ValueError(
+      f"mesh.data={len(owners)} cannot be divided evenly over the processes; "
+      f"choose mesh.model so that the devices of a process form whole rows or "
+      f"equal parts of one."
+    )
+  return parts.index(held[process]), len(parts)
+
+
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-  """The global batch must divide over the data axis and the processes."""
-  shards = math.lcm(mesh.shape[DATA_AXIS], jax.process_count())
+  """The global batch must divide over the data axis, so over the processes."""
+  shards = mesh.shape[DATA_AXIS]
   if batch_size % shards:
     raise ValueError(
-      f"data.batch_size must be a multiple of {shards} (data axis "
-      f"{mesh.shape[DATA_AXIS]}, {jax.process_count()} processes), got "
-      f"{batch_size}."
+      f"data.batch_size must be a multiple of {shards}, the data axis of the "
+      f"mesh, got {batch_size}."
     )
 
 
