@@ -278,10 +278,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   Raises:
     UserError: one sentence.
   """
-  try:
+  with _validate.user_errors():
     _check(config)
-  except ValueError as error:
-    raise _validate.UserError(str(error)) from error
 
 
 def _check(config: ml_collections.ConfigDict) -> None:

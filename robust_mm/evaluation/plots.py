@@ -46,8 +46,21 @@ def names_of(results: Sequence[dict]) -> list[str]:
   return sorted(found)
 
 
+def norms_of(results: Sequence[dict]) -> list:
+  """The norms radii are measured in, 2 before "inf"."""
+  found = {
+    row["norm"] for result in results for kind in KINDS for row in result[kind]
+  }
+  return sorted(found, key=str)
+
+
 def curve(
-  result: dict, kind: str, names: Sequence[str], attack: str | None = None
+  result: dict,
+  kind: str,
+  names: Sequence[str],
+  *,
+  attack: str | None = None,
+  norm: Any = None,
 ) -> list[dict]:
   """The rows of ``kind`` for exactly these modalities, by radius."""
   rows = [
@@ -55,6 +68,7 @@ def curve(
     for row in result[kind]
     if sorted(row["modalities"]) == sorted(names)
     and (attack is None or row.get("attack") == attack)
+    and (norm is None or row["norm"] == norm)
   ]
   return sorted(rows, key=lambda row: row["radius"])
 
@@ -62,19 +76,16 @@ def curve(
 def radius_joint(results: Sequence[dict]) -> Figure | None:
   """Accuracy against the radius of one ball around all modalities.
 
-  Certificates are l2: beside attacks in another norm they get their own panel.
+  Unlike sizes are never on one axis: every norm has a panel.
   """
-  shared = all(result["settings"]["norm"] == 2 for result in results)
-  kinds = [KINDS] if shared else [("attacked",), ("certified",)]
-  kinds = [kind for kind in kinds if _any_curve(results, kind, None)]
-  if not kinds:
+  norms = [n for n in norms_of(results) if _any_curve(results, None, n)]
+  if not norms:
     return None
-  figure, grid = style.panels(len(kinds), height=4.4, width=6.4)
-  for axes, kind in zip(grid, kinds):
+  figure, grid = style.panels(len(norms), height=4.4, width=6.4)
+  for axes, norm in zip(grid, norms):
     for index, result in enumerate(results):
       names = result["settings"]["modalities"]
-      _radius_curves(axes, result, names, index, kind)
-    norm = 2 if "certified" in kind else results[0]["settings"]["norm"]
+      _radius_curves(axes, result, names, index, norm)
     _radius_axes(axes, results, norm)
     axes.legend(frameon=False, fontsize=8, loc="best")
     axes.set_title(
@@ -85,22 +96,23 @@ def radius_joint(results: Sequence[dict]) -> Figure | None:
 
 
 def radius_modalities(results: Sequence[dict]) -> Figure | None:
-  """Accuracy against the radius of one modality alone, a panel for each."""
-  shared = all(result["settings"]["norm"] == 2 for result in results)
-  kinds = KINDS if shared else ("attacked",)
-  names = [
-    name for name in names_of(results) if _any_curve(results, kinds, [name])
+  """Accuracy against the radius of one modality, a panel for each and norm."""
+  panels = [
+    (name, norm)
+    for name in names_of(results)
+    for norm in norms_of(results)
+    if _any_curve(results, [name], norm)
   ]
-  if not names or len(names_of(results)) < 2:
+  if not panels or len(names_of(results)) < 2:
     return None
-  figure, grid = style.panels(len(names), height=3.6, width=3.6)
-  for axes, name in zip(grid, names):
+  figure, grid = style.panels(len(panels), height=3.6, width=3.6)
+  for axes, (name, norm) in zip(grid, panels):
     for index, result in enumerate(results):
-      _radius_curves(axes, result, [name], index, kinds)
+      _radius_curves(axes, result, [name], index, norm)
     axes.set_title(
       f"Only {name} changed", loc="left", color=style.INK, fontsize=10
     )
-    _radius_axes(axes, results, results[0]["settings"]["norm"])
+    _radius_axes(axes, results, norm)
     _raw_axis(axes, results, name)
   grid[0].set_ylabel("accuracy")
   style.shared_legend(figure, grid[0])
@@ -220,8 +232,10 @@ def region(results: Sequence[dict]) -> Figure | None:
     axes.set_facecolor(shade.cmap(0.0))
     axes.set_xlim(0, ends[0])
     axes.set_ylim(0, ends[1])
-    axes.set_xlabel(f"radius of {held['modalities'][0]}")
-    axes.set_ylabel(f"radius of {held['modalities'][1]}")
+    # Results of before there was a norm here were in l2.
+    norm = held.get("norm", 2)
+    axes.set_xlabel(f"radius of {held['modalities'][0]} (l{norm})")
+    axes.set_ylabel(f"radius of {held['modalities'][1]} (l{norm})")
     axes.grid(False)
   figure.colorbar(shade, ax=list(grid), label="accuracy kept", shrink=0.9)
   return figure
@@ -244,7 +258,7 @@ def tightness(results: Sequence[dict]) -> Figure | None:
       linewidth=1.4,
       linestyle="-" if found["sound"] else ":",
       color=style.colour(index),
-      label=f"{result['name']} ({word} radius)",
+      label=f"{result['name']} ({word} l{found.get('norm', 2)} radius)",
     )
   axes.axvline(1.0, color="#999999", linewidth=0.8)
   axes.set_ylim(-0.02, 1.02)
@@ -254,11 +268,11 @@ def tightness(results: Sequence[dict]) -> Figure | None:
   return figure
 
 
-def _any_curve(results, kinds, names) -> bool:
+def _any_curve(results, names, norm) -> bool:
   return any(
-    curve(result, kind, names or result["settings"]["modalities"])
+    curve(result, kind, names or result["settings"]["modalities"], norm=norm)
     for result in results
-    for kind in kinds
+    for kind in KINDS
   )
 
 
@@ -272,17 +286,16 @@ def _radius_axes(axes, results, norm):
   axes.set_xlim(left=0)
 
 
-def _radius_curves(axes, result, names, index, kinds):
-  if "attacked" in kinds:
-    attacks = dict.fromkeys(row["attack"] for row in result["attacked"])
-    for marker, attack in zip(itertools.cycle("osD^v"), attacks):
-      rows = curve(result, "attacked", names, attack)
-      if rows:
-        start = {"radius": 0.0, **result["clean"]}
-        label = f"{result['name']}: attacked ({attack})"
-        rows = [start, *rows]
-        _line(axes, rows, index, label, hold="post", marker=marker)
-  rows = curve(result, "certified", names) if "certified" in kinds else []
+def _radius_curves(axes, result, names, index, norm):
+  attacks = dict.fromkeys(row["attack"] for row in result["attacked"])
+  for marker, attack in zip(itertools.cycle("osD^v"), attacks):
+    rows = curve(result, "attacked", names, attack=attack, norm=norm)
+    if rows:
+      start = {"radius": 0.0, **result["clean"]}
+      label = f"{result['name']}: attacked ({attack})"
+      rows = [start, *rows]
+      _line(axes, rows, index, label, hold="post", marker=marker)
+  rows = curve(result, "certified", names, norm=norm)
   if rows:
     sound = rows[0]["sound"]
     word = "certified" if sound else "estimated, no guarantee"

@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from robust_mm.evaluation import files
+from robust_mm import _files
 from robust_mm.evaluation import plots
 from robust_mm.evaluation import style
 from robust_mm.evaluation import texts
@@ -48,8 +48,8 @@ class Report:
     """
     path = pathlib.Path(path)
     if path.suffix != ".html":
-      files.write_json(path / RESULTS_FILE, self.results)
-      files.write_columns(path / EXAMPLES_FILE, self.examples)
+      _files.write_json(path / RESULTS_FILE, self.results)
+      _files.write_columns(path / EXAMPLES_FILE, self.examples)
     return render([self.results], histories=[history], path=path)
 
   def __str__(self) -> str:
@@ -117,10 +117,10 @@ def render(
     .encode()
   )
   if path.suffix == ".html":
-    return files.write_bytes(path, page)
+    return _files.write_bytes(path, page)
   for name, content in drawn.items():
-    files.write_bytes(path / PLOTS_FOLDER / f"{name}.png", content)
-  files.write_bytes(path / REPORT_FILE, page)
+    _files.write_bytes(path / PLOTS_FOLDER / f"{name}.png", content)
+  _files.write_bytes(path / REPORT_FILE, page)
   return path
 
 

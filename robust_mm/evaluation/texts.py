@@ -53,6 +53,19 @@ FIGURES = {
 }
 
 
+def _radius(results: Sequence[dict]) -> str:
+  text = (
+    "The largest size of a change to the input. Joint: all modalities together "
+    "in one ball. Sizes are divided by each modality's unit."
+  )
+  if any(result["settings"]["norm"] == "inf" for result in results):
+    text += (
+      " In linf a change is as large as the largest change of one entry, so a "
+      "joint ball lets every entry of every modality move that far at once."
+    )
+  return text
+
+
 def glossary(results: Sequence[dict]) -> list[tuple[str, str]]:
   """Terms and what they mean here; only those that this report uses."""
   sound = {row["sound"] for r in results for row in r["certified"]}
@@ -63,11 +76,7 @@ def glossary(results: Sequence[dict]) -> list[tuple[str, str]]:
       "The share of test examples whose true class the model predicts, "
       "with unchanged inputs.",
     ),
-    (
-      "radius",
-      "The largest size of a change to the input. Joint: all modalities "
-      "together in one ball. Sizes are divided by each modality's unit.",
-    ),
+    ("radius", _radius(results)),
     (
       "attacked accuracy",
       "The share that is right and stays right under the strongest change an "

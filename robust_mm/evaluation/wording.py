@@ -116,7 +116,9 @@ def _cells(result: Mapping):
       continue
     part = where(row["modalities"], result)
     group = "attacked" if "attack" in row else kind_word(row)
-    how = f" ({row['attack']} l{row['norm']})" if "attack" in row else ""
+    how = f" (l{row['norm']})"
+    if "attack" in row:
+      how = f" ({row['attack']} l{row['norm']})"
     place = "joint" if part == "joint" else "single"
     label = f"{group}{how}, {part}, {row['radius']:g}"
     yield f"{group} {place}", label, row["accuracy"]
@@ -201,7 +203,10 @@ def warnings(results: Sequence[dict]) -> list[str]:
     result["settings"]["norm"] != first["settings"]["norm"]
     for result in results
   ):
-    found.append("The runs were attacked in different norms.")
+    found.append(
+      "The runs were measured in different norms: their radii cannot be "
+      "compared."
+    )
   return found
 
 
@@ -318,11 +323,17 @@ def _attack_table(result: Mapping, attack: str) -> dict:
 
 def _bound_table(result: Mapping) -> dict:
   word = kind_word(result["settings"]["certificate"])
-  note = bound_words(result) + " Norm l2."
+  norm = result["settings"]["certificate"]["norm"]
+  note = f"{bound_words(result)} Norm l{norm}."
   if word == "estimated":
     note += " Estimated numbers are no guarantee."
   rows = [
-    (where(row["modalities"], result), "l2", f"{row['radius']:g}", row)
+    (
+      where(row["modalities"], result),
+      f"l{row['norm']}",
+      f"{row['radius']:g}",
+      row,
+    )
     for row in listed(result)
   ]
   return {"title": word.capitalize(), "note": note, "rows": rows}
