@@ -83,33 +83,34 @@ def write(
   )
   rows = setup_lib.open_split(config, split, limit=limit)
   setup_lib.check_same_data(rows, facts)
-  reference = None
-  if source == "empirical":
-    train = setup_lib.open_split(config, "train")
-    reference = setup_lib.reference_batch(train)
   with _validate.user_errors():
-    tables = bounds.make_tables(
-      model,
-      params,
-      state,
-      source=source,
-      reference=reference,
-      form="split" if fidelity == "published" else "difference",
-    )
+    tables = _tables(model, params, state, config, source, fidelity)
     found = _certificates(
       model, params, state, tables, question, rows, config.evaluation.batch_size
     )
   target = pathlib.Path(output) if output else folder / "certificates.csv"
-  columns = _columns(found, question, rows.batch(), sound=tables.sound)
+  batch = rows.batch()
+  columns = _columns(found, question, batch, sound=tables.sound)
   _files.write_columns(target, columns)
   word = "certified" if tables.sound else "estimated (not certified)"
   print(
     f"{word} accuracy, {len(rows)} {split} examples, {question.norm} norm, "
     f"{units} units"
   )
-  right = (found["prediction"] == rows.batch()["label"]) & found["valid"]
+  right = found["prediction"] == batch["label"]
   print("\n".join(_lines(found, question, right)))
   print(f"rows: {target}")
+
+
+def _tables(model, params, state, config, source, fidelity):
+  reference = None
+  if source == "empirical":
+    train = setup_lib.open_split(config, "train")
+    reference = setup_lib.reference_batch(train)
+  form = "split" if fidelity == "published" else "difference"
+  return bounds.make_tables(
+    model, params, state, source=source, reference=reference, form=form
+  )
 
 
 def _certificates(model, params, state, tables, question, rows, batch_size):

@@ -178,6 +178,36 @@ def _add_certify(commands) -> None:
     _certify,
   )
   command.add_argument("--workdir", required=True)
+  _add_sizes(command)
+  command.add_argument(
+    "--source",
+    choices=("global", "empirical"),
+    help="global: Lipschitz constants that the encoders guarantee (default); "
+    "empirical: the largest slopes on training data, an estimate, no guarantee",
+  )
+  command.add_argument(
+    "--fidelity",
+    default="corrected",
+    choices=("corrected", "published"),
+    help="published: the formula as published, with estimated constants, a "
+    "split denominator and the second-largest logit as the only rival; no "
+    "guarantee, so its columns are called estimated_*",
+  )
+  command.add_argument(
+    "--output",
+    help="the .csv file (default: certificates.csv in the work directory)",
+  )
+  command.add_argument(
+    "--split", default="test", choices=("train", "validation", "test")
+  )
+  command.add_argument("--phase", help="the phase whose model to take")
+  command.add_argument(
+    "--limit", type=arguments.count, help="at most so many examples"
+  )
+  _add_devices(command)
+
+
+def _add_sizes(command) -> None:
   command.add_argument(
     "--radius",
     type=arguments.radii,
@@ -221,32 +251,6 @@ def _add_certify(commands) -> None:
     help="raw input values, or each modality's median distance to its mean "
     "(default: the units of the run's evaluation)",
   )
-  command.add_argument(
-    "--source",
-    choices=("global", "empirical"),
-    help="global: Lipschitz constants that the encoders guarantee (default); "
-    "empirical: the largest slopes on training data, an estimate, no guarantee",
-  )
-  command.add_argument(
-    "--fidelity",
-    default="corrected",
-    choices=("corrected", "published"),
-    help="published: the formula as published, with estimated constants, a "
-    "split denominator and the second-largest logit as the only rival; no "
-    "guarantee, so its columns are called estimated_*",
-  )
-  command.add_argument(
-    "--output",
-    help="the .csv file (default: certificates.csv in the work directory)",
-  )
-  command.add_argument(
-    "--split", default="test", choices=("train", "validation", "test")
-  )
-  command.add_argument("--phase", help="the phase whose model to take")
-  command.add_argument(
-    "--limit", type=arguments.count, help="at most so many examples"
-  )
-  _add_devices(command)
 
 
 def _add_report(commands) -> None:

@@ -72,7 +72,7 @@ def default() -> ml_collections.ConfigDict:
 
   config.evaluation = ml_collections.ConfigDict()
   config.evaluation.units = "raw"  # or "relative"
-  config.evaluation.norm = "l2"
+  config.evaluation.norm = "l2"  # or "linf", of attacks and certificates
   config.evaluation.radii = (0.1, 0.25, 0.5, 0.75, 1.0)
   config.evaluation.attack = "pgd"
   config.evaluation.loss = "margin"
