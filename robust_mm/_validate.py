@@ -5,6 +5,7 @@ naming the argument. Traced arrays pass through: their edge cases are
 documented where they are used.
 """
 
+import contextlib
 import difflib
 import math
 from collections.abc import Iterable
@@ -12,6 +13,17 @@ from collections.abc import Iterable
 
 class UserError(ValueError):
   """A user's mistake; the command line prints it and exits with 2."""
+
+
+@contextlib.contextmanager
+def user_errors():
+  """Inside, a refusal of the library is a user's mistake."""
+  try:
+    yield
+  except UserError:
+    raise
+  except ValueError as error:
+    raise UserError(str(error)) from error
 
 
 def _static(value) -> bool:

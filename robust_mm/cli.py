@@ -10,6 +10,7 @@ import sys
 
 from robust_mm import __version__
 from robust_mm import _validate
+from robust_mm import arguments
 
 _EPILOG = """\
 examples:
@@ -25,11 +26,11 @@ examples:
 
 def main(argv: list[str] | None = None) -> int:
   """Runs a command line; returns the exit code."""
-  arguments = sys.argv[1:] if argv is None else argv
+  words = sys.argv[1:] if argv is None else argv
   # Flags a shell user may write before or after the command name.
-  arguments, overrides = take_overrides(arguments)
+  words, overrides = take_overrides(words)
   parser = build_parser()
-  options = parser.parse_args(arguments)
+  options = parser.parse_args(words)
   if overrides and options.command != "train":
     parser.error(f"{overrides[0]} is for robust-mm train only.")
   if options.command == "train":
@@ -47,14 +48,14 @@ def main(argv: list[str] | None = None) -> int:
     return 130
 
 
-def take_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
+def take_overrides(words: list[str]) -> tuple[list[str], list[str]]:
   rest, overrides, i = [], [], 0
-  while i < len(arguments):
-    word = arguments[i]
+  while i < len(words):
+    word = words[i]
     if word.startswith("--config."):
-      if "=" not in word and i + 1 < len(arguments):
+      if "=" not in word and i + 1 < len(words):
         i += 1
-        word = f"{word}={arguments[i]}"
+        word = f"{word}={words[i]}"
       overrides.append(word)
     else:
       rest.append(word)
@@ -138,7 +139,7 @@ def _add_train(commands) -> None:
 def _add_devices(command) -> None:
   command.add_argument(
     "--device-count",
-    type=_count,
+    type=arguments.count,
     metavar="N",
     help="simulate N devices on the CPU",
   )
@@ -158,9 +159,11 @@ def _add_evaluate(commands) -> None:
   )
   command.add_argument("--phase", help="the phase whose model to take")
   command.add_argument(
-    "--radius", type=_radii, help="attack radii, such as 0.1,0.5"
+    "--radius", type=arguments.radii, help="attack radii, such as 0.1,0.5"
   )
-  command.add_argument("--limit", type=_count, help="at most so many examples")
+  command.add_argument(
+    "--limit", type=arguments.count, help="at most so many examples"
+  )
   _add_devices(command)
 
 
@@ -168,22 +171,86 @@ def _add_certify(commands) -> None:
   command = _command(
     commands,
     "certify",
-    "Certified radii of a finished run, one row per example.",
+    "What the certificates of a finished run say: radii of every example into "
+    "a .csv file, and the share of examples that are right and stay right. "
+    "The size of a change to one modality is its norm divided by the "
+    "modality's unit.",
     _certify,
   )
   command.add_argument("--workdir", required=True)
-  command.add_argument("--radius", type=_radii, default=(0.1, 0.25, 0.5))
-  command.add_argument("--output", default=None, help="a .csv file")
+  _add_sizes(command)
   command.add_argument(
-    "--source", default="global", choices=("global", "empirical")
+    "--source",
+    choices=("global", "empirical"),
+    help="global: Lipschitz constants that the encoders guarantee (default); "
+    "empirical: the largest slopes on training data, an estimate, no guarantee",
   )
-  command.add_argument("--units", default=None, choices=("raw", "relative"))
+  command.add_argument(
+    "--fidelity",
+    default="corrected",
+    choices=("corrected", "published"),
+    help="published: the formula as published, with estimated constants, a "
+    "split denominator and the second-largest logit as the only rival; no "
+    "guarantee, so its columns are called estimated_*",
+  )
+  command.add_argument(
+    "--output",
+    help="the .csv file (default: certificates.csv in the work directory)",
+  )
   command.add_argument(
     "--split", default="test", choices=("train", "validation", "test")
   )
   command.add_argument("--phase", help="the phase whose model to take")
-  command.add_argument("--limit", type=_count)
+  command.add_argument(
+    "--limit", type=arguments.count, help="at most so many examples"
+  )
   _add_devices(command)
+
+
+def _add_sizes(command) -> None:
+  command.add_argument(
+    "--radius",
+    type=arguments.radii,
+    default=(0.1, 0.25, 0.5),
+    metavar="R,R,...",
+    help="sizes of a change, to all modalities together and to each alone "
+    "(default: 0.1,0.25,0.5)",
+  )
+  command.add_argument(
+    "--budget",
+    type=arguments.budget,
+    action="append",
+    default=[],
+    metavar="NAME=SIZE,...",
+    help="a size for each modality, used all at once, such as "
+    "left=0.3,right=0.1; one that is not named does not change, inf is any "
+    "change at all; may be given several times",
+  )
+  command.add_argument(
+    "--max-missing",
+    type=arguments.whole,
+    default=0,
+    metavar="N",
+    help="besides every --budget (without one: besides no change at all), any "
+    "N modalities may be taken away (default: 0)",
+  )
+  command.add_argument(
+    "--norm",
+    choices=("l2", "linf", "l1"),
+    help="how sizes are measured. No change below the radius r of an example "
+    "alters its prediction, where a change is below r when: l2, the Euclidean "
+    "norms of the modalities, squared and added, stay below r squared; linf, "
+    "every entry of every modality moves by less than r; l1, all absolute "
+    "changes of all entries add up to less than r; each in units. A modality's "
+    "own radius leaves the others unchanged (default: the norm of the run's "
+    "evaluation)",
+  )
+  command.add_argument(
+    "--units",
+    choices=("raw", "relative"),
+    help="raw input values, or each modality's median distance to its mean "
+    "(default: the units of the run's evaluation)",
+  )
 
 
 def _add_report(commands) -> None:
@@ -222,24 +289,6 @@ def _add_data(commands) -> None:
   preparing.add_argument("--path", help="where to put the records")
   preparing.add_argument("--overwrite", action="store_true")
   preparing.set_defaults(run=_data_prepare)
-
-
-def _count(text: str) -> int:
-  if not text.isdecimal() or int(text) < 1:
-    raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-  return int(text)
-
-
-def _radii(text: str) -> tuple[float, ...]:
-  try:
-    values = tuple(sorted(float(part) for part in text.split(",")))
-  except ValueError:
-    values = (float("nan"),)
-  if not all(0 < value < float("inf") for value in values):
-    raise argparse.ArgumentTypeError(
-      f"must be positive numbers such as 0.1,0.5; got {text}"
-    )
-  return values
 
 
 def _quickstart(options):
@@ -283,14 +332,22 @@ def _evaluate(options):
 def _certify(options):
   from robust_mm import preflight
 
-  preflight.check_run(options.workdir, options.split)
+  estimated = options.fidelity == "published"
+  asked = {
+    "budgets": tuple(options.budget),
+    "max_missing": options.max_missing,
+    "source": options.source or ("empirical" if estimated else "global"),
+    "fidelity": options.fidelity,
+    "output": options.output,
+  }
+  preflight.check_certify(options.workdir, options.split, **asked)
   from robust_mm import commands
 
   return commands.certify(
     options.workdir,
+    **asked,
     radii=options.radius,
-    output=options.output,
-    source=options.source,
+    norm=options.norm,
     units=options.units,
     split=options.split,
     phase=options.phase,

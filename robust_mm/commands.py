@@ -7,19 +7,17 @@ import pathlib
 import shutil
 import sys
 import time
+from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 import tqdm
 
 from robust_mm import _validate
-from robust_mm import certification
+from robust_mm import certificate_rows
 from robust_mm import config as config_lib
-from robust_mm import data
 from robust_mm import evaluation
 from robust_mm import training
-from robust_mm.evaluation import files
 from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
 from robust_mm.training import sharding
@@ -93,63 +91,11 @@ def evaluate(
 
 
 def certify(
-  workdir: str,
-  *,
-  radii: tuple[float, ...],
-  output: str | None = None,
-  source: str = "global",
-  units: str | None = None,
-  split: str = "test",
-  phase: str | None = None,
-  limit: int | None = None,
-  device_count: int | None = None,
+  workdir: str, *, device_count: int | None = None, **asked: Any
 ) -> int:
-  """One row per example: prediction, joint and per-modality radii."""
+  """Certificates of a run; ``asked`` as in ``certificate_rows.write``."""
   _devices(device_count)
-  folder = pathlib.Path(workdir)
-  target = pathlib.Path(output) if output else folder / "certificates.csv"
-  if not target.parent.is_dir():
-    raise _validate.UserError(f"--output: {target.parent} is no folder.")
-  model, params, state, config = training.load(folder, phase=phase)
-  facts = runs.describe(folder)
-  chosen = units or config.evaluation.units
-  sizes = setup_lib.resolve_units(chosen, facts, "--units")
-  rows = setup_lib.open_split(config, split, limit=limit)
-  setup_lib.check_same_data(rows, facts)
-  tables = _tables(model, params, state, config, source)
-  mesh = sharding.make_mesh()
-  axis = sharding.batch_sharding(mesh)
-
-  @jax.jit
-  def run(batch):
-    found = certification.certify(
-      model, params, batch, state=state, tables=tables, units=sizes
-    )
-    return {
-      "prediction": found.prediction,
-      "radius": found.radius,
-      "modality_radius": found.modality_radius,
-      "nearest_class": found.nearest_class,
-      "valid": found.valid,
-    }
-
-  found = sharding.map_batches(
-    run,
-    data.evaluation_batches(
-      rows, sharding.padded_size(config.evaluation.batch_size, len(rows), mesh)
-    ),
-    axis,
-  )
-  _write_certificates(target, rows, found, radii, sound=tables.sound)
-  right = found["prediction"] == rows.batch()["label"]
-  counted = found["valid"]
-  word = "certified" if tables.sound else "estimated (not certified)"
-  print(f"{word} accuracy, {len(rows)} {split} examples, {chosen} units")
-  print(f"  clean          {np.mean(right[counted]):.4f}")
-  for radius in radii:
-    sure = right & (found["radius"] > radius)
-    print(f"  joint {radius:<8g} {np.mean(sure[counted]):.4f}")
-  print(f"rows: {target}")
+  certificate_rows.write(pathlib.Path(workdir), **asked)
   return 0
 
 
@@ -166,38 +112,6 @@ def report(workdirs: list[str], *, output: str | None = None) -> int:
   page = target if target.suffix == ".html" else target / "report.html"
   print(f"\nreport: {page}")
   return 0
-
-
-def _tables(model, params, state, config, source: str):
-  try:
-    if source == "global":
-      return certification.sensitivity_tables(model, params)
-    train_source = setup_lib.open_split(config, "train")
-    reference = setup_lib.reference_batch(train_source)
-    return certification.empirical_tables(model, params, reference, state=state)
-  except ValueError as error:
-    raise _validate.UserError(str(error)) from error
-
-
-def _write_certificates(target, rows, found, radii, *, sound: bool) -> None:
-  batch = rows.batch()
-  word = "radius" if sound else "estimated_radius"
-  columns = {
-    "id": batch["id"],
-    "label": batch["label"],
-    "prediction": found["prediction"],
-    "correct": found["prediction"] == batch["label"],
-    word: found["radius"],
-  }
-  for name, values in sorted(found["modality_radius"].items()):
-    columns[f"{word}_{name}"] = values
-  columns["nearest_class"] = found["nearest_class"]
-  columns["valid"] = found["valid"]
-  for radius in radii:
-    # About the prediction, right or wrong: "certified accuracy" needs both.
-    stable = "stable" if sound else "estimated_stable"
-    columns[f"{stable}_at_{radius:g}"] = found["radius"] > radius
-  files.write_columns(target, columns)
 
 
 def _train_one(config, folder: pathlib.Path) -> training.Result:
@@ -227,7 +141,7 @@ def _evaluate_one(
   setup_lib.check_same_data(source, facts)
   reference = setup_lib.reference_batch(setup_lib.open_split(config, "train"))
   mesh = sharding.make_mesh()
-  with _bar() as progress:
+  with _bar() as progress, _validate.user_errors():
     found = evaluation.evaluate(
       model,
       params,

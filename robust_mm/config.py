@@ -72,7 +72,7 @@ def default() -> ml_collections.ConfigDict:
 
   config.evaluation = ml_collections.ConfigDict()
   config.evaluation.units = "raw"  # or "relative"
-  config.evaluation.norm = "l2"
+  config.evaluation.norm = "l2"  # or "linf", of attacks and certificates
   config.evaluation.radii = (0.1, 0.25, 0.5, 0.75, 1.0)
   config.evaluation.attack = "pgd"
   config.evaluation.loss = "margin"
@@ -278,10 +278,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   Raises:
     UserError: one sentence.
   """
-  try:
+  with _validate.user_errors():
     _check(config)
-  except ValueError as error:
-    raise _validate.UserError(str(error)) from error
 
 
 def _check(config: ml_collections.ConfigDict) -> None:

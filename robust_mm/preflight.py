@@ -1,6 +1,8 @@
 """What can be refused before jax is imported: within half a second."""
 
 import pathlib
+from collections.abc import Mapping
+from collections.abc import Sequence
 
 import ml_collections
 
@@ -47,6 +49,42 @@ def check_run(workdir: str, split: str | None = None) -> None:
     )
   if split and data.registry.get(config.data.name).kind == "folder":
     data.arrays.check_split(config.data.path, split)
+
+
+def check_certify(
+  workdir: str,
+  split: str,
+  *,
+  budgets: Sequence[Mapping[str, float]],
+  max_missing: int,
+  source: str | None,
+  fidelity: str,
+  output: str | None,
+) -> None:
+  """Refuses what cannot be asked of the certificates of a run."""
+  check_run(workdir, split)
+  path = pathlib.Path(workdir)
+  names = tuple(sorted(runs.describe(path)["input_shapes"]))
+  with _validate.user_errors():
+    for budget in budgets:
+      _validate.known(names, **{"--budget": budget})
+  if max_missing > len(names):
+    raise _validate.UserError(
+      f"--max-missing must be at most {len(names)}, the number of modalities "
+      f"({', '.join(names)}); got {max_missing}."
+    )
+  if fidelity == "published" and source == "global":
+    raise _validate.UserError(
+      "--fidelity=published estimates its constants from training data: leave "
+      "--source=global out."
+    )
+  folder = pathlib.Path(output).parent if output else path
+  if not folder.is_dir():
+    raise _validate.UserError(f"--output: {folder} is no folder.")
+  if output and pathlib.Path(output).is_dir():
+    raise _validate.UserError(
+      f"--output: {output} is a folder; name a file in it, such as rows.csv."
+    )
 
 
 def check_evaluated(workdir: str) -> None:

@@ -461,6 +461,29 @@ def test_runner_up_is_often_not_the_nearest_class():
   assert "estimated" in repr(published)
 
 
+@pytest.mark.parametrize("ball", ["l2", "linf", "l1"])
+def test_nearest_class_of_a_ball_sets_its_radius(ball):
+  *_, found = _cached_identity(3)
+  y, j = (
+    np.asarray(found.prediction),
+    np.asarray(found.joint_nearest_class(ball)),
+  )
+  assert np.all(j != y)
+  rows = np.arange(len(y))
+  sizes = [np.asarray(found.sensitivity[m])[rows, j] for m in NAMES]
+  order = {"l2": 2, "linf": 1, "l1": np.inf}[ball]
+  expected = np.asarray(found.margins)[rows, j] / np.linalg.norm(
+    sizes, order, axis=0
+  )
+  np.testing.assert_allclose(found.joint_radius(ball), expected, rtol=1e-5)
+  same = j == np.asarray(found.nearest_class)
+  assert same.all() == (ball == "l2"), "the balls never differ"
+  shares = found.sensitivity_shares(jnp.asarray(j))
+  total = sum(np.square(sizes))
+  for name, size in zip(NAMES, sizes):
+    np.testing.assert_allclose(shares[name], size**2 / total, rtol=1e-5)
+
+
 def test_vulnerability_shares_sum_to_one():
   _, _, _, found = _cached_identity(13)
   total = sum(found.vulnerability.values())

@@ -81,6 +81,18 @@ def test_data_list_and_inspect(capsys):
     assert word in out
 
 
+def test_certificate_that_cannot_be_had_is_one_sentence(capsys, tmp_path):
+  workdir = tmp_path / "run"
+  wanted = "--config.evaluation.certificate=global"
+  assert run(capsys, *TRAIN, wanted, f"--workdir={workdir}")[0] == 0
+  before = sorted(workdir.iterdir())
+  code, _, err = run(capsys, "evaluate", f"--workdir={workdir}")
+  assert code == 2
+  assert err.count("\n") == 1, err
+  assert "sound Lipschitz constant" in err
+  assert sorted(workdir.iterdir()) == before
+
+
 def test_report_is_drawn_again_from_files_alone(capsys, tmp_path):
   workdir = tmp_path / "run"
   assert run(capsys, *TRAIN, f"--workdir={workdir}")[0] == 0

@@ -186,10 +186,15 @@ def test_killed_run_goes_on_with_another_number_of_processes(
 def test_smoke_run_evaluates_certifies_and_reports(tmp_path, name):
   workdir = f"--workdir={tmp_path}"
   finish(start("train", f"--config=configs/{name}.py:digits,smoke", workdir))
-  finish(start("evaluate", workdir, "--limit=40"))
+  # What a checkpoint gives back lives on one device, the batches on eight.
+  several = ("--limit=40", "--device-count=8")
+  finish(start("evaluate", workdir, *several))
   results = json.loads((tmp_path / "results.json").read_text())
   assert results["dataset"] == "digits"
   assert set(results["subsets"]) == {"left", "right", "left+right"}
   source = "global" if name == "crmt" else "empirical"
-  out = finish(start("certify", workdir, f"--source={source}", "--limit=40"))
+  settings = results["settings"]
+  assert settings["num_devices"] == 8
+  assert settings["certificate"]["source"] == source
+  out = finish(start("certify", workdir, f"--source={source}", *several))
   assert ("not certified" in out) == (name == "joint")

@@ -96,26 +96,41 @@ def logits(params, inputs, names=tuple(DIMS)):
 
 def exact_radii(params, inputs, units=None, names=tuple(DIMS)):
   """Distances to the decision boundary in NumPy; only ``names`` move."""
+  slopes = pair_slopes(params, inputs, units, names=names)
+  return _smallest(params, inputs, np.sqrt(sum(s**2 for s in slopes)))
+
+
+def exact_linf_radii(params, inputs, units=None, names=tuple(DIMS)):
+  """The same where every entry of ``names`` may move by the radius."""
+  slopes = pair_slopes(params, inputs, units, order=1, names=names)
+  return _smallest(params, inputs, sum(slopes))
+
+
+def certified_linf_radii(params, inputs, units=None, names=tuple(DIMS)):
+  """What follows from l2 constants: the root of the size times the slope."""
+  slopes = pair_slopes(params, inputs, units, names=names)
+  roots = [DIMS[m] ** 0.5 for m in names]
+  return _smallest(params, inputs, sum(r * s for r, s in zip(roots, slopes)))
+
+
+def pair_slopes(params, inputs, units=None, *, order=2, names=tuple(DIMS)):
+  """``[b, k]`` a modality: the norm of the difference of two head rows."""
   units = units or dict.fromkeys(DIMS, 1.0)
-  values = logits(params, inputs)
-  rows = np.arange(len(values))
-  top = values.argmax(axis=-1)
-  margins = values[rows, top][:, None] - values
-  square = sum(
-    (units[m] ** 2)
-    * np.sum(
-      (
-        np.asarray(params["head"][m], np.float64)[top][:, None]
-        - np.asarray(params["head"][m], np.float64)[None]
-      )
-      ** 2,
-      axis=-1,
-    )
+  top = logits(params, inputs).argmax(axis=-1)
+  heads = {m: np.asarray(params["head"][m], np.float64) for m in names}
+  return [
+    units[m] * np.linalg.norm(heads[m][top][:, None] - heads[m], order, axis=-1)
     for m in names
-  )
+  ]
+
+
+def _smallest(params, inputs, slopes):
+  values = logits(params, inputs)
+  rows, top = np.arange(len(values)), values.argmax(axis=-1)
+  margins = values[rows, top][:, None] - values
   margins[rows, top] = np.inf
-  square[rows, top] = 1.0
-  return (margins / np.sqrt(square)).min(axis=-1)
+  slopes[rows, top] = 1.0
+  return (margins / slopes).min(axis=-1)
 
 
 def without(batch, rows):

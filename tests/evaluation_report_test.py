@@ -3,7 +3,6 @@
 import base64
 import csv
 import json
-import os
 import re
 
 import evaluation_models as toy
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 
 from robust_mm import evaluation
-from robust_mm.evaluation import files
 
 ATTACK = {"name": "pgd", "loss": "margin", "num_steps": 10, "num_restarts": 1}
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -225,20 +223,6 @@ def test_names_are_escaped(report, tmp_path):
   evil = {**report.results, "name": "<script>alert(1)</script>"}
   page = evaluation.render([evil], path=tmp_path / "r.html").read_text()
   assert "<script" not in page
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
-  path = tmp_path / "results.json"
-  files.write_json(path, {"a": 1})
-
-  def fail(*_):
-    raise OSError("disk full")
-
-  monkeypatch.setattr(os, "replace", fail)
-  with pytest.raises(OSError, match="disk full"):
-    files.write_json(path, {"a": 2})
-  assert json.loads(path.read_text()) == {"a": 1}
-  assert list(tmp_path.iterdir()) == [path]
 
 
 def test_bad_requests_are_named(report, tmp_path):

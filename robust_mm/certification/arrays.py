@@ -217,27 +217,12 @@ def _finite(margin, chosen, sensitivity, contributions):
 
 def _reduce(base: Certificate) -> Certificate:
   """Fills in the minima over all rivals."""
-  margin = base.rival_margins()
-  ball = "l2" if base.fusion == "additive" else "l1"
-  joint = margins.joint_ratios(margin, base.sensitivity, ball=ball)
-  nearest = jnp.argmin(joint, axis=-1)
-  # With all ratios infinite the minimum is anywhere, the prediction included.
-  endless = jnp.all(jnp.isposinf(joint), axis=-1)
-  nearest = jnp.where(endless, base.runner_up, nearest)
-  chosen = margins.one_hot(nearest, joint.shape[-1])
-  stacked = jnp.concatenate(
-    [margins.pick(base.sensitivity[name], chosen) for name in base.modalities],
-    axis=-1,
-  )
-  length = margins.norm(stacked)[..., None]
-  share = jnp.square(stacked / jnp.where(length > 0, length, 1))
-  ratios = margins.modality_ratios(margin, base.sensitivity)
+  nearest = base.joint_nearest_class()
+  ratios = margins.modality_ratios(base.rival_margins(), base.sensitivity)
   return dataclasses.replace(
     base,
-    radius=margins.radii(joint),
+    radius=base.joint_radius(),
     modality_radius={name: margins.radii(ratios[name]) for name in ratios},
     nearest_class=nearest,
-    vulnerability={
-      name: share[..., index] for index, name in enumerate(base.modalities)
-    },
+    vulnerability=base.sensitivity_shares(nearest),
   )

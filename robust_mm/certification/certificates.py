@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
+from jaxtyping import Int
 
 from robust_mm import _validate
 from robust_mm import margins
@@ -178,14 +179,35 @@ class Certificate:
       ball: ``"l2"`` (``radius``), ``"linf"`` (every :math:`\epsilon_m < r`) or
         ``"l1"`` (:math:`\sum_m \epsilon_m < r`).
     """
-    _validate.one_of(margins.BALLS, ball=ball)
-    dual = ball
-    if self.fusion == "joint":
-      # The largest root of sum_m (S_m eps_m)^2 over the ball.
-      dual = "l2" if ball == "linf" else "l1"
-    return margins.radii(
-      margins.joint_ratios(self.rival_margins(), self.sensitivity, ball=dual)
+    return margins.radii(self._joint_ratios(ball))
+
+  def joint_nearest_class(self, ball: str = "l2") -> Int[Array, "*b"]:
+    """The rival that sets ``joint_radius(ball)``; the runner-up where none."""
+    ratios = self._joint_ratios(ball)
+    # With all ratios infinite the minimum is anywhere, the prediction included.
+    endless = jnp.all(jnp.isposinf(ratios), axis=-1)
+    return jnp.where(endless, self.runner_up, jnp.argmin(ratios, axis=-1))
+
+  def sensitivity_shares(
+    self, rival: Int[Array, "*b"]
+  ) -> dict[str, Float[Array, "*b"]]:
+    """Each modality's share of the squared sensitivity towards ``rival``.
+
+    Args:
+      rival: int ``[b]``; at ``nearest_class`` the shares are ``vulnerability``.
+
+    Returns:
+      ``{m: [b]}``, in the certificate's units; the sum is 1, or 0 where no
+      modality matters.
+    """
+    chosen = margins.one_hot(rival, self.margins.shape[-1])
+    stacked = jnp.concatenate(
+      [margins.pick(self.sensitivity[m], chosen) for m in self.modalities],
+      axis=-1,
     )
+    length = margins.norm(stacked)[..., None]
+    share = jnp.square(stacked / jnp.where(length > 0, length, 1))
+    return {name: share[..., i] for i, name in enumerate(self.modalities)}
 
   def frontier(
     self, first: str, second: str, grid: Float[Array, " g"]
@@ -240,6 +262,16 @@ class Certificate:
     num_classes = self.margins.shape[-1]
     chosen = margins.one_hot(self.runner_up, num_classes)
     return jnp.where(chosen, self.margins, jnp.inf)
+
+  def _joint_ratios(self, ball):
+    _validate.one_of(margins.BALLS, ball=ball)
+    dual = ball
+    if self.fusion == "joint":
+      # The largest root of sum_m (S_m eps_m)^2 over the ball.
+      dual = "l2" if ball == "linf" else "l1"
+    return margins.joint_ratios(
+      self.rival_margins(), self.sensitivity, ball=dual
+    )
 
   def _drops(self, argument):
     """``c_m[y] - c_m[j]``: what removing a modality costs each margin."""

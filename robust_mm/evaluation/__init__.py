@@ -47,19 +47,21 @@ SCHEMA = {
   ),
   "certified": (
     "[{radius, modalities [...], accuracy, interval, num_examples, source, "
-    "sound, norm 2}]: a curve that holds the attack radii exactly; with sound "
-    "false the numbers are estimates and must not be called certified"
+    "sound, norm (2 or 'inf', the attacks')}]: a curve that holds the attack "
+    "radii exactly; with sound false the numbers are estimates and must not be "
+    "called certified"
   ),
   "region": (
     "null, or for two modalities {modalities [m1, m2], radii [grid1, grid2], "
-    "accuracy [len(grid1)][len(grid2)], source, sound}: both budgets at once"
+    "accuracy [len(grid1)][len(grid2)], source, sound, norm}: both budgets at "
+    "once"
   ),
   "vulnerability": (
     "null, or {modality: mean share of the squared sensitivity at the nearest "
     "class}; depends on the units"
   ),
   "tightness": (
-    "null, or {factors, flipped, num_examples, attack, sound}: share of "
+    "null, or {factors, flipped, num_examples, attack, sound, norm}: share of "
     "predictions flipped at multiples of each example's own joint radius"
   ),
   "units": "{modality: raw size of one unit of radius}",

@@ -137,12 +137,15 @@ class Device:
   """
 
   def __init__(self, params, state, *, sharding=None):
-    if isinstance(sharding, NamedSharding):
-      everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-      params, state = jax.device_put((params, state), everywhere)
-    self._params = params
-    self._state = state
     self._sharding = sharding
+    self._params, self._state = self.replicate((params, state))
+
+  def replicate(self, tree: Any) -> Any:
+    """The same arrays on every device of the mesh, where there is one."""
+    if not isinstance(self._sharding, NamedSharding):
+      return tree
+    mesh = self._sharding.mesh
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
   def compile(self, function: Callable, *, moved: bool = False) -> Callable:
     """``jax.jit``; results are replicated so that any host can read them.
@@ -157,10 +160,9 @@ class Device:
       with jax.default_matmul_precision(PRECISION):
         return function(*arguments)
 
-    if not isinstance(self._sharding, jax.sharding.NamedSharding):
+    if not isinstance(self._sharding, NamedSharding):
       return jax.jit(run)
-    spec = jax.sharding.PartitionSpec()
-    replicated = jax.sharding.NamedSharding(self._sharding.mesh, spec)
+    replicated = NamedSharding(self._sharding.mesh, PartitionSpec())
     out = (self._sharding, replicated) if moved else replicated
     return jax.jit(run, out_shardings=out)
 

@@ -1,6 +1,7 @@
 """Certificates of a whole data set, from the soundest source there is."""
 
 import dataclasses
+import math
 import time
 from typing import Any
 
@@ -19,14 +20,15 @@ class Bounds:
 
   Attributes:
     prediction: ``[n]``.
-    radius: ``[n]``, joint, in units.
+    radius: ``[n]``, joint, in units; the ball is that of an attack of ``norm``.
     modality_radius: ``{m: [n]}``.
-    nearest_class: ``[n]``.
+    nearest_class: ``[n]``, the rival that sets ``radius``.
     vulnerability: ``{m: [n]}`` shares.
     margins: ``[n, k]``.
     sensitivity: ``{m: [n, k]}``.
     source: ``"global"`` or ``"empirical"``.
     sound: False: the numbers are estimates.
+    norm: 2 or ``math.inf``, of every modality and of the joint ball.
   """
 
   prediction: Any
@@ -38,6 +40,11 @@ class Bounds:
   sensitivity: Any
   source: str
   sound: bool
+  norm: float
+
+
+class Refused(ValueError):
+  """The library will not certify a model; the message says why."""
 
 
 def is_mixed(model: Model, params, state, data: batches.Data) -> bool:
@@ -104,22 +111,22 @@ def certified(
   state,
   source: str,
   units,
+  norm: float,
   reference: Batch | None,
 ) -> tuple[Bounds, dict[str, float]]:
-  """Certificates of every example, and seconds spent on parts of the work.
+  r"""Certificates of every example, and seconds spent on parts of the work.
+
+  An attack of size r changes the inputs by at most r in :math:`\ell_2`, all
+  modalities together, or every entry of every modality by at most r. The joint
+  radius is of the same ball, so that the two can be compared.
 
   The tables are built once. Seconds: ``table_seconds``, compilation included,
   and one compiled call on a chunk, ``certify_chunk_seconds``.
+
+  Raises:
+    Refused: the library will not certify this model.
   """
-  start = time.perf_counter()
-  if source == "empirical":
-    tables = certification.empirical_tables(
-      model, params, reference, state=state
-    )
-  else:
-    tables = _global_tables(model, params)
-  tables = jax.block_until_ready(tables)
-  seconds = {"table_seconds": time.perf_counter() - start}
+  ball = "linf" if norm == math.inf else "l2"
 
   def certify(params, state, chunk, tables):
     certificate = certification.certify(
@@ -130,34 +137,62 @@ def certified(
       source=source,
       tables=tables,
       units=units,
+      norm=ball,
     )
-    return {name: getattr(certificate, name) for name in _BOUND_FIELDS}
+    nearest = certificate.joint_nearest_class(ball)
+    return {
+      "prediction": certificate.prediction,
+      "radius": certificate.joint_radius(ball),
+      "modality_radius": certificate.modality_radius,
+      "nearest_class": nearest,
+      "vulnerability": certificate.sensitivity_shares(nearest),
+      "margins": certificate.margins,
+      "sensitivity": certificate.sensitivity,
+    }
 
+  rows = np.arange(min(size, data.size))
+  start = time.perf_counter()
+  try:
+    tables = jax.block_until_ready(
+      make_tables(model, params, state, source=source, reference=reference)
+    )
+    seconds = {"table_seconds": time.perf_counter() - start}
+    # A refusal is met while tracing; an error of a run is none.
+    jax.eval_shape(certify, params, state, data.chunk(rows), tables)
+  except ValueError as error:
+    raise Refused(str(error)) from error
+  extra = (device.replicate(tables),)
   compiled = device.compile(certify)
 
   def run(rows):
-    extra = (tables,)
     return device.map(compiled, data, rows, size, extra=lambda number: extra)
 
   arrays = run(np.arange(data.size))
   start = time.perf_counter()
-  run(np.arange(min(size, data.size)))
+  run(rows)
   seconds["certify_chunk_seconds"] = time.perf_counter() - start
-  return Bounds(**arrays, source=source, sound=tables.sound), seconds
+  bounds = Bounds(**arrays, source=source, sound=tables.sound, norm=norm)
+  return bounds, seconds
 
 
-_BOUND_FIELDS = (
-  "prediction",
-  "radius",
-  "modality_radius",
-  "nearest_class",
-  "vulnerability",
-  "margins",
-  "sensitivity",
-)
+def make_tables(
+  model: Model,
+  params,
+  state,
+  *,
+  source: str,
+  reference: Batch | None,
+  form: str = "difference",
+) -> certification.SensitivityTables:
+  """Tables of a source; ``reference`` and ``form`` are of the estimate.
 
-
-def _global_tables(model, params) -> certification.SensitivityTables:
+  Raises:
+    ValueError: an encoder states no constant, or a bad one.
+  """
+  if source == "empirical":
+    return certification.empirical_tables(
+      model, params, reference, state=state, form=form
+    )
   # Many small operations one by one take seconds to compile.
   tables = jax.jit(
     lambda params: certification.sensitivity_tables(model, params)

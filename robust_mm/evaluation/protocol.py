@@ -30,7 +30,8 @@ class Protocol:
     radii: joint attack radii, ascending.
     modality_radii: radii for one modality alone, ascending: a tuple for every
       modality, or ``{m: tuple}``.
-    norm: 2 or ``math.inf``, of the attacks. Certificates are l2.
+    norm: 2 or ``math.inf``, of attacks and certificates: the size of a change
+      is that norm of all modalities together, each divided by its unit.
     attacks: keyword arguments of each attack, its factory under ``"name"``.
     units: None (raw), ``"relative"`` or ``{m: size of one unit}``.
     certificate: ``"auto"``, ``"global"``, ``"empirical"`` or None.
@@ -113,7 +114,9 @@ def standard(
     radii: joint radii: all modalities share one ball. Empty for none.
     modality_radii: radii for each modality alone: one sequence for all,
       ``{m: sequence}``, or None for the joint ones. Empty for none.
-    norm: 2 or infinity (``math.inf`` or ``"inf"``).
+    norm: 2 or infinity (``math.inf`` or ``"inf"``), of attacks and
+      certificates. A bound on the largest entry comes from the l2 one, divided
+      by the root of the number of inputs: sound, and further from the attacks.
     attack: ``{"name": factory in robust_mm.attacks, **its keyword arguments}``
       without norm, budget, units and valid_range; a sequence of such; or None
       for no attack.
@@ -126,7 +129,7 @@ def standard(
     batch_size: examples a device call, at most.
     max_examples: use so many evenly spaced examples; None for all.
     survivors_only: skip what a smaller perturbation has already broken.
-    tightness: with an l2 attack and a certificate, also attack each example at
+    tightness: with an attack and a certificate, also attack each example at
       these multiples of its own joint radius, the first attack only. At most 1
       nothing may flip. Empty for none.
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import jinja2
 
+from robust_mm import _files
 from robust_mm.evaluation import captions
 from robust_mm.evaluation import details
-from robust_mm.evaluation import files
 from robust_mm.evaluation import plots
 from robust_mm.evaluation import style
 from robust_mm.evaluation import texts
@@ -51,8 +51,8 @@ class Report:
     """
     path = pathlib.Path(path)
     if path.suffix != ".html":
-      files.write_json(path / RESULTS_FILE, self.results)
-      files.write_columns(path / EXAMPLES_FILE, self.examples)
+      _files.write_json(path / RESULTS_FILE, self.results)
+      _files.write_columns(path / EXAMPLES_FILE, self.examples)
     folders = None if path.suffix == ".html" else [path]
     return render(
       [self.results], histories=[history], folders=folders, path=path
@@ -107,10 +107,10 @@ def render(
   page = _template().render(**page, files=_places(results, folders, path))
   page = page.encode()
   if path.suffix == ".html":
-    return files.write_bytes(path, page)
+    return _files.write_bytes(path, page)
   for name, content in drawn.items():
-    files.write_bytes(path / PLOTS_FOLDER / f"{name}.png", content)
-  files.write_bytes(path / REPORT_FILE, page)
+    _files.write_bytes(path / PLOTS_FOLDER / f"{name}.png", content)
+  _files.write_bytes(path / REPORT_FILE, page)
   return path
 
 

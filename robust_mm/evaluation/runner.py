@@ -119,7 +119,7 @@ def evaluate(
     "tightness": tightness,
     "units": units,
     "checks": [
-      *summary.checks(cells, bounds, correct, protocol, data),
+      *summary.checks(cells, bounds, correct, data),
       *summary.tightness_checks(tightness),
     ],
     "examples": summary.example_entry(data, columns),
@@ -161,9 +161,7 @@ class _Session:
     size = min(protocol.batch_size, data.size)
     self._size = self._device.chunk_size(size)
     self._subsets = protocol.subset_names(data.names)
-    # Radii of examples are l2; another norm would compare unlike sizes.
-    comparable = protocol.norm == 2 and protocol.attacks
-    self._factors = protocol.tightness if comparable else ()
+    self._factors = protocol.tightness if protocol.attacks else ()
     self.timing = {}
     self.attack_settings, self._attackers = {}, {}
     self._forward = matrix.Forward(model, self._device, size=self._size)
@@ -247,7 +245,8 @@ class _Session:
     self.timing["tightness_seconds"] = time.perf_counter() - start
     if found is None:
       return None
-    return {**found, "attack": name, "sound": bounds.sound}
+    norm = protocol_lib.jsonable(bounds.norm)
+    return {**found, "attack": name, "sound": bounds.sound, "norm": norm}
 
   def certify(self, source, reason, reference, tick):
     """``(bounds of every example or None, the reason in words)``.
@@ -268,9 +267,10 @@ class _Session:
         state=self._state,
         source=source,
         units=self._units,
+        norm=self._protocol.norm,
         reference=reference,
       )
-    except ValueError as error:
+    except bounds_lib.Refused as error:
       if self._protocol.certificate != "auto":
         raise
       return None, f"The model was refused: {error}"
@@ -305,7 +305,7 @@ def _certificate_settings(protocol, bounds, reason) -> dict:
     "asked": protocol.certificate,
     "source": None if bounds is None else bounds.source,
     "sound": None if bounds is None else bounds.sound,
-    "norm": 2,
+    "norm": None if bounds is None else bounds.norm,
     "slack": certification.Slack()._asdict(),
     "reason": reason,
   }

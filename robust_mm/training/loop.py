@@ -192,7 +192,7 @@ def _begin(workdir, config, setup, recipe, primary) -> dict:
     "finished": {},
   }
   if primary:
-    runs.write_json(path, facts)
+    runs.save_facts(workdir, facts)
   return facts
 
 

@@ -2,25 +2,18 @@
 
 import contextlib
 import json
-import os
 import pathlib
 import time
 from typing import Any
 
 import ml_collections
 
+from robust_mm import _files
 from robust_mm import _validate
 
 CONFIG_FILE = "config.json"
 RUN_FILE = "run.json"
 LOCK_FILE = "lock"
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes whole or not at all."""
-  temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-  os.replace(temporary, path)
 
 
 @contextlib.contextmanager
@@ -84,7 +77,15 @@ def save_config(
 ) -> None:
   """Stores the configuration, unless the folder holds another run."""
   check_config(workdir, config)
-  write_json(workdir / CONFIG_FILE, json.loads(config.to_json()))
+  tree = json.loads(config.to_json())
+  # A user's own options may be infinite.
+  _files.write_json(workdir / CONFIG_FILE, tree, sort_keys=True, allow_nan=True)
+
+
+def save_facts(workdir: pathlib.Path, facts: dict) -> None:
+  """Stores what ``describe`` gives back."""
+  # A validation loss may be NaN.
+  _files.write_json(workdir / RUN_FILE, facts, sort_keys=True, allow_nan=True)
 
 
 # What may differ between the parts of a resumed run. The units decide the

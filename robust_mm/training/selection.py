@@ -69,7 +69,7 @@ def finish_phase(
     "verdict": sentence,
   }
   if jax.process_index() == 0:
-    runs.write_json(run.workdir / runs.RUN_FILE, run.facts)
+    runs.save_facts(run.workdir, run.facts)
   shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())
   run.say(
     f"phase {phase.name}: {sentence + '; ' if sentence else ''}keeps the "

@@ -1,14 +1,11 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all: bytes, JSON, CSV."""
 
 import csv
 import io
 import json
 import os
 import pathlib
-import tempfile
 from typing import Any
-
-from robust_mm.evaluation import protocol as protocol_lib
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> pathlib.Path:
@@ -21,28 +18,25 @@ def write_bytes(path: pathlib.Path, content: bytes) -> pathlib.Path:
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  handle, temporary = tempfile.mkstemp(
-    dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
-  )
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
-    with os.fdopen(handle, "wb") as file:
-      file.write(content)
-    # mkstemp makes private files; a report is as readable as any other file.
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(temporary, 0o666 & ~umask)
+    temporary.write_bytes(content)
     os.replace(temporary, path)
   except BaseException:
-    pathlib.Path(temporary).unlink(missing_ok=True)
+    temporary.unlink(missing_ok=True)
     raise
   return path
 
 
-def write_json(path: pathlib.Path, value: Any) -> pathlib.Path:
-  """Strict JSON: no NaN, no infinity."""
-  text = json.dumps(
-    protocol_lib.jsonable(value), indent=2, allow_nan=False, sort_keys=False
-  )
+def write_json(
+  path: pathlib.Path,
+  value: Any,
+  *,
+  sort_keys: bool = False,
+  allow_nan: bool = False,
+) -> pathlib.Path:
+  """Strict JSON unless ``allow_nan``: ValueError for NaN and infinity."""
+  text = json.dumps(value, indent=2, allow_nan=allow_nan, sort_keys=sort_keys)
   return write_bytes(path, (text + "\n").encode())
 
 

@@ -1,0 +1,215 @@
+"""``robust-mm certify``: what a run's certificates say, a row per example."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from robust_mm import _files
+from robust_mm import _validate
+from robust_mm import certification
+from robust_mm import data
+from robust_mm import training
+from robust_mm.evaluation import bounds
+from robust_mm.training import runs
+from robust_mm.training import setup as setup_lib
+from robust_mm.training import sharding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+  """What is asked of every certificate.
+
+  Attributes:
+    radii: sizes of the joint ball and of each modality alone.
+    budgets: ``{m: size}`` each, all modalities at once.
+    max_missing: how many modalities may go missing besides every budget.
+    norm: ``"l2"``, ``"linf"`` or ``"l1"``, of a modality and of the joint ball.
+    units: ``{m: raw size of one unit}``, or None for 1.
+    fidelity: ``"corrected"`` or ``"published"``.
+  """
+
+  radii: tuple[float, ...]
+  budgets: tuple[dict[str, float], ...]
+  max_missing: int
+  norm: str
+  units: Any
+  fidelity: str
+
+
+def write(
+  folder: pathlib.Path,
+  *,
+  radii: tuple[float, ...],
+  budgets: tuple[dict[str, float], ...] = (),
+  max_missing: int = 0,
+  output: str | None = None,
+  source: str = "global",
+  units: str | None = None,
+  norm: str | None = None,
+  fidelity: str = "corrected",
+  split: str = "test",
+  phase: str | None = None,
+  limit: int | None = None,
+) -> None:
+  """Certifies a split of a run's data, writes the rows, prints the shares.
+
+  Args:
+    folder: the run.
+    radii: see ``Question``, as ``budgets``, ``max_missing`` and ``fidelity``.
+    output: the CSV file; ``certificates.csv`` in the folder by default.
+    source: ``"global"`` or ``"empirical"`` constants.
+    units: ``"raw"`` or ``"relative"``; the run's evaluation units by default.
+    norm: the run's evaluation norm by default.
+    split: of the data.
+    phase: whose model to take.
+    limit: at most so many examples.
+
+  Raises:
+    UserError: a sentence; nothing has been written.
+  """
+  model, params, state, config = training.load(folder, phase=phase)
+  facts = runs.describe(folder)
+  units = units or config.evaluation.units
+  question = Question(
+    radii=radii,
+    budgets=budgets or (({},) if max_missing else ()),
+    max_missing=max_missing,
+    norm=norm or config.evaluation.norm,
+    units=setup_lib.resolve_units(units, facts, "--units"),
+    fidelity=fidelity,
+  )
+  rows = setup_lib.open_split(config, split, limit=limit)
+  setup_lib.check_same_data(rows, facts)
+  with _validate.user_errors():
+    tables = _tables(model, params, state, config, source, fidelity)
+    found = _certificates(
+      model, params, state, tables, question, rows, config.evaluation.batch_size
+    )
+  target = pathlib.Path(output) if output else folder / "certificates.csv"
+  batch = rows.batch()
+  columns = _columns(found, question, batch, sound=tables.sound)
+  _files.write_columns(target, columns)
+  word = "certified" if tables.sound else "estimated (not certified)"
+  print(
+    f"{word} accuracy, {len(rows)} {split} examples, {question.norm} norm, "
+    f"{units} units"
+  )
+  right = found["prediction"] == batch["label"]
+  print("\n".join(_lines(found, question, right)))
+  print(f"rows: {target}")
+
+
+def _tables(model, params, state, config, source, fidelity):
+  reference = None
+  if source == "empirical":
+    train = setup_lib.open_split(config, "train")
+    reference = setup_lib.reference_batch(train)
+  form = "split" if fidelity == "published" else "difference"
+  return bounds.make_tables(
+    model, params, state, source=source, reference=reference, form=form
+  )
+
+
+def _certificates(model, params, state, tables, question, rows, batch_size):
+  """Answers for every row, as NumPy arrays."""
+  mesh = sharding.make_mesh()
+  params, state, tables = jax.device_put(
+    (params, state, tables), sharding.replicated(mesh)
+  )
+
+  @jax.jit
+  def run(params, state, tables, batch):
+    found = certification.certify(
+      model,
+      params,
+      batch,
+      state=state,
+      tables=tables,
+      units=question.units,
+      norm=question.norm,
+      fidelity=question.fidelity,
+    )
+    return {
+      "prediction": found.prediction,
+      "radius": found.joint_radius(question.norm),
+      "modality_radius": found.modality_radius,
+      "nearest_class": found.joint_nearest_class(question.norm),
+      "valid": found.valid,
+      "covers": [
+        found.covers(budget, question.max_missing)
+        for budget in question.budgets
+      ],
+    }
+
+  return sharding.map_batches(
+    lambda batch: run(params, state, tables, batch),
+    data.evaluation_batches(
+      rows, sharding.padded_size(batch_size, len(rows), mesh)
+    ),
+    sharding.batch_sharding(mesh),
+  )
+
+
+def _columns(found, question, batch, *, sound: bool) -> dict:
+  """The CSV file; what is no guarantee says so in its name."""
+  prefix = "" if sound else "estimated_"
+  alone = sorted(found["modality_radius"].items())
+  columns = {
+    "id": batch["id"],
+    "label": batch["label"],
+    "prediction": found["prediction"],
+    "correct": found["prediction"] == batch["label"],
+    f"{prefix}radius": found["radius"],
+  }
+  for name, reach in alone:
+    columns[f"{prefix}radius_{name}"] = reach
+  columns["nearest_class"] = found["nearest_class"]
+  columns["valid"] = found["valid"]
+  # About the prediction, right or wrong: "certified accuracy" needs both.
+  for radius in question.radii:
+    columns[f"{prefix}stable_at_{radius:g}"] = found["radius"] > radius
+  for radius in question.radii:
+    for name, reach in alone:
+      columns[f"{prefix}stable_at_{radius:g}_{name}"] = reach > radius
+  for budget, covered in zip(question.budgets, found["covers"]):
+    words = [f"{name}={size:.9g}" for name, size in budget.items()]
+    if question.max_missing:
+      words.append(f"max_missing={question.max_missing}")
+    columns[f"{prefix}covers_{'+'.join(words)}"] = covered
+  # A radius without its norm and units says nothing.
+  size = len(batch["id"])
+  columns["norm"] = [question.norm] * size
+  for name, _ in alone:
+    columns[f"unit_{name}"] = [(question.units or {}).get(name, 1.0)] * size
+  return columns
+
+
+def _lines(found, question, right) -> list[str]:
+  """Accuracies: a table of radii, then one line a budget."""
+  counted = found["valid"]
+  names = sorted(found["modality_radius"])
+  reaches = [found["radius"], *(found["modality_radius"][n] for n in names)]
+  table = [["radius", "joint", *(f"only {name}" for name in names)]]
+  table.append(["clean", *[_share(right, counted)] * len(reaches)])
+  for radius in question.radii:
+    shares = [_share(right & (reach > radius), counted) for reach in reaches]
+    table.append([f"{radius:g}", *shares])
+  widths = [max(map(len, column)) for column in zip(*table)]
+  lines = [
+    "  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in table
+  ]
+  for budget, covered in zip(question.budgets, found["covers"]):
+    sizes = ",".join(f"{name}={size:.9g}" for name, size in budget.items())
+    words = [f"budget {sizes}"] if budget else []
+    if question.max_missing:
+      words.append(f"any {question.max_missing} missing")
+    share = _share(right & covered, counted)
+    lines.append(f"  {', '.join(words)}: {share}")
+  return lines
+
+
+def _share(hits, counted) -> str:
+  return f"{np.mean(hits[counted]):.4f}" if counted.any() else "-"

@@ -1,0 +1,256 @@
+"""robust-mm certify: rows and shares are those of the library's certificate."""
+
+import csv
+import re
+import sys
+
+import numpy as np
+import pytest
+
+import robust_mm
+from robust_mm import certification
+from robust_mm import cli
+from robust_mm import data
+
+SIZE = 90
+RADII = (0.02, 0.1)
+BUDGETS = ({"left": 0.05, "right": 0.01}, {"right": 0.08})
+SHORT = (
+  "--config.num_steps=60",
+  "--config.data.max_train_examples=400",
+  "--config.training.eval_every=60",
+  "--config.training.checkpoint_every=60",
+)
+
+
+def run(capsys, *arguments):
+  """(exit code, standard output, standard error)."""
+  try:
+    code = cli.main(list(arguments))
+  except SystemExit as stop:
+    code = stop.code
+  out = capsys.readouterr()
+  return code, out.out, out.err
+
+
+def train(folder, name):
+  config = f"--config=configs/crmt.py:{name}"
+  assert cli.main(["train", config, f"--workdir={folder}", *SHORT]) == 0
+  return folder
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  return train(tmp_path_factory.mktemp("run"), "digits,smoke")
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+  return train(tmp_path_factory.mktemp("run"), "digits,published,smoke")
+
+
+def certify(capsys, workdir, output, *options):
+  """``(printed lines, {column: values})`` of one command."""
+  code, out, err = run(
+    capsys,
+    "certify",
+    f"--workdir={workdir}",
+    f"--output={output}",
+    f"--limit={SIZE}",
+    *options,
+  )
+  assert code == 0, err
+  with output.open(newline="") as file:
+    rows = list(csv.DictReader(file))
+  assert len(rows) == SIZE
+  return out, {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def numbers(columns, name):
+  return np.array([float(value) for value in columns[name]])
+
+
+def flags(words):
+  return [
+    f"--budget={','.join(f'{m}={size}' for m, size in budget.items())}"
+    for budget in words
+  ]
+
+
+def reference(workdir, **options):
+  """The certificate and labels, straight from the library."""
+  model, params, state, config = robust_mm.load(workdir)
+  batch = data.load("digits", split="test", limit=SIZE)
+  if "tables" in options:
+    training = data.load(
+      "digits", split="train", limit=config.data.max_train_examples
+    )
+    options["tables"] = options["tables"](model, params, training, state=state)
+  found = robust_mm.certify(model, params, batch, state=state, **options)
+  return found, np.asarray(batch["label"])
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf", "l1"])
+def test_rows_and_shares_are_those_of_the_certificate(
+  capsys, tmp_path, workdir, norm
+):
+  out, columns = certify(
+    capsys,
+    workdir,
+    tmp_path / "rows.csv",
+    f"--norm={norm}",
+    "--radius=0.02,0.1",
+    *flags(BUDGETS),
+  )
+  found, label = reference(workdir, norm=norm)
+  reach = {
+    "": found.joint_radius(norm),
+    "_left": found.modality_radius["left"],
+    "_right": found.modality_radius["right"],
+  }
+  for suffix, radius in reach.items():
+    np.testing.assert_allclose(
+      numbers(columns, f"radius{suffix}"), radius, rtol=1e-4, atol=1e-6
+    )
+  right = numbers(columns, "prediction") == label
+  np.testing.assert_array_equal(numbers(columns, "correct"), right)
+  for radius in RADII:
+    (line,) = re.findall(rf"^  {radius:g} +(.*)$", out, re.MULTILINE)
+    for text, (suffix, sizes) in zip(line.split(), reach.items(), strict=True):
+      stable = numbers(columns, f"stable_at_{radius:g}{suffix}")
+      np.testing.assert_array_equal(stable, np.asarray(sizes) > radius)
+      assert float(text) == pytest.approx(
+        np.mean(right & (stable > 0)), abs=6e-5
+      )
+  for budget in BUDGETS:
+    name = "+".join(f"{m}={size}" for m, size in budget.items())
+    covered = numbers(columns, f"covers_{name}")
+    np.testing.assert_array_equal(covered, found.covers(budget))
+    share = certification.certified_accuracy(found, label, budgets=budget)
+    assert f"budget {name.replace('+', ',')}: {float(share):.4f}\n" in out
+    assert 0 < float(share) < right.mean(), "the budget decides nothing"
+  assert set(columns["norm"]) == {norm}
+  assert f"certified accuracy, {SIZE} test examples, {norm} norm" in out
+
+
+@pytest.mark.parametrize("budgets", [BUDGETS, ()], ids=["budgets", "alone"])
+def test_missing_modalities_are_asked_of_every_budget_or_of_none(
+  capsys, tmp_path, workdir, budgets
+):
+  out, columns = certify(
+    capsys,
+    workdir,
+    tmp_path / "rows.csv",
+    "--max-missing=1",
+    *flags(budgets),
+  )
+  found, label = reference(workdir)
+  for budget in budgets or ({},):
+    words = [f"{m}={size}" for m, size in budget.items()]
+    covered = numbers(columns, f"covers_{'+'.join([*words, 'max_missing=1'])}")
+    np.testing.assert_array_equal(covered, found.covers(budget, 1))
+    assert np.mean(covered) < np.mean(found.covers(budget))
+    share = certification.certified_accuracy(
+      found, label, budgets=budget, max_missing=1
+    )
+    assert f"any 1 missing: {float(share):.4f}\n" in out
+  assert len([c for c in columns if c.startswith("covers")]) == max(
+    len(budgets), 1
+  )
+
+
+def test_units_and_norm_stand_in_the_file(capsys, tmp_path, workdir):
+  _, raw = certify(capsys, workdir, tmp_path / "raw.csv")
+  _, relative = certify(
+    capsys, workdir, tmp_path / "relative.csv", "--units=relative"
+  )
+  for name in ("left", "right"):
+    assert set(raw[f"unit_{name}"]) == {"1"}
+    unit = numbers(relative, f"unit_{name}")
+    assert np.all(unit == unit[0])
+    np.testing.assert_allclose(
+      numbers(relative, f"radius_{name}") * unit,
+      numbers(raw, f"radius_{name}"),
+      rtol=1e-4,
+    )
+
+
+def test_published_formula_is_estimated_in_every_word(
+  capsys, tmp_path, published
+):
+  out, columns = certify(
+    capsys,
+    published,
+    tmp_path / "rows.csv",
+    "--fidelity=published",
+    "--budget=left=0.05",
+    "--max-missing=1",
+  )
+  found, _ = reference(
+    published,
+    fidelity="published",
+    tables=lambda *arguments, **options: certification.empirical_tables(
+      *arguments, form="split", **options
+    ),
+  )
+  assert found.rival == "runner_up"
+  assert not found.sound
+  np.testing.assert_allclose(
+    numbers(columns, "estimated_radius"), found.radius, rtol=1e-3, atol=1e-6
+  )
+  np.testing.assert_array_equal(
+    numbers(columns, "nearest_class"), found.runner_up
+  )
+  assert "estimated (not certified) accuracy" in out
+  assert not re.search("certified", out.replace("not certified", ""))
+  words = ("radius", "stable", "covers")
+  claims = [c for c in columns if any(word in c for word in words)]
+  assert "estimated_covers_left=0.05+max_missing=1" in claims
+  assert all(c.startswith("estimated_") for c in claims)
+
+
+@pytest.mark.parametrize(
+  "options, sentence",
+  [
+    (("--budget=lft=0.1",), "'lft'.*left, right.*Did you mean 'left'"),
+    (("--budget=left=0.1", "--budget=up=0.1"), "'up'"),
+    (("--budget=left=-0.1",), "at least 0.*left=-0.1"),
+    (("--budget=left=nan",), "at least 0.*left=nan"),
+    (("--budget=left",), "--budget.*got left"),
+    (("--budget=left=1,left=2",), "left=1,left=2"),
+    (("--max-missing=3",), "--max-missing must be at most 2"),
+    (("--max-missing=-1",), "--max-missing.*-1"),
+    (("--norm=l3",), "--norm.*l3"),
+    (("--fidelity=publishd",), "--fidelity.*publishd"),
+    (("--fidelity=published", "--source=global"), "--source=global"),
+    (("--output=nowhere/rows.csv",), "--output: nowhere"),
+    (("--output=.",), "--output: . is a folder"),
+  ],
+)
+def test_mistake_is_answered_without_jax_and_leaves_nothing(
+  capsys, tmp_path, monkeypatch, workdir, options, sentence
+):
+  monkeypatch.chdir(tmp_path)
+  # Whatever needs jax begins with this import.
+  monkeypatch.delattr(robust_mm, "commands", raising=False)
+  monkeypatch.setitem(sys.modules, "robust_mm.commands", None)
+  code, _, err = run(capsys, "certify", f"--workdir={workdir}", *options)
+  assert code == 2
+  assert err.count("\n") == 1, err
+  assert re.search(sentence, err), err
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_refusal_of_the_library_is_a_sentence_and_leaves_the_old_rows(
+  capsys, tmp_path, published
+):
+  target = tmp_path / "rows.csv"
+  target.write_text("old")
+  code, out, err = run(
+    capsys, "certify", f"--workdir={published}", f"--output={target}"
+  )
+  assert (code, out) == (2, "")
+  assert err.count("\n") == 1
+  assert "states no Lipschitz bound" in err
+  assert target.read_text() == "old"
+  assert list(tmp_path.iterdir()) == [target]
