@@ -77,14 +77,12 @@ def get_config(argument: str = ""):
   dataset, variants = base.parse(argument, datasets=DATASETS, flags=VARIANTS)
   config = base.default()
   config.data.name = dataset
-  config.data.batch_size = BATCH.get(dataset, 256)
-  config.num_steps = STEPS[dataset]
   config.model.fusion = "orthogonal"
   config.training.eval_every = 100
   if "published" in variants:
     _published(config, dataset)
   else:
-    _corrected(config, dataset, variants)
+    _corrected(config, dataset)
   config.recipe.options.variant = next(
     (v for v in ("AT", "Mix") if v in variants), "JT"
   )
@@ -105,8 +103,10 @@ def get_config(argument: str = ""):
   return config
 
 
-def _corrected(config, dataset: str, variants) -> None:
+def _corrected(config, dataset: str) -> None:
   raw = dataset in RAW
+  config.data.batch_size = BATCH.get(dataset, 256)
+  config.num_steps = STEPS[dataset]
   config.model.encoders = ENCODERS[dataset]
   config.model.normalization = "centre" if raw else "scale"
   config.recipe.name = "crmt"
@@ -142,6 +142,12 @@ def _published(config, dataset: str) -> None:
   config.recipe.name = "crmt"
   config.recipe.options.fidelity = "published"
   config.recipe.options.rho = 2.0
+  config.data.batch_size = 64
+  config.num_steps = 0
+  config.num_epochs = 140
   config.optimizer.name = "sgd"
-  config.optimizer.lr = 1e-2
+  config.optimizer.lr = 1e-3
+  config.optimizer.weight_decay = 1e-4
+  config.optimizer.schedule = "step"
+  config.optimizer.milestones = (60 / 140, 120 / 140)
   config.selection.metric = "accuracy"

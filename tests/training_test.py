@@ -10,6 +10,7 @@ import pytest
 
 import robust_mm
 from robust_mm import _validate
+from robust_mm import certification
 from robust_mm import config as config_lib
 from robust_mm import training
 from robust_mm.training import runs
@@ -102,6 +103,62 @@ def test_step_two_leaves_everything_but_alpha_bit_identical(tmp_path):
   for name, value in margins.items():
     if not name.startswith("fusion/integration"):
       np.testing.assert_array_equal(value, integration[name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+  "r0, radius, verdict", [(0.1, 100.0, "accepted"), (100.0, 0.01, "no ")]
+)
+def test_step_two_is_judged_at_r0_and_not_at_the_radius_of_selection(
+  tmp_path, r0, radius, verdict
+):
+  """Beyond 100 nothing is certified, so nothing can rise there."""
+  config = load(
+    "configs/crmt.py:digits",
+    "num_steps=40",
+    "recipe.options.integration_steps=60",
+    "recipe.options.integration_lr=0.1",
+    "recipe.options.lipschitz={'left': 9.0, 'right': 1.0}",
+    "recipe.options.clean_tolerance=1.0",
+    "optimizer.warmup_steps=0",
+    f"recipe.options.r0={r0}",
+    f"selection.radius={radius}",
+  )
+  train(config, tmp_path)
+  finished = runs.describe(tmp_path)["finished"]["integration"]
+  assert finished["verdict"].startswith(verdict)
+  assert (
+    f"accuracy at radius {r0:g} with the constants given"
+    in (finished["verdict"])
+  )
+  taken = "integration" if verdict == "accepted" else "margins"
+  assert finished["model"] == taken
+
+
+@pytest.mark.parametrize(
+  "variant, words, taken",
+  [
+    ("", "no improvement, not taken", "margins"),
+    (",published", "acceptance would have refused it", "integration"),
+  ],
+)
+def test_only_the_corrected_form_obeys_acceptance(
+  tmp_path, monkeypatch, variant, words, taken
+):
+  real = certification.accept_integration
+
+  def refuse(*arguments, **keywords):
+    return np.asarray(False), real(*arguments, **keywords)[1]
+
+  monkeypatch.setattr(certification, "accept_integration", refuse)
+  train(load(f"configs/crmt.py:digits{variant},smoke"), tmp_path)
+  finished = runs.describe(tmp_path)["finished"]["integration"]
+  assert words in finished["verdict"]
+  assert finished["model"] == taken
+  alpha = "fusion/integration/alpha"
+  same = np.array_equal(
+    leaves(tmp_path, "margins")[alpha], leaves(tmp_path)[alpha]
+  )
+  assert same == (taken == "margins")
 
 
 def test_non_finite_loss_stops_with_a_sentence(tmp_path):
@@ -200,6 +257,7 @@ def test_a_run_resumes_on_another_number_of_devices(tmp_path, whole):
     ("recipe.options.units=relatve", "Did you mean 'relative'"),
     ("recipe.options.units={'lift': 2.0}", "Did you mean 'left'"),
     ("recipe.options.no_such_option=1", "no_such_option"),
+    ("optimizer.schedule=step", "optimizer.milestones must name"),
   ],
 )
 def test_mistakes_in_a_run_are_sentences(tmp_path, override, sentence):
