@@ -6,6 +6,12 @@ The argument names the data set (digits, av_digits, utd_mhad, mfeat, mosi,
 arrays) and, after a comma, a variant: AT (adversarial inputs), Mix (mixup),
 published (ordinary encoders, the published losses, nothing certified), radius
 (the certified-radius loss alone), smoke (a few steps of everything).
+
+``published`` keeps the published rate of 1e-3, which underfits a set as small
+as digits: 0.944 on the test set (mean of seeds 0, 1, 2: .947, .950, .936) and
+0.970 on the training set, against 0.964 (.967, .956, .969) and 0.998 with
+``--config.optimizer.lr=1e-2`` and all else equal. It takes 140 epochs for step
+1 and 45 for step 2, on digits about a minute on two cores.
 """
 
 from robust_mm import config as base
@@ -142,6 +148,7 @@ def _published(config, dataset: str) -> None:
   config.recipe.name = "crmt"
   config.recipe.options.fidelity = "published"
   config.recipe.options.rho = 2.0
+  # Kinetics-Sounds' schedule: the rate falls every 60 of 140 epochs.
   config.data.batch_size = 64
   config.num_steps = 0
   config.num_epochs = 140
