@@ -92,46 +92,51 @@ def test_another_seed_gives_other_parameters(tmp_path, whole):
   assert any(np.any(mine[name] != other[name]) for name in mine)
 
 
-def test_step_two_leaves_everything_but_alpha_bit_identical(tmp_path):
-  config = load(
-    "configs/crmt.py:digits,smoke",
-    "recipe.options.clean_tolerance=1.0",
-    "selection.radius=0.0",
-  )
-  train(config, tmp_path)
-  margins, integration = leaves(tmp_path, "margins"), leaves(tmp_path)
-  for name, value in margins.items():
-    if not name.startswith("fusion/integration"):
-      np.testing.assert_array_equal(value, integration[name], err_msg=name)
-
-
-@pytest.mark.parametrize(
-  "r0, radius, verdict", [(0.1, 100.0, "accepted"), (100.0, 0.01, "no ")]
-)
-def test_step_two_is_judged_at_r0_and_not_at_the_radius_of_selection(
-  tmp_path, r0, radius, verdict
-):
-  """Beyond 100 nothing is certified, so nothing can rise there."""
+def train_for_changed_threat(workdir, *, r0, radius):
+  """What ``run.json`` says of step 2, judged at r0, selected at radius."""
   config = load(
     "configs/crmt.py:digits",
     "num_steps=40",
+    "optimizer.warmup_steps=0",
     "recipe.options.integration_steps=60",
     "recipe.options.integration_lr=0.1",
     "recipe.options.lipschitz={'left': 9.0, 'right': 1.0}",
     "recipe.options.clean_tolerance=1.0",
-    "optimizer.warmup_steps=0",
     f"recipe.options.r0={r0}",
     f"selection.radius={radius}",
   )
-  train(config, tmp_path)
-  finished = runs.describe(tmp_path)["finished"]["integration"]
-  assert finished["verdict"].startswith(verdict)
-  assert (
-    f"accuracy at radius {r0:g} with the constants given"
-    in (finished["verdict"])
+  train(config, workdir)
+  return runs.describe(workdir)["finished"]["integration"]
+
+
+@pytest.fixture(scope="module")
+def accepted(tmp_path_factory):
+  """(folder, what it says) of a run whose step 2 is worth having."""
+  workdir = tmp_path_factory.mktemp("accepted")
+  return workdir, train_for_changed_threat(workdir, r0=0.1, radius=100.0)
+
+
+def test_step_two_leaves_everything_but_alpha_bit_identical(accepted):
+  workdir, _ = accepted
+  margins, integration = leaves(workdir, "margins"), leaves(workdir)
+  for name, value in margins.items():
+    same = np.array_equal(value, integration[name])
+    assert same == (name != "fusion/integration/alpha"), name
+
+
+def test_step_two_is_judged_at_r0_and_not_at_the_radius_of_selection(
+  accepted, tmp_path
+):
+  """Beyond 100 nothing is certified, so nothing can rise there."""
+  _, near = accepted
+  assert near["model"] == "integration"
+  assert near["verdict"].startswith(
+    "accepted: certified accuracy at radius 0.1"
   )
-  taken = "integration" if verdict == "accepted" else "margins"
-  assert finished["model"] == taken
+  far = train_for_changed_threat(tmp_path, r0=100.0, radius=0.01)
+  assert far["model"] == "margins"
+  assert far["verdict"].startswith("no improvement, not taken: ")
+  assert "at radius 100 with the constants given" in far["verdict"]
 
 
 @pytest.mark.parametrize(
