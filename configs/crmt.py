@@ -6,6 +6,12 @@ The argument names the data set (digits, av_digits, utd_mhad, mfeat, mosi,
 arrays) and, after a comma, a variant: AT (adversarial inputs), Mix (mixup),
 published (ordinary encoders, the published losses, nothing certified), radius
 (the certified-radius loss alone), smoke (a few steps of everything).
+
+``published`` keeps the published rate of 1e-3, which underfits a set as small
+as digits: 0.944 on the test set (mean of seeds 0, 1, 2: .947, .950, .936) and
+0.970 on the training set, against 0.964 (.967, .956, .969) and 0.998 with
+``--config.optimizer.lr=1e-2`` and all else equal. It takes 140 epochs for step
+1 and 45 for step 2, on digits about a minute on two cores.
 """
 
 from robust_mm import config as base
@@ -77,14 +83,12 @@ def get_config(argument: str = ""):
   dataset, variants = base.parse(argument, datasets=DATASETS, flags=VARIANTS)
   config = base.default()
   config.data.name = dataset
-  config.data.batch_size = BATCH.get(dataset, 256)
-  config.num_steps = STEPS[dataset]
   config.model.fusion = "orthogonal"
   config.training.eval_every = 100
   if "published" in variants:
     _published(config, dataset)
   else:
-    _corrected(config, dataset, variants)
+    _corrected(config, dataset)
   config.recipe.options.variant = next(
     (v for v in ("AT", "Mix") if v in variants), "JT"
   )
@@ -105,8 +109,10 @@ def get_config(argument: str = ""):
   return config
 
 
-def _corrected(config, dataset: str, variants) -> None:
+def _corrected(config, dataset: str) -> None:
   raw = dataset in RAW
+  config.data.batch_size = BATCH.get(dataset, 256)
+  config.num_steps = STEPS[dataset]
   config.model.encoders = ENCODERS[dataset]
   config.model.normalization = "centre" if raw else "scale"
   config.recipe.name = "crmt"
@@ -142,6 +148,13 @@ def _published(config, dataset: str) -> None:
   config.recipe.name = "crmt"
   config.recipe.options.fidelity = "published"
   config.recipe.options.rho = 2.0
+  # Kinetics-Sounds' schedule: the rate falls every 60 of 140 epochs.
+  config.data.batch_size = 64
+  config.num_steps = 0
+  config.num_epochs = 140
   config.optimizer.name = "sgd"
-  config.optimizer.lr = 1e-2
+  config.optimizer.lr = 1e-3
+  config.optimizer.weight_decay = 1e-4
+  config.optimizer.schedule = "step"
+  config.optimizer.milestones = (60 / 140, 120 / 140)
   config.selection.metric = "accuracy"

@@ -28,7 +28,9 @@ def default() -> ml_collections.ConfigDict:
   """Every key a run reads, with its default; config files fill in the rest."""
   config = ml_collections.ConfigDict()
   config.seed = 0
+  # How long the recipe's first phase is: one of the two, the other is 0.
   config.num_steps = 1000
+  config.num_epochs = 0  # passes over the training set
 
   config.data = ml_collections.ConfigDict()
   config.data.name = "digits"
@@ -53,9 +55,12 @@ def default() -> ml_collections.ConfigDict:
   config.optimizer = ml_collections.ConfigDict()
   config.optimizer.name = "adam"
   config.optimizer.lr = 1e-3
-  config.optimizer.b1 = 0.9  # momentum of sgd
-  config.optimizer.b2 = 0.999  # unused by sgd
+  config.optimizer.b1 = 0.9  # momentum of sgd and nesterov
+  config.optimizer.b2 = 0.999  # unused by sgd and nesterov
   config.optimizer.schedule = "cosine"
+  # Schedule "step": shares of the steps at which the rate drops, and by what.
+  config.optimizer.milestones = ()
+  config.optimizer.milestone_factor = 0.1
   config.optimizer.warmup_steps = 0
   config.optimizer.weight_decay = 0.0
   config.optimizer.clip_norm = 0.0  # 0 = no clipping
@@ -119,6 +124,7 @@ def parse(
 def shrink(config: ml_collections.ConfigDict) -> None:
   """The smoke form of a configuration: every part runs, nothing is learnt."""
   config.num_steps = 4
+  config.num_epochs = 0
   config.optimizer.warmup_steps = 0
   config.data.batch_size = 16
   config.data.max_train_examples = 64
@@ -308,7 +314,6 @@ def _check(config: ml_collections.ConfigDict) -> None:
       "config.evaluation.num_steps": settings.num_steps,
       "config.evaluation.num_restarts": settings.num_restarts,
       "config.evaluation.batch_size": settings.batch_size,
-      "config.num_steps": config.num_steps,
       "config.data.batch_size": config.data.batch_size,
       "config.training.log_every": config.training.log_every,
       "config.training.eval_every": config.training.eval_every,
@@ -316,6 +321,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
       "config.training.keep_checkpoints": config.training.keep_checkpoints,
     },
   )
+  _check_length(config)
   _validate.positive(**{"config.optimizer.lr": config.optimizer.lr})
   _validate.non_negative(
     **{
@@ -331,6 +337,18 @@ def _check(config: ml_collections.ConfigDict) -> None:
     for value in config.evaluation[key]:
       _validate.positive(**{f"config.evaluation.{key}": value})
   _check_rules(config.mesh.rules)
+
+
+def _check_length(config: ml_collections.ConfigDict) -> None:
+  _validate.at_least(0, **{"config.num_epochs": config.num_epochs})
+  if not config.num_epochs:
+    _validate.at_least(1, **{"config.num_steps": config.num_steps})
+  elif config.num_steps:
+    raise _validate.UserError(
+      f"config.num_steps ({config.num_steps}) and config.num_epochs "
+      f"({config.num_epochs}) both set the length of training; set the other "
+      f"one to 0."
+    )
 
 
 def _check_rules(rules) -> None:

@@ -262,6 +262,33 @@ def test_clean_accuracy_may_fall_by_max_drop_only(drop, accepted):
   assert bool(found) == accepted
 
 
+@pytest.mark.parametrize(
+  "size, lost, accepted", [(100, 1, True), (160, 2, False), (200, 2, True)]
+)
+def test_a_hundredth_of_clean_accuracy_is_counted_in_examples(
+  size, lost, accepted
+):
+  # All turn to b: half gain radius, the lost ones are right by a alone.
+  difference = {"a": np.full(size, 1.0), "b": np.full(size, 1.0)}
+  difference["a"][: size // 2], difference["b"][: size // 2] = -0.1, 0.6
+  difference["b"][-lost:] = -0.1
+  scores = {
+    m: jnp.asarray(np.stack([d / 2, -d / 2], axis=-1), jnp.float32)
+    for m, d in difference.items()
+  }
+  found, metrics = certification.accept_integration(
+    {m: jnp.ones(2) for m in "ab"},
+    {"a": jnp.full(2, 1e-3), "b": jnp.ones(2)},
+    scores,
+    np.zeros(size, int),
+    {m: jnp.ones(size, bool) for m in "ab"},
+    {m: 1.0 for m in "ab"},
+    r0=0.3,
+  )
+  np.testing.assert_allclose(metrics["accuracy_after"], 1 - lost / size)
+  assert bool(found) == accepted
+
+
 def _accuracy(factors, scores, label):
   logits = sum(np.asarray(factors[m]) * np.asarray(scores[m]) for m in NAMES)
   return np.mean(np.argmax(logits, -1) == label)

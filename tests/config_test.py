@@ -65,6 +65,13 @@ def test_override_keeps_the_type(override, expected):
     ("configs/joint.py", ["--config.optimizer=1"], "is a group of keys"),
     ("configs/joint.py", ["--config.seed=a"], "config.seed must be an integer"),
     ("configs/joint.py", ["--config.num_steps=0"], "config.num_steps must"),
+    ("configs/joint.py", ["--config.num_epochs=2"], "both set the length"),
+    ("configs/joint.py", ["--config.num_epochs=-1"], "config.num_epochs must"),
+    (
+      "configs/crmt.py:digits,published",
+      ["--config.num_steps=9"],
+      r"config.num_steps \(9\) and config.num_epochs \(140\) both",
+    ),
     ("configs/joint.py", ["--config.optimizer.lr=-1"], "config.optimizer.lr"),
     (
       "configs/joint.py",

@@ -1,9 +1,13 @@
 """Every shipped configuration takes its steps on real data."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from robust_mm import config as config_lib
 from robust_mm import training
+from robust_mm.training import setup as setup_lib
 
 PREPARED = ("utd_mhad", "mfeat", "mosi", "av_digits")
 
@@ -39,3 +43,59 @@ def test_every_variant_takes_its_steps_on_digits(spec, tmp_path):
 @pytest.mark.parametrize("file", ["joint", "crmt"])
 def test_every_data_set_takes_its_steps(file, name, data_dir, tmp_path):
   smoke(f"configs/{file}.py:{name}", tmp_path, data_dir)
+
+
+def descent(tx, num_steps):
+  """Parameters of a gradient of 1, beginning at 1: [num_steps]."""
+
+  def step(carry, _):
+    params, state = carry
+    updates, state = tx.update(jnp.ones(()), state, params)
+    return (params + updates, state), params + updates
+
+  params = jnp.ones(())
+  _, path = jax.lax.scan(step, (params, tx.init(params)), length=num_steps)
+  return np.asarray(path)
+
+
+def published_descent(rates, *, decay, restart):
+  """SGD of momentum 0.9 that starts anew every ``restart`` steps."""
+  params, velocity, path = 1.0, 0.0, []
+  for step, rate in enumerate(rates):
+    kept = 0.9 * velocity if step % restart else 0.0
+    velocity = kept + 1 + decay * params
+    params -= rate * velocity
+    path.append(params)
+  return np.asarray(path)
+
+
+def test_published_schedule_is_the_published_one():
+  """crmt.md 8: both steps, update by update, on the 1,293 digits."""
+  config = config_lib.load("configs/crmt.py:digits,published")
+  setup = setup_lib.prepare(config)
+  recipe = setup_lib.make_recipe(config, setup)
+  assert config.data.batch_size == 64
+  assert config.recipe.options.rho == 2.0
+  head = config.model.fusion_options
+  assert head.use_bias
+  assert head.centre_rows
+  assert head.integration_init == 0.1
+  assert config.selection.metric == "accuracy"
+  epoch = len(setup.train) // 64
+  margins, integration = recipe.phases
+  assert margins.num_steps == 140 * epoch
+  assert integration.num_steps == 45 * epoch
+
+  rates = 1e-3 * 0.1 ** (np.arange(140).repeat(epoch) // 60)
+  np.testing.assert_allclose(
+    descent(margins.tx, margins.num_steps),
+    published_descent(rates, decay=1e-4, restart=len(rates)),
+    rtol=1e-4,
+    atol=1e-5,
+  )
+  rates = np.full(45 * epoch, 3e-5)
+  path = descent(integration.tx, integration.num_steps)
+  published = published_descent(rates, decay=1e-2, restart=epoch)
+  np.testing.assert_allclose(path, published, rtol=1e-5)
+  unbroken = published_descent(rates, decay=1e-2, restart=len(rates))
+  assert np.max(np.abs(path - unbroken)) > 0.01

@@ -12,6 +12,7 @@ from orbax.checkpoint import v1 as ocp
 
 import robust_mm
 from robust_mm import _validate
+from robust_mm import certification
 from robust_mm import config as config_lib
 from robust_mm import data
 from robust_mm import training
@@ -116,17 +117,78 @@ def test_another_seed_gives_other_parameters(tmp_path, whole):
   assert any(np.any(mine[name] != other[name]) for name in mine)
 
 
-def test_step_two_leaves_everything_but_alpha_bit_identical(tmp_path):
+def train_for_changed_threat(workdir, *, r0, radius):
+  """What ``run.json`` says of step 2, judged at r0, selected at radius."""
   config = load(
-    "configs/crmt.py:digits,smoke",
+    "configs/crmt.py:digits",
+    "num_steps=40",
+    "optimizer.warmup_steps=0",
+    "recipe.options.integration_steps=60",
+    "recipe.options.integration_lr=0.1",
+    "recipe.options.lipschitz={'left': 9.0, 'right': 1.0}",
     "recipe.options.clean_tolerance=1.0",
-    "selection.radius=0.0",
+    f"recipe.options.r0={r0}",
+    f"selection.radius={radius}",
   )
-  train(config, tmp_path)
-  margins, integration = leaves(tmp_path, "margins"), leaves(tmp_path)
+  train(config, workdir)
+  return runs.describe(workdir)["finished"]["integration"]
+
+
+@pytest.fixture(scope="module")
+def accepted(tmp_path_factory):
+  """(folder, what it says) of a run whose step 2 is worth having."""
+  workdir = tmp_path_factory.mktemp("accepted")
+  return workdir, train_for_changed_threat(workdir, r0=0.1, radius=100.0)
+
+
+def test_step_two_leaves_everything_but_alpha_bit_identical(accepted):
+  workdir, _ = accepted
+  margins, integration = leaves(workdir, "margins"), leaves(workdir)
   for name, value in margins.items():
-    if not name.startswith("fusion/integration"):
-      np.testing.assert_array_equal(value, integration[name], err_msg=name)
+    same = np.array_equal(value, integration[name])
+    assert same == (name != "fusion/integration/alpha"), name
+
+
+def test_step_two_is_judged_at_r0_and_not_at_the_radius_of_selection(
+  accepted, tmp_path
+):
+  """Beyond 100 nothing is certified, so nothing can rise there."""
+  _, near = accepted
+  assert near["model"] == "integration"
+  assert near["verdict"].startswith(
+    "accepted: certified accuracy at radius 0.1"
+  )
+  far = train_for_changed_threat(tmp_path, r0=100.0, radius=0.01)
+  assert far["model"] == "margins"
+  assert far["verdict"].startswith("no improvement, not taken: ")
+  assert "at radius 100 with the constants given" in far["verdict"]
+
+
+@pytest.mark.parametrize(
+  "variant, words, taken",
+  [
+    ("", "no improvement, not taken", "margins"),
+    (",published", "acceptance would have refused it", "integration"),
+  ],
+)
+def test_only_the_corrected_form_obeys_acceptance(
+  tmp_path, monkeypatch, variant, words, taken
+):
+  real = certification.accept_integration
+
+  def refuse(*arguments, **keywords):
+    return np.asarray(False), real(*arguments, **keywords)[1]
+
+  monkeypatch.setattr(certification, "accept_integration", refuse)
+  train(load(f"configs/crmt.py:digits{variant},smoke"), tmp_path)
+  finished = runs.describe(tmp_path)["finished"]["integration"]
+  assert words in finished["verdict"]
+  assert finished["model"] == taken
+  alpha = "fusion/integration/alpha"
+  same = np.array_equal(
+    leaves(tmp_path, "margins")[alpha], leaves(tmp_path)[alpha]
+  )
+  assert same == (taken == "margins")
 
 
 def test_non_finite_loss_stops_with_a_sentence(tmp_path):
@@ -248,6 +310,7 @@ def test_processes_that_share_a_part_of_their_rows_are_refused(owners):
     ("recipe.options.units=relatve", "Did you mean 'relative'"),
     ("recipe.options.units={'lift': 2.0}", "Did you mean 'left'"),
     ("recipe.options.no_such_option=1", "no_such_option"),
+    ("optimizer.schedule=step", "optimizer.milestones must name"),
   ],
 )
 def test_mistakes_in_a_run_are_sentences(tmp_path, override, sentence):

@@ -9,7 +9,7 @@ whether the prediction is *correct* is a separate factor
 ``certify`` asks a model; ``margin_certificate`` takes plain arrays of a model
 of any framework; ``fit_integration`` re-weights modalities for a threat.
 Inside, each module imports only from those before it: tables, empirical,
-programs, certificates, arrays, door, integration.
+programs, certificates, arrays, door, integration, optimizers.
 
 References:
   `Yang et al. (2024) <https://arxiv.org/abs/2402.06244>`_;
@@ -33,8 +33,10 @@ from robust_mm.certification.integration import fit_integration
 from robust_mm.certification.integration import integration_factors
 from robust_mm.certification.integration import integration_loss
 from robust_mm.certification.integration import integration_parameters
-from robust_mm.certification.integration import published_optimizer
+from robust_mm.certification.optimizers import published_optimizer
 from robust_mm.certification.tables import SensitivityTables
+from robust_mm.certification.tables import abstract_geometry
+from robust_mm.certification.tables import missing_constants
 from robust_mm.certification.tables import pairwise_sensitivity
 from robust_mm.certification.tables import sensitivity
 from robust_mm.certification.tables import sensitivity_tables
@@ -46,6 +48,7 @@ __all__ = [
   "Certificate",
   "SensitivityTables",
   "Slack",
+  "abstract_geometry",
   "accept_integration",
   "certified_accuracy",
   "certify",
@@ -56,6 +59,7 @@ __all__ = [
   "integration_loss",
   "integration_parameters",
   "margin_certificate",
+  "missing_constants",
   "pairwise_sensitivity",
   "published_optimizer",
   "recheck_fp64",

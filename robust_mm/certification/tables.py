@@ -94,6 +94,34 @@ def need_geometry(model: Model) -> None:
     )
 
 
+def abstract_geometry(model: Model, params: Params = None) -> Geometry:
+  """The geometry in shapes: what a model states at all, whatever its values.
+
+  Args:
+    model: a late-fusion model.
+    params: its parameters or their shapes; None for those of ``model.init``.
+
+  Raises:
+    ValueError: the model has no geometry.
+  """
+  need_geometry(model)
+  if params is None:
+    params, _ = jax.eval_shape(model.init, jax.random.key(0))
+  return jax.eval_shape(functools.partial(model_geometry, model), params)
+
+
+def missing_constants(geometry: Geometry) -> tuple[str, ...]:
+  """The modalities whose encoders state no Lipschitz bound, sorted.
+
+  Nothing is certified, and no radius trained for, unless this is empty.
+  """
+  return tuple(
+    name
+    for name in modalities.names(geometry.head)
+    if geometry.lipschitz.get(name) is None
+  )
+
+
 def pairwise_sensitivity(
   geometry: Geometry,
   form: str = "general",

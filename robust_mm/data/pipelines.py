@@ -110,13 +110,7 @@ def pipeline(
   if num_epochs is not None:
     _validate.at_least(1, num_epochs=num_epochs)
   _validate.at_least(0, start=start)
-  size = len(source)
-  steps = size // batch_size if drop_remainder else -(-size // batch_size)
-  if steps == 0:
-    raise _validate.UserError(
-      f"batch_size {batch_size} exceeds the {size} examples of "
-      f"{source.name} {source.split}."
-    )
+  steps = steps_per_epoch(source, batch_size, drop_remainder=drop_remainder)
   gather = _Gather(
     source=source,
     batch_size=batch_size,
@@ -135,6 +129,24 @@ def pipeline(
   return dataset.to_iter_dataset(
     grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
   )
+
+
+def steps_per_epoch(
+  source: sources.Source, batch_size: int, *, drop_remainder: bool = True
+) -> int:
+  """Batches that one pass of :func:`pipeline` over a source has.
+
+  Raises:
+    UserError: the batch is larger than the source (with ``drop_remainder``).
+  """
+  size = len(source)
+  steps = size // batch_size if drop_remainder else -(-size // batch_size)
+  if steps == 0:
+    raise _validate.UserError(
+      f"batch_size {batch_size} exceeds the {size} examples of "
+      f"{source.name} {source.split}."
+    )
+  return steps
 
 
 def evaluation_batches(

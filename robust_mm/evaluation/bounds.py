@@ -80,9 +80,9 @@ def choose_source(
     if wanted != "auto":
       raise ValueError(f"certificate={wanted!r} cannot be had. {reason}")
     return None, reason
-  # Shapes are enough: whether there is a constant does not depend on params.
-  bounds = jax.eval_shape(model.geometry, params).lipschitz
-  without = [name for name in sorted(bounds) if bounds[name] is None]
+  without = certification.missing_constants(
+    certification.abstract_geometry(model, params)
+  )
   if not without and wanted != "empirical":
     return "global", "Every encoder states a sound Lipschitz constant."
   if wanted == "global":

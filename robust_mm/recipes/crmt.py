@@ -42,9 +42,11 @@ def crmt(
   r0: float = 0.3,
   temperature: float | None = None,
   floor: float | None = 1e-5,
-  integration_steps: int = 500,
+  integration_steps: int | None = None,
   integration_lr: float = 1e-2,
   clean_tolerance: float = 0.01,
+  steps_per_epoch: int | None = None,
+  batch_size: int = 64,
   budget: float | Mapping = 0.1,
   attack_steps: int = 5,
   attack_loss: str | None = None,
@@ -68,12 +70,17 @@ def crmt(
       which needs an orthonormal head; ``published``, cross-entropy plus raw
       margins in step 1, the radius to the largest other logit in step 2.
     rho: weight of the per-modality term.
-    r0: the radius aimed at, in ``units`` (corrected).
+    r0: the radius aimed at (corrected) and at which step 2 is judged, in
+      ``units``.
     temperature: smoothness of the radius loss; ``r0 / 6`` by default.
     floor: cap of the published margin term, or None.
-    integration_steps: updates of step 2; 0 leaves it out.
-    integration_lr: learning rate of step 2.
+    integration_steps: updates of step 2; 0 leaves it out; by default 500,
+      published 45 epochs.
+    integration_lr: learning rate of step 2 (corrected; published: 3e-5).
     clean_tolerance: how much validation accuracy step 2 may cost.
+    steps_per_epoch: updates in one pass over the training set, at each of which
+      the momentum of the published step 2 starts anew; it needs them.
+    batch_size: examples in each of those updates.
     budget: radius of the ``AT`` variant, in ``units``; a mapping (corrected
       only) gives each modality it names a ball of its own.
     attack_steps: its steps. Corrected: a random start, lengths that fall from
@@ -86,10 +93,9 @@ def crmt(
     mixup_alpha: parameter of the Beta distribution of ``Mix``.
     noise: standard deviation of white noise added to the inputs of step 1, in
       their own units.
-    lipschitz: ``{modality: constant}`` that step 2 fits to instead of the
-      model's own, for a changed threat; validation still judges by the model's
-      own. None where ``published``: estimated from data, and never called
-      certified.
+    lipschitz: ``{modality: constant}`` that step 2 fits to, and is judged by,
+      instead of the model's own, for a changed threat. None where
+      ``published``: estimated from data, and never called certified.
     valid_range: ``{modality: (low, high)}`` for the attack.
     units: ``{modality: size of one unit}``, 1 where not named.
 
@@ -99,7 +105,8 @@ def crmt(
   _validate.one_of(VARIANTS, variant=variant)
   _validate.one_of(FIDELITIES, fidelity=fidelity)
   _validate.non_negative(rho=rho, r0=r0, clean_tolerance=clean_tolerance)
-  _validate.at_least(0, integration_steps=integration_steps)
+  if integration_steps is not None:
+    _validate.at_least(0, integration_steps=integration_steps)
   _validate.non_negative(noise=noise)
   _validate.in_unit_interval(clean_weight=clean_weight)
   if clean_weight and variant != "AT":
@@ -129,7 +136,7 @@ def crmt(
     ),
   )
   steps = [step_1]
-  if integration_steps:
+  if integration_steps != 0:
     steps.append(
       integration.integration_phase(
         model,
@@ -139,6 +146,8 @@ def crmt(
         r0=r0,
         temperature=temperature,
         tolerance=clean_tolerance,
+        steps_per_epoch=steps_per_epoch,
+        batch_size=batch_size,
         lipschitz=lipschitz,
         units=units,
       )
@@ -329,10 +338,10 @@ def _head_metrics(geometry: Geometry) -> dict:
 
 
 def _need_constants(geometry: Geometry) -> None:
-  for name, constant in geometry.lipschitz.items():
-    if constant is None:
-      raise ValueError(
-        f"the encoder of modality {name!r} states no Lipschitz constant, "
-        f"which fidelity='corrected' needs: choose one of models.lipschitz "
-        f"(such as lipschitz_mlp), or fidelity='published'."
-      )
+  missing = certification.missing_constants(geometry)
+  if missing:
+    raise ValueError(
+      f"the encoder of modality {missing[0]!r} states no Lipschitz constant, "
+      f"which fidelity='corrected' needs: choose one of models.lipschitz "
+      f"(such as lipschitz_mlp), or fidelity='published'."
+    )

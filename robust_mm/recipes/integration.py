@@ -13,19 +13,22 @@ from robust_mm.certification import tables
 from robust_mm.recipes import phases
 
 TRAINABLE = "fusion/integration/"
-# A hundredth must not be lost to the rounding of two shares.
-_ROUNDING = 1e-6
+CORRECTED_STEPS = 500
+PUBLISHED_EPOCHS = 45
+_PER_EXAMPLE = ("scores", "label", "present")
 
 
 def integration_phase(
   model: Model,
   *,
-  num_steps: int,
+  num_steps: int | None,
   lr: float,
   fidelity: str,
   r0: float,
   temperature: float,
   tolerance: float,
+  steps_per_epoch: int | None = None,
+  batch_size: int = 64,
   lipschitz: Mapping | None = None,
   units: Mapping | None = None,
 ) -> phases.Phase:
@@ -33,17 +36,19 @@ def integration_phase(
 
   The encoders, the proxies, the bias and all statistics stay bit-identical.
 
-  Corrected, its result is kept only if on validation certified accuracy rises
-  and accuracy falls by at most ``tolerance``. Both are the numbers the training
-  loop measures: with the model's own constants, and the units and the radius of
-  the selection. ``lipschitz`` (a threat that has changed) is what the factors
-  are fitted to and is no part of that judgement; to judge a refit by the new
-  threat, use ``certification.fit_integration`` on the trained model. Published,
-  the result is kept without a question.
+  Corrected: full-batch Adam, kept only if on validation certified accuracy at
+  ``r0`` rises and accuracy falls by at most ``tolerance``, both by
+  ``certification.accept_integration`` against the threat the factors were
+  fitted to: ``lipschitz`` where given, and ``units``.
+
+  Published: 45 epochs of ``certification.published_optimizer``, each update on
+  ``batch_size`` examples drawn at random from the training set. Its result is
+  kept without a question; what acceptance says of it is reported.
 
   Raises:
     ValueError: the head has no integration factors, or (corrected) no
-      orthonormal rows; ``lipschitz`` or ``units`` are bad.
+      orthonormal rows; ``lipschitz``, ``units``, ``batch_size`` or
+      (published) ``steps_per_epoch`` are bad.
   """
   published = fidelity == "published"
   geometry = abstract_geometry(model)
@@ -52,11 +57,26 @@ def integration_phase(
       "integration_steps must be 0 for a head without integration factors; "
       "model.fusion='orthogonal' has them."
     )
-  if not published:
+  if published:
+    how = _published(num_steps, steps_per_epoch, batch_size)
+  else:
     need_orthonormal(geometry)
+    how = {"num_steps": num_steps or CORRECTED_STEPS, "tx": optax.adam(lr)}
   scale = tables.check_units(units, model.modalities)
-  if lipschitz is not None:
+  given = lipschitz is not None
+  if given:
     lipschitz = _checked(lipschitz, model.modalities)
+
+  def threat(params, state, reference):
+    """``{m: constant}`` in units: what is fitted to is what judges."""
+    constants = lipschitz
+    if not given and published:
+      constants = certification.empirical_lipschitz(
+        model, params, reference, state=state
+      )
+    elif not given:
+      constants = model.geometry(params).lipschitz
+    return {name: value * scale[name] for name, value in constants.items()}
 
   def loss_fn(params, state, batch, *, key):
     del key
@@ -75,39 +95,65 @@ def integration_phase(
     return loss, (state, {})
 
   def prepare(params, state, cached, reference):
-    constants = _constants(model, params, state, reference, lipschitz, fidelity)
     return {
-      "scores": cached["scores"],
-      "label": cached["label"],
-      "present": cached["present"],
-      "lipschitz": {n: c * scale[n] for n, c in constants.items()},
+      **{name: cached[name] for name in _PER_EXAMPLE},
+      "lipschitz": threat(params, state, reference),
     }
+
+  def judge(before, after, state, cached, reference):
+    old, new = model.geometry(before), model.geometry(after)
+    accepted, metrics = certification.accept_integration(
+      stated_factors(old),
+      stated_factors(new),
+      *(cached[name] for name in _PER_EXAMPLE),
+      threat(after, state, reference),
+      r0=r0,
+      bias=new.bias,
+      max_drop=tolerance,
+      fidelity=fidelity,
+    )
+    kind = "estimated" if published else "certified"
+    constants = " with the constants given" if given else ""
+    return bool(accepted), (
+      f"{kind} accuracy at radius {r0:g}{constants} "
+      f"{metrics['certified_accuracy_before']:.4f} -> "
+      f"{metrics['certified_accuracy_after']:.4f}, accuracy "
+      f"{metrics['accuracy_before']:.4f} -> {metrics['accuracy_after']:.4f} "
+      f"on validation"
+    )
 
   return phases.Phase(
     name="integration",
-    num_steps=num_steps,
     loss=loss_fn,
-    tx=certification.published_optimizer() if published else optax.adam(lr),
     trainable=TRAINABLE,
     prepare=prepare,
-    accept=None if published else acceptance(tolerance),
+    judge=judge,
+    binding=not published,
+    **how,
   )
 
 
-def acceptance(tolerance: float):
-  """``accept(before, after)``: certified accuracy rises, accuracy is kept."""
-
-  def accept(before, after):
-    gained = after["certified_accuracy"] > before["certified_accuracy"]
-    lost = before["accuracy"] - after["accuracy"]
-    sentence = (
-      f"certified accuracy {before['certified_accuracy']:.4f} -> "
-      f"{after['certified_accuracy']:.4f}, accuracy {before['accuracy']:.4f} "
-      f"-> {after['accuracy']:.4f} on validation"
+def _published(num_steps, steps_per_epoch, batch_size) -> dict:
+  """How long the published step 2 is, its optimiser and its batches."""
+  if steps_per_epoch is None:
+    raise ValueError(
+      "steps_per_epoch must be given with fidelity='published', whose step 2 "
+      "counts epochs of the training set; or set integration_steps=0."
     )
-    return gained and lost <= tolerance + _ROUNDING, sentence
+  _validate.at_least(1, steps_per_epoch=steps_per_epoch, batch_size=batch_size)
 
-  return accept
+  def draw(key, params, state, batch):
+    del params, state
+    size = batch["label"].shape[0]
+    rows = jax.random.choice(key, size, (min(batch_size, size),), replace=False)
+    drawn = {name: batch[name] for name in _PER_EXAMPLE}
+    return {**batch, **jax.tree.map(lambda x: x[rows], drawn)}
+
+  return {
+    "num_steps": num_steps or PUBLISHED_EPOCHS * steps_per_epoch,
+    "tx": certification.published_optimizer(steps_per_epoch=steps_per_epoch),
+    "interventions": (draw,),
+  }
 
 
 def abstract_geometry(model: Model) -> Geometry:
@@ -117,8 +163,7 @@ def abstract_geometry(model: Model) -> Geometry:
       "crmt needs a model whose logits are a sum of per-modality scores "
       "(model.fusion='orthogonal'); this one mixes modalities before them."
     )
-  abstract = jax.eval_shape(lambda key: model.init(key)[0], jax.random.key(0))
-  return jax.eval_shape(model.geometry, abstract)
+  return certification.abstract_geometry(model)
 
 
 def need_orthonormal(geometry: Geometry) -> None:
@@ -137,16 +182,6 @@ def stated_factors(geometry: Geometry) -> Mapping | None:
   if geometry.integration is None:
     return geometry.factors
   return geometry.integration
-
-
-def _constants(model, params, state, reference, given, fidelity):
-  if given is not None:
-    return given
-  if fidelity == "published":
-    return certification.empirical_lipschitz(
-      model, params, reference, state=state
-    )
-  return model.geometry(params).lipschitz
 
 
 def _checked(lipschitz: Mapping, names: tuple[str, ...]) -> dict:

@@ -37,9 +37,14 @@ class Phase:
       ``label`` [N] and ``present`` {m: bool[N]} of the *whole* training set in
       evaluation mode, ``reference`` is a class-balanced batch of raw training
       examples. None to stream batches from the data pipeline, one an update.
-    accept: ``accept(before, after) -> (bool, sentence)`` decides from the two
-      validation metric dicts whether the phase's result is kept; None keeps
-      the result that selection prefers.
+    judge: ``judge(before, after, state, cached, reference) -> (bool,
+      sentence)``: whether the parameters ``after`` this phase are worth having,
+      against those ``before`` it, by the phase's own measure; ``cached`` and
+      ``reference`` as in ``prepare``, but ``cached`` of the validation set and
+      the parameters after. None where selection alone decides.
+    binding: whether a judgement is obeyed: the phase's last model is judged,
+      and the one before it taken back where the answer is no. Not binding, it
+      is only reported, and selection chooses the model.
   """
 
   name: str
@@ -49,10 +54,16 @@ class Phase:
   trainable: str = ".*"
   interventions: tuple[Intervention, ...] = ()
   prepare: Callable[..., Any] | None = None
-  accept: Callable[..., Any] | None = None
+  judge: Callable[..., Any] | None = None
+  binding: bool = True
 
   def __post_init__(self):
     _validate.at_least(1, num_steps=self.num_steps)
+
+  @property
+  def judges_last(self) -> bool:
+    """Whether the last model is the candidate, whatever selection prefers."""
+    return self.judge is not None and self.binding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,6 +72,13 @@ class Recipe:
 
   name: str
   phases: tuple[Phase, ...]
+
+  def __post_init__(self):
+    if self.phases and self.phases[0].judge is not None:
+      raise ValueError(
+        f"phases: {self.phases[0].name!r} is judged against the phase before "
+        f"it, so it cannot come first."
+      )
 
   @property
   def num_steps(self) -> int:

@@ -125,7 +125,7 @@ def _plan(config) -> _Plan:
     # ---- data, model
     setup = setup_lib.prepare(config)
     # ---- optimizer
-    recipe = setup_lib.make_recipe(config, setup.model, setup.facts)
+    recipe = setup_lib.make_recipe(config, setup)
     for phase in recipe.phases:
       abstract = context.abstract_state(setup.model, phase)
       sharding.state_shardings(abstract, mesh, config.mesh.rules, phase)

@@ -1,4 +1,4 @@
-"""Which model of a phase is kept: by validation score, or by acceptance."""
+"""Which model of a phase is kept: by validation score, or by judgement."""
 
 import dataclasses
 import pathlib
@@ -10,6 +10,7 @@ from robust_mm.recipes import Phase
 from robust_mm.training import checkpoints
 from robust_mm.training import context
 from robust_mm.training import runs
+from robust_mm.training import sharding
 from robust_mm.training import state as state_lib
 from robust_mm.training import validation
 
@@ -35,7 +36,8 @@ class Best:
       # A resumed run: what lies there beat this very model before the kill.
       return
     metric = run.config.selection.metric
-    if latest is not None and metric != "last" and not self._phase.accept:
+    chosen = metric != "last" and not self._phase.judges_last
+    if latest is not None and chosen:
       held = validation.score(self._store.metrics(), metric)
       if not validation.score(metrics, metric) > held:
         return
@@ -52,16 +54,15 @@ def finish_phase(
   """Takes the phase's selected model, or refuses it; records which."""
   phase = run.recipe.phases[position]
   name, sentence = phase.name, ""
-  model, metrics, step = read_model(run.workdir, name, _model_like(state))
-  if phase.accept is not None:
+  abstract = _model_like(state)
+  model, metrics, step = read_model(run.workdir, name, abstract)
+  if phase.judge is not None:
     previous = run.recipe.phases[position - 1].name
-    before = run.facts["finished"][previous]
-    accepted, sentence = phase.accept(before["metrics"], metrics)
-    if not accepted:
-      name = before["model"]
-      model, metrics, step = read_model(run.workdir, name, _model_like(state))
-    verdict = "accepted" if accepted else "no improvement, not taken"
-    sentence = f"{verdict}: {sentence}"
+    earlier = run.facts["finished"][previous]["model"]
+    before = read_model(run.workdir, earlier, abstract)
+    accepted, sentence = _judged(run, phase, before[0], model)
+    if phase.binding and not accepted:
+      name, (model, metrics, step) = earlier, before
   run.facts["finished"][phase.name] = {
     "model": name,
     "step": step,
@@ -76,6 +77,28 @@ def finish_phase(
     f"{name} model of step {step}, validation {shown}"
   )
   return dataclasses.replace(state, **model)
+
+
+def _judged(run: context.Run, phase: Phase, before, after) -> tuple[bool, str]:
+  """The phase's own judgement on validation, and what it means, in words."""
+  cached = validation.cached_outputs(
+    run.setup, run.config, run.mesh, run.setup.validation, after
+  )
+  accepted, sentence = phase.judge(
+    before["params"],
+    after["params"],
+    after["model_state"],
+    sharding.put_global(cached, sharding.replicated(run.mesh)),
+    run.setup.reference,
+  )
+  if phase.binding:
+    verdict = "accepted" if accepted else "no improvement, not taken"
+  else:
+    verdict = (
+      f"kept without a question; acceptance would have "
+      f"{'taken' if accepted else 'refused'} it"
+    )
+  return accepted, f"{verdict}: {sentence}"
 
 
 def _model_like(state: state_lib.TrainState):

@@ -4,7 +4,6 @@ import dataclasses
 import pathlib
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
@@ -255,19 +254,24 @@ def automatic(
 
 
 def make_recipe(
-  config: ml_collections.ConfigDict, model: Model, facts: dict
+  config: ml_collections.ConfigDict, setup: Setup
 ) -> recipes.Recipe:
   """The recipe of a configuration, its options checked by name."""
-  options = config.recipe.options.to_dict()
-  tx = optimizers.make(num_steps=config.num_steps, **config.optimizer.to_dict())
+  facts, options = setup.facts, config.recipe.options.to_dict()
+  epoch = data.pipelines.steps_per_epoch(setup.train, config.data.batch_size)
+  num_steps = config.num_epochs * epoch or config.num_steps
+  tx = optimizers.make(num_steps=num_steps, **config.optimizer.to_dict())
   factory = getattr(recipes, config.recipe.name)
   options["units"] = resolve_units(
     options.get("units", "raw"), facts, "config.recipe.options.units"
   )
   if config.recipe.name != "certified_radius":  # the others may attack
     options.setdefault("valid_range", value_range(facts))
+  if config.recipe.name == "crmt":  # its published step 2 counts epochs
+    options.setdefault("steps_per_epoch", epoch)
+    options.setdefault("batch_size", config.data.batch_size)
   try:
-    return factory(model, num_steps=config.num_steps, tx=tx, **options)
+    return factory(setup.model, num_steps=num_steps, tx=tx, **options)
   except TypeError as error:
     raise _validate.UserError(f"config.recipe.options: {error}.") from error
 
@@ -304,15 +308,6 @@ def resolve_units(value, facts: dict, argument: str):
     **{f"{argument}.{name}": size for name, size in value.items()}
   )
   return {name: float(value.get(name, 1.0)) for name in facts["input_shapes"]}
-
-
-def has_constants(model: Model) -> bool:
-  """Whether the model states a sound Lipschitz bound for every modality."""
-  if model.geometry is None:
-    return False
-  abstract = jax.eval_shape(lambda key: model.init(key)[0], jax.random.key(0))
-  constants = jax.eval_shape(model.geometry, abstract).lipschitz
-  return all(constant is not None for constant in constants.values())
 
 
 def restore_model(workdir: pathlib.Path):

@@ -1,12 +1,14 @@
 """Scores on the validation set, and passes over the whole training set."""
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from robust_mm import _validate
+from robust_mm import certification
 from robust_mm import data
 from robust_mm._types import PyTree
 from robust_mm.recipes import Phase
@@ -25,7 +27,10 @@ def make(config, setup: setup_lib.Setup, mesh) -> Validator:
   Raises:
     ValueError: certified accuracy is asked of a model without constants.
   """
-  certified = setup_lib.has_constants(setup.model)
+  model = setup.model
+  certified = model.geometry is not None and not (
+    certification.missing_constants(certification.abstract_geometry(model))
+  )
   if config.selection.metric == "certified_accuracy" and not certified:
     raise ValueError(
       "config.selection.metric='certified_accuracy' needs encoders with sound "
@@ -35,7 +40,7 @@ def make(config, setup: setup_lib.Setup, mesh) -> Validator:
   axis = sharding.batch_sharding(mesh)
   predict = jax.jit(
     steps.make_predict(
-      setup.model,
+      model,
       units=setup_lib.units(config, setup.facts),
       certified=certified,
     ),
@@ -73,19 +78,33 @@ def score(metrics: dict[str, float], name: str) -> float:
 
 def whole_set(setup: setup_lib.Setup, config, mesh, phase: Phase, state) -> Any:
   """The one batch of a phase that works on cached outputs, replicated."""
-  axis = sharding.batch_sharding(mesh)
-  encode = jax.jit(steps.make_encode(setup.model), out_shardings=axis)
-  cached = sharding.map_batches(
-    lambda batch: encode(state.params, state.model_state, batch),
-    data.evaluation_batches(
-      setup.train,
-      sharding.padded_size(
-        config.evaluation.batch_size, len(setup.train), mesh
-      ),
-    ),
-    axis,
-  )
+  model = {"params": state.params, "model_state": state.model_state}
+  cached = cached_outputs(setup, config, mesh, setup.train, model)
   batch = phase.prepare(
     state.params, state.model_state, cached, setup.reference
   )
   return sharding.put_global(batch, sharding.replicated(mesh))
+
+
+def cached_outputs(
+  setup: setup_lib.Setup, config, mesh, source, model: Mapping[str, PyTree]
+) -> PyTree:
+  """What ``steps.make_encode`` says of a whole source, as host arrays.
+
+  Args:
+    setup: of the run.
+    config: of the run.
+    mesh: where it is computed.
+    source: a data source.
+    model: its ``params`` and ``model_state``.
+  """
+  axis = sharding.batch_sharding(mesh)
+  encode = jax.jit(steps.make_encode(setup.model), out_shardings=axis)
+  size = config.evaluation.batch_size
+  return sharding.map_batches(
+    lambda batch: encode(model["params"], model["model_state"], batch),
+    data.evaluation_batches(
+      source, sharding.padded_size(size, len(source), mesh)
+    ),
+    axis,
+  )
