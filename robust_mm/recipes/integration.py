@@ -68,6 +68,7 @@ def integration_phase(
       batch["present"],
       batch["lipschitz"],
       bias=geometry.bias,
+      reduction=geometry.reduction,
       r0=r0,
       temperature=temperature,
       fidelity=fidelity,

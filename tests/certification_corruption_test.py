@@ -1,0 +1,423 @@
+"""A modality replaced by anything: bounded embeddings, capped costs."""
+
+import itertools
+
+import certification_heads as heads
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+
+import robust_mm as rmm
+from robust_mm import certification
+from robust_mm import losses
+from robust_mm import margins
+from robust_mm import models
+from robust_mm.models import encoders
+from robust_mm.models import functional
+
+RADII = {"audio": 2.0, "image": 0.2, "text": 0.4}
+
+
+def _bounded(seed, batch=500, radii=None, scale=1.0, **kwargs):
+  """Identity encoders projected on balls: embeddings, head, certificate.
+
+  ``scale`` falsifies the radii that the certificate believes in.
+  """
+  radii = RADII if radii is None else radii
+  rows, bias = heads.head(seed)
+  rng = np.random.default_rng(seed + 1)
+  embeddings = {}
+  for m, w in rows.items():
+    z = rng.normal(size=(batch, w.shape[1]))
+    z *= (
+      RADII[m]
+      * rng.random((batch, 1))
+      / np.linalg.norm(z, axis=-1, keepdims=True)
+    )
+    embeddings[m] = z
+  stated = heads.geometry(
+    rows, bias, embedding_radius={m: scale * r for m, r in radii.items()}
+  )
+  terms = {m: jnp.asarray(embeddings[m] @ rows[m].T, jnp.float32) for m in rows}
+  kwargs = {"slack": heads.NO_SLACK, "bias": stated.bias, **kwargs}
+  found = certification.margin_certificate(
+    terms, certification.tables.global_tables(stated), **kwargs
+  )
+  return embeddings, rows, bias, found
+
+
+def _worst_margins(embeddings, rows, bias, found, names):
+  """Margins ``[b, k]`` with the worst embeddings of ``names`` per rival."""
+  y = np.asarray(found.prediction)
+  margin = bias[y][:, None] - bias
+  for m, w in rows.items():
+    gap = w[y][:, None] - w[None]
+    if m in names:
+      length = np.linalg.norm(gap, axis=-1)
+      unit = gap / np.maximum(length, 1e-300)[..., None]
+      worst = -RADII[m] * unit
+      margin = margin + np.einsum("bkd,bkd->bk", gap, worst)
+    else:
+      margin = margin + np.einsum("bkd,bd->bk", gap, embeddings[m])
+  margin[np.arange(len(y)), y] = np.inf
+  return margin
+
+
+@pytest.mark.parametrize("names", [("image",), ("text",), ("image", "text")])
+def test_replaced_modalities_are_covered_exactly(names):
+  embeddings, rows, bias, found = _bounded(0)
+  worst = _worst_margins(embeddings, rows, bias, found, names).min(-1)
+  clear = np.abs(worst) > 1e-5
+  covered = np.asarray(found.covers(dict.fromkeys(names, np.inf)))
+  np.testing.assert_array_equal(covered[clear], worst[clear] > 0)
+  assert 0 < covered.sum() < 500
+  # Certificates that believe in balls smaller by 1.2 are refuted.
+  wrong = _bounded(0, scale=1 / 1.2)[-1]
+  claimed = np.asarray(wrong.covers(dict.fromkeys(names, np.inf)))
+  assert np.any(claimed & (worst < 0))
+
+
+@pytest.mark.parametrize("name", ["image", "text"])
+def test_modality_radius_is_infinite_exactly_where_anything_is_covered(name):
+  found = _bounded(1)[-1]
+  radius = np.asarray(found.modality_radius[name])
+  anything = np.asarray(found.covers({name: np.inf}))
+  np.testing.assert_array_equal(np.isinf(radius), anything)
+  finite = ~anything
+  assert 0 < anything.sum() < 500
+  plain = _bounded(1, radii={})[-1]
+  least = np.asarray(plain.modality_radius[name])
+  assert np.all(radius >= least)
+  # A rival out of reach of the cap leaves the minimum to another one.
+  assert np.any(radius[finite] > least[finite])
+  for factor, covered in ((1 - 1e-4, True), (1 + 1e-4, False)):
+    size = np.where(finite, radius * factor, 0)
+    held = np.asarray(found.covers({name: jnp.asarray(size, jnp.float32)}))
+    assert np.all(held[finite] == covered)
+
+
+def _cheapest(margin, slope, cap, ball):
+  """The joint radius of one rival by trying every set of spent caps."""
+  best = np.inf
+  number = len(slope)
+  for size in range(number + 1):
+    for spent in map(list, itertools.combinations(range(number), size)):
+      others = [m for m in range(number) if m not in spent and slope[m] > 0]
+      rest = margin - cap[spent].sum()
+      if rest > 0 and not others:
+        continue
+      rest = max(rest, 0.0)
+      used = cap[spent] / slope[spent]
+      if ball == "linf":
+        common = rest / slope[others].sum() if others else 0.0
+        best = min(best, max([common, *used]))
+      elif ball == "l1":
+        best = min(
+          best, used.sum() + min([rest / slope[m] for m in others], default=0)
+        )
+      else:
+        common = rest / np.linalg.norm(slope[others]) if others else 0.0
+        best = min(best, np.hypot(np.linalg.norm(used), common))
+  return best
+
+
+@pytest.mark.parametrize("ball", margins.BALLS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_capped_joint_radius_is_the_cheapest_way_to_the_margin(ball, data):
+  size = st.floats(0.05, 4.0)
+  slope = np.array(data.draw(st.lists(size, min_size=3, max_size=3)))
+  cap = np.array(
+    data.draw(
+      st.lists(st.one_of(size, st.just(np.inf)), min_size=3, max_size=3)
+    )
+  )
+  if data.draw(st.booleans()):
+    slope[0] = 0.0
+  margin = data.draw(st.floats(0.05, 8.0))
+  found = margins.capped_joint_ratios(
+    jnp.asarray([margin], jnp.float32),
+    {m: jnp.asarray([s], jnp.float32) for m, s in zip(heads.NAMES, slope)},
+    {m: jnp.asarray([c], jnp.float32) for m, c in zip(heads.NAMES, cap)},
+    ball=ball,
+  )[0]
+  finite = np.where(np.isinf(cap), 1e9, cap)
+  expected = _cheapest(margin, slope, finite, ball)
+  # At the very edge of what all caps can reach, either answer is rounding.
+  total = cap[slope > 0].sum()
+  if abs(total - margin) > 1e-4 * margin:
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("ball", margins.BALLS)
+def test_capped_joint_radius_holds_and_is_tight(ball):
+  found = _bounded(2)[-1]
+  radius = np.asarray(found.joint_radius(ball), np.float64)
+  plain = np.asarray(_bounded(2, radii={})[-1].joint_radius(ball))
+  assert np.all(radius >= plain * (1 - 1e-6))
+  larger = np.isfinite(radius) & (radius > plain * 1.01)
+  assert larger.sum() > 10
+  rng = np.random.default_rng(0)
+  order = {"l2": 2, "linf": np.inf, "l1": 1}[ball]
+  reached = np.zeros(500, bool)
+  for _ in range(300):
+    sizes = rng.random((500, 3)) ** rng.choice([0.3, 1, 4], (500, 3))
+    length = np.linalg.norm(sizes, order, axis=-1)
+    sizes *= (np.where(np.isfinite(radius), radius, 1e3) / length)[:, None]
+    for factor in (1 - 1e-4, 1.05):
+      budgets = {
+        m: jnp.asarray(factor * sizes[:, i], jnp.float32)
+        for i, m in enumerate(heads.NAMES)
+      }
+      held = np.asarray(found.covers(budgets))
+      if factor < 1:
+        assert np.all(held | (radius == 0))
+      else:
+        reached |= ~held
+  assert reached[np.isfinite(radius)].mean() > 0.95
+  assert not np.any(reached[np.isinf(radius)])
+
+
+def test_a_large_ball_changes_nothing():
+  plain = _bounded(3, radii={})[-1]
+  assert plain.drops is None
+  huge = _bounded(3, radii=dict.fromkeys(heads.NAMES, 1e6))[-1]
+  np.testing.assert_array_equal(huge.nearest_class, plain.nearest_class)
+  np.testing.assert_allclose(huge.radius, plain.radius, rtol=1e-6)
+
+
+def test_frontier_with_caps_equals_the_largest_covered_budget():
+  found = _bounded(4, radii={"audio": 2.0, "image": 0.2})[-1]
+  grid = jnp.asarray([0.0, 0.1, 0.5, jnp.inf])
+  frontier = np.asarray(found.frontier("audio", "image", grid))
+  assert np.any(np.isinf(frontier))
+  assert np.any(np.isfinite(frontier) & (frontier > 0))
+  for index, size in enumerate(np.asarray(grid)):
+    edge = frontier[:, index]
+    inside = found.covers({"audio": size, "image": jnp.asarray(edge * 0.999)})
+    outside = found.covers(
+      {"audio": size, "image": jnp.asarray(edge * 1.001 + 1e-6)}
+    )
+    np.testing.assert_array_equal(inside, edge > 0)
+    np.testing.assert_array_equal(outside, np.isinf(edge))
+
+
+def test_replacing_one_and_removing_another_equals_brute_force():
+  embeddings, rows, bias, found = _bounded(5)
+  y = np.asarray(found.prediction)
+  worst = np.full(500, np.inf)
+  for removed in ((), *((m,) for m in heads.NAMES)):
+    kept = {m: w for m, w in rows.items() if m not in removed}
+    left = _worst_margins(embeddings, kept, bias, found, ("image",))
+    left[np.arange(500), y] = np.inf
+    worst = np.minimum(worst, left.min(-1))
+  clear = np.abs(worst) > 1e-5
+  covered = np.asarray(found.covers({"image": np.inf}, max_missing=1))
+  np.testing.assert_array_equal(covered[clear], worst[clear] > 0)
+  assert 0 < covered.sum() < 500
+
+
+def test_absent_and_broken_examples_have_no_drop():
+  embeddings, rows, bias, _ = _bounded(6, batch=4)
+  terms = {m: jnp.asarray(embeddings[m] @ rows[m].T, jnp.float32) for m in rows}
+  terms["text"] = terms["text"].at[1].set(jnp.nan)
+  present = {m: jnp.asarray([m != "image", True, True, False]) for m in rows}
+  stated = heads.geometry(rows, bias, embedding_radius=RADII)
+  found = certification.margin_certificate(
+    terms,
+    certification.tables.global_tables(stated),
+    present,
+    bias=stated.bias,
+  )
+  assert np.all(found.drops["image"][0] == 0)
+  assert found.covers({"image": np.inf})[0] == found.covers({})[0]
+  assert found.radius[1] == 0
+  assert not found.covers({"image": np.inf})[1]
+  assert not any(np.any(np.isnan(x)) for x in jax.tree.leaves(found.drops))
+  assert np.isinf(found.radius[3])
+  assert not found.valid[3]
+
+
+def test_bad_radii_are_refused_by_name():
+  rows, bias = heads.head(0)
+  for radii, match in (
+    ({"nose": 1.0}, "embedding_radius names the unknown modality 'nose'"),
+    ({"text": -1.0}, r"embedding_radius\['text'\]"),
+  ):
+    stated = heads.geometry(rows, bias, embedding_radius=radii)
+    with pytest.raises(ValueError, match=match):
+      certification.tables.global_tables(stated)
+  for radius in (0.0, -1.0, np.inf, np.nan, 1e-60):
+    with pytest.raises(ValueError, match="embedding_radius"):
+      encoders.make("mlp", embedding_radius=radius)
+  with pytest.raises(ValueError, match="Did you mean 'embedding_radius'"):
+    encoders.make("mlp", embeding_radius=1.0)
+
+
+@pytest.mark.parametrize("radius", [0.01, 1.0, 100.0])
+def test_projection_stays_in_the_ball_and_is_one_lipschitz(radius):
+  rng = np.random.default_rng(0)
+  sizes = np.exp(rng.uniform(-4, 6, (400, 1)))
+  one, two = (
+    jnp.asarray(rng.normal(size=(400, 9)) * sizes, jnp.float32)
+    for _ in range(2)
+  )
+  near = one + 1e-2 * two
+  a, b, c = (functional.project(z, radius) for z in (one, two, near))
+  assert np.all(jnp.linalg.norm(a, axis=-1) <= radius * (1 + 1e-6))
+  inside = np.asarray(jnp.linalg.norm(one, axis=-1) <= radius)
+  np.testing.assert_array_equal(a[inside], one[inside])
+  for z, w, p, q in ((one, two, a, b), (one, near, a, c)):
+    moved = np.linalg.norm(np.asarray(p - q, float), axis=-1)
+    given_distance = np.linalg.norm(np.asarray(z - w, float), axis=-1)
+    assert np.all(moved <= given_distance * (1 + 1e-5) + 1e-6 * radius)
+  gradient = jax.grad(lambda z: jnp.sum(functional.project(z, radius)))
+  assert np.all(np.isfinite(gradient(one.at[0].set(0.0))))
+
+
+def test_bad_values_are_zero_in_evaluation_and_seen_in_training():
+  encoder = encoders.bounded(encoders.mlp(embedding_dim=4), radius=1.0)
+  functions = functional.encoder_functions(encoder, (3,))
+  plain = functional.encoder_functions(encoders.mlp(embedding_dim=4), (3,))
+  params, state = functions.init(jax.random.key(0))
+  assert jax.tree.structure(params) == jax.tree.structure(
+    plain.init(jax.random.key(0))[0]
+  )
+  x = jnp.asarray([[jnp.nan] * 3, [jnp.inf] * 3, [3e38] * 3, [1.0] * 3])
+  found, _ = functions.apply(params, state, x)
+  assert np.all(jnp.linalg.norm(found, axis=-1) <= 1 + 1e-6)
+  assert np.all(found[0] == 0)
+  kept, _ = functions.apply(params, state, x, train=True)
+  assert np.all(np.isnan(kept[0]))
+
+
+def _digits_model(radius):
+  left = {"name": "lipschitz_mlp", "width": 32, "embedding_dim": 16}
+  return models.build(
+    fusion="orthogonal",
+    encoders={
+      "left": {**left, "embedding_radius": radius},
+      "right": {**left},
+    },
+    num_classes=10,
+    input_shapes={"left": (8, 4, 1), "right": (8, 4, 1)},
+    fusion_options={"integration_init": 4.0},
+  )
+
+
+@pytest.fixture(scope="module")
+def trained():
+  """A small model on digits whose left half has little to say."""
+  model = _digits_model(0.4)
+  batch = rmm.data.load("digits", split="train", limit=600)
+  batch = jax.tree.map(jnp.asarray, batch)
+  params, state = model.init(jax.random.key(0))
+  tx = optax.adam(2e-2)
+
+  def loss_fn(params):
+    outputs, _ = model.apply(
+      params, state, batch["inputs"], batch["present"], train=True
+    )
+    return jnp.mean(losses.cross_entropy(outputs.logits, batch["label"]))
+
+  def step(carry, _):
+    params, opt_state = carry
+    updates, opt_state = tx.update(jax.grad(loss_fn)(params), opt_state)
+    return (optax.apply_updates(params, updates), opt_state), None
+
+  run = jax.jit(lambda c: jax.lax.scan(step, c, length=150)[0][0])
+  test = rmm.data.load("digits", split="test", limit=128)
+  return model, run((params, tx.init(params))), jax.tree.map(jnp.asarray, test)
+
+
+def _garbage_flips(model, params, batch, found):
+  """Which predictions some optimised or arbitrary left half changes."""
+  chosen = margins.one_hot(found.prediction, 10)
+
+  def margin(left):
+    inputs = {**batch["inputs"], "left": left}
+    outputs, _ = model.apply(params, {}, inputs, batch["present"])
+    logits = outputs.logits
+    own = margins.pick(logits, chosen)
+    return own - jnp.where(chosen, -jnp.inf, logits), logits
+
+  def flipped(left):
+    return jnp.argmax(margin(left)[1], axis=-1) != found.prediction
+
+  @jax.jit
+  def attack(left, rival):
+    selected = margins.one_hot(rival, 10)
+
+    def one(left):
+      return jnp.sum(
+        margins.pick(jnp.where(chosen, 0, margin(left)[0]), selected)
+      )
+
+    def step(carry, _):
+      left, ever = carry
+      slope = jax.grad(one)(left)
+      length = jnp.sqrt(jnp.sum(slope**2, (1, 2, 3), keepdims=True))
+      size = 0.1 * jnp.sqrt(jnp.sum(left**2, (1, 2, 3), keepdims=True))
+      left = left - size * slope / jnp.maximum(length, 1e-12)
+      return (left, ever | flipped(left)), None
+
+    return jax.lax.scan(step, (left, flipped(left)), length=40)[0][1]
+
+  shape = batch["inputs"]["left"].shape
+  ever = np.zeros(shape[0], bool)
+  for value in (np.nan, np.inf, -np.inf, 3e38, 1e20, 0.0):
+    ever |= np.asarray(flipped(jnp.full(shape, value)))
+  order = np.argsort(np.asarray(found.margins), axis=-1)
+  for index, size in itertools.product(range(4), (0.3, 30.0)):
+    noise = size * jax.random.normal(jax.random.key(index), shape)
+    ever |= np.asarray(attack(noise, jnp.asarray(order[:, index])))
+  return ever
+
+
+def test_no_garbage_in_one_modality_flips_a_covered_digit(trained):
+  model, params, batch = trained
+  found = rmm.certify(model, params, batch)
+  assert np.mean(found.prediction == batch["label"]) > 0.7
+  covered = np.asarray(found.covers({"left": np.inf}))
+  np.testing.assert_array_equal(
+    covered, np.isinf(found.modality_radius["left"])
+  )
+  assert 0.1 < covered.mean() < 0.95
+  assert not np.any(found.covers({"right": np.inf}))
+  flipped = _garbage_flips(model, params, batch, found)
+  assert not np.any(flipped & covered)
+  assert np.any(flipped)
+  # A smaller ball than the true one is refuted by the same garbage.
+  tables = certification.sensitivity_tables(model, params)
+  wrong = certification.SensitivityTables(
+    tables=tables.tables,
+    reach={m: 0.3 * t for m, t in tables.reach.items()},
+    source="global",
+    sound=True,
+  )
+  cheat = rmm.certify(model, params, batch, tables=wrong)
+  claimed = np.asarray(cheat.covers({"left": np.inf}))
+  assert np.any(claimed & flipped)
+
+
+def test_bounded_model_is_certified_the_same_with_tables_jit_and_float64(
+  trained,
+):
+  model, params, batch = trained
+  found = rmm.certify(model, params, batch)
+  tables = certification.sensitivity_tables(model, params)
+  assert sorted(tables.reach) == ["left"]
+  cached = rmm.certify(model, params, batch, tables=tables)
+  jitted = jax.jit(lambda p, b: rmm.certify(model, p, b))(params, batch)
+  for other in (cached, jitted):
+    assert jax.tree.structure(other) == jax.tree.structure(found)
+    np.testing.assert_allclose(other.radius, found.radius, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+      other.drops["left"], found.drops["left"], rtol=1e-4, atol=1e-4
+    )
+  assert certification.recheck_fp64(model, params, batch, found) == 0
