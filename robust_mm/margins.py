@@ -270,11 +270,13 @@ def capped_joint_ratios(
 
 def _costs_at_levels(slope, safe, cap, ball):
   """Cost of m at the level where i has spent its cap: ``[*b, k, i, m]``."""
-  share = slope[..., None, :] / safe[..., :, None]
+  other, own = slope[..., None, :], safe[..., :, None]
+  # x / x need not be 1 in compiled arithmetic, and here it must be.
+  share = jnp.where(other == own, 1, other / own)
   if ball == "l1":
-    share = jnp.where(share > 1, jnp.inf, jnp.where(share < 1, 0, 1))
-  else:
-    share = jnp.square(share) if ball == "l2" else share
+    share = jnp.where(other > own, jnp.inf, jnp.where(other < own, 0, share))
+  elif ball == "l2":
+    share = jnp.square(share)
   level = cap[..., :, None]
   # inf * 0: nothing is spent on what costs nothing, or at level zero.
   cost = jnp.where((share == 0) | (level == 0), 0, level * share)

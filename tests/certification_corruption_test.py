@@ -103,26 +103,27 @@ def test_modality_radius_is_infinite_exactly_where_anything_is_covered(name):
 
 def _cheapest(margin, slope, cap, ball):
   """The joint radius of one rival by trying every set of spent caps."""
+  slope, cap = slope[slope > 0], cap[slope > 0]
   best = np.inf
-  number = len(slope)
-  for size in range(number + 1):
-    for spent in map(list, itertools.combinations(range(number), size)):
-      others = [m for m in range(number) if m not in spent and slope[m] > 0]
+  everyone = set(range(len(slope)))
+  for size in range(len(slope) + 1):
+    for spent in map(list, itertools.combinations(everyone, size)):
+      others = sorted(everyone - set(spent))
       rest = margin - cap[spent].sum()
-      if rest > 0 and not others:
-        continue
-      rest = max(rest, 0.0)
       used = cap[spent] / slope[spent]
-      if ball == "linf":
-        common = rest / slope[others].sum() if others else 0.0
-        best = min(best, max([common, *used]))
-      elif ball == "l1":
-        best = min(
-          best, used.sum() + min([rest / slope[m] for m in others], default=0)
-        )
-      else:
-        common = rest / np.linalg.norm(slope[others]) if others else 0.0
-        best = min(best, np.hypot(np.linalg.norm(used), common))
+      # How the others share the rest: in one, or by their slopes.
+      shares = {
+        "l2": [slope[others] ** 2],
+        "linf": [slope[others]],
+        "l1": [np.eye(len(others))[i] for i in range(len(others))],
+      }[ball]
+      for share in shares if others else []:
+        cost = share / share.sum() * rest
+        if rest < 0 or np.any(cost > cap[others]):
+          continue
+        sizes = np.concatenate([used, cost / slope[others]])
+        order = {"l2": 2, "linf": np.inf, "l1": 1}[ball]
+        best = min(best, np.linalg.norm(sizes, order))
   return best
 
 

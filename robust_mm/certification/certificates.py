@@ -301,11 +301,12 @@ class Certificate:
     """``[b, 1]``: what a term weighs once only the kept are left."""
     if self.reduction == "sum":
       return 1
-    here = modalities.stack(self.present, axis=-1)
-    before = jnp.sum(here, axis=-1, keepdims=True, dtype=int)
-    after = jnp.sum(here & kept, axis=-1, keepdims=True, dtype=int)
-    dtype = self.margins.dtype
-    return before.astype(dtype) / jnp.maximum(after, 1).astype(dtype)
+    left = {
+      name: self.present[name] & kept[index]
+      for index, name in enumerate(self.modalities)
+    }
+    share = modalities.share(left) / modalities.share(self.present)
+    return share[..., None].astype(self.margins.dtype)
 
   def _joint(self, margin, sensitivity, caps, ball):
     return margins.radii(
