@@ -102,7 +102,11 @@ def certify(
   limit: int | None = None,
   device_count: int | None = None,
 ) -> int:
-  """One row per example: prediction, joint and per-modality radii."""
+  """One row per example: prediction, joint and per-modality radii.
+
+  Prints accuracies, for a modality with an ``embedding_radius`` also the one
+  with that modality replaced by anything.
+  """
   _devices(device_count)
   folder = pathlib.Path(workdir)
   target = pathlib.Path(output) if output else folder / "certificates.csv"
@@ -147,6 +151,10 @@ def certify(
   for radius in radii:
     sure = right & (found["radius"] > radius)
     print(f"  joint {radius:<8g} {np.mean(sure[counted]):.4f}")
+  for name in sorted(tables.reach or {}):
+    # Only a bounded embedding can have an infinite radius.
+    sure = right & np.isinf(found["modality_radius"][name])
+    print(f"  any {name:<10} {np.mean(sure[counted]):.4f}")
   print(f"rows: {target}")
   return 0
 

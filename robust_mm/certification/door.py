@@ -51,6 +51,9 @@ def certify(
   :math:`S_{m,j} = s_m L_m \|V_m[y] - V_m[j]\|`, 0 where m is absent. The
   minimum is over all classes: the runner-up is often not the nearest.
 
+  Where a modality's embedding is bounded (``encoders.bounded``) no change of it
+  costs a margin more than ``drops``; the radii use that and may be infinite.
+
   Formal guarantees:
     - With ``source="global"``: no perturbation of the present arrays of
       ``batch["inputs"]`` inside the certified set changes the prediction of
@@ -85,11 +88,12 @@ def certify(
     ``valid=False``.
 
   Raises:
-    ValueError: naming the modality whose encoder states no bound, or reads
-      another modality; for models that mix modalities before their scores; for
-      a geometry that does not reproduce the logits (inside jit: radius 0); for
-      16-bit arithmetic and products at less than full precision; outside jit,
-      on one example only, for encoders that read other examples of the batch.
+    ValueError: naming the array of the batch that has a wrong shape; naming the
+      modality whose encoder states no bound, or reads another modality; for
+      models that mix modalities before their scores; for a geometry that does
+      not reproduce the logits (inside jit: radius 0); for 16-bit arithmetic and
+      products at less than full precision; outside jit, on one example only,
+      for encoders that read other examples of the batch.
   """
   _validate.one_of(SOURCES, source=source)
   _validate.one_of(arrays.FIDELITIES, fidelity=fidelity)
