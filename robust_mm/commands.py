@@ -154,7 +154,7 @@ def certify(
   for name in sorted(tables.reach or {}):
     # Only a bounded embedding can have an infinite radius.
     sure = right & np.isinf(found["modality_radius"][name])
-    print(f"  any {name:<10} {np.mean(sure[counted]):.4f}")
+    print(f"  {name + ' replaced':<14} {np.mean(sure[counted]):.4f}")
   print(f"rows: {target}")
   return 0
 

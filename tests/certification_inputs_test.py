@@ -1,5 +1,6 @@
 """What ``certify`` says to batches of a wrong shape: one clear sentence."""
 
+import dataclasses
 import re
 
 import certification_models as hand
@@ -111,6 +112,20 @@ def test_hand_written_models_name_the_modality_and_give_the_reason():
     "(6, 8): "
   )
   assert "(8,)" in text
+  assert "(7,)" in text
+
+
+def test_hand_written_models_that_map_over_inputs_give_all_shapes():
+  model, params = hand.mlp(), hand.random_params(0)
+
+  def encode(params, state, inputs, present, **kwargs):
+    halved = jax.tree.map(lambda x: x / 2, inputs)
+    return model.encode(params, state, halved, present, **kwargs)
+
+  batch = hand.random_batch(0, 6)
+  batch["inputs"]["image"] = jnp.zeros((6, 8))
+  text = _sentence(dataclasses.replace(model, encode=encode), params, batch)
+  assert "batch['inputs'] with shapes audio (6, 5), image (6, 8): " in text
   assert "(7,)" in text
 
 

@@ -89,25 +89,34 @@ def explain(
   """
   if model.input_shapes is not None:
     return None
-  reads = _Reads()
+  reason = _refusal(model, dict, params, state, inputs, present)[0]
+  if reason is None:
+    return None
+  # No pytree, so an encode that maps over its inputs fails on it otherwise.
+  same, reads = _refusal(model, _Reads, params, state, inputs, present)
+  name = reads.last if same == reason else None
+  shapes = {name: jnp.shape(value) for name, value in inputs.items()}
+  where = (
+    f"batch['inputs'] with shapes {_listed(shapes)}"
+    if name is None
+    else f"batch['inputs'][{name!r}] of shape {shapes.get(name)}"
+  )
+  return ValueError(f"the encoder of the model refuses {where}: {reason}")
+
+
+def _refusal(model, kind, params, state, inputs, present):
+  """What ``encode`` says, in one line, and the inputs it was given."""
+  given = kind()
 
   def encode(params, state, inputs, present):
-    reads.update(inputs)
-    return model.encode(params, state, reads, present, train=False)[0]
+    given.update(inputs)
+    return model.encode(params, state, given, present, train=False)[0]
 
   try:
     jax.eval_shape(encode, params, state, inputs, present)
   except (TypeError, ValueError) as error:
-    shapes = {name: jnp.shape(value) for name, value in inputs.items()}
-    name = reads.last
-    where = (
-      f"batch['inputs'] with shapes {_listed(shapes)}"
-      if name is None
-      else f"batch['inputs'][{name!r}] of shape {shapes.get(name)}"
-    )
-    reason = str(error).strip().split("\n")[0]
-    return ValueError(f"the encoder of the model refuses {where}: {reason}")
-  return None
+    return str(error).strip().split("\n")[0], given
+  return None, given
 
 
 def relative_units(batch: Batch) -> dict[str, float]:

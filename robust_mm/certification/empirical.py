@@ -42,8 +42,9 @@ def empirical_lipschitz(
   Returns:
     ``{m: [k]}``.
   """
+  geometry = tables.model_geometry(model, params)
   return _largest_gradient(
-    model, params, batch, state, chunk, margins.norm, True
+    model, geometry, params, batch, state, chunk, margins.norm, True
   )
 
 
@@ -72,8 +73,8 @@ def empirical_tables(
     tables with ``sound=False``: nothing made from them may be called certified.
   """
   _validate.one_of(("difference", "split"), form=form)
+  geometry = tables.model_geometry(model, params)
   if form == "split":
-    geometry = tables.model_geometry(model, params)
     constants = empirical_lipschitz(
       model, params, batch, state=state, chunk=chunk
     )
@@ -85,18 +86,19 @@ def empirical_tables(
     result, reach = tables.split_tables(factors, constants), None
   else:
     result = _largest_gradient(
-      model, params, batch, state, chunk, tables.row_distances, False
+      model, geometry, params, batch, state, chunk, tables.row_distances, False
     )
-    reach = tables.reach_tables(tables.model_geometry(model, params))
+    reach = tables.reach_tables(geometry)
   return SensitivityTables(
     tables=result, reach=reach, source="empirical", sound=False
   )
 
 
-def _largest_gradient(model, params, batch, state, chunk, reduce, raw):
+def _largest_gradient(
+  model, geometry, params, batch, state, chunk, reduce, raw
+):
   """Maximum over examples of ``reduce(jacobian [k, size])``, per modality."""
   _validate.at_least(1, chunk=chunk)
-  geometry = tables.model_geometry(model, params)
   present = batches.presence(batch, model.modalities, model.input_shapes)
   inputs = {name: _floating(batch["inputs"][name]) for name in present}
   num_examples = present[model.modalities[0]].shape[0]
