@@ -54,7 +54,8 @@ class Outputs:
 class Geometry:
   r"""What a certificate needs to know of a late-fusion model.
 
-  The logits are :math:`\sum_m present_m V_m \phi_m(x_m) + bias`.
+  The logits are :math:`\sum_m present_m V_m \phi_m(x_m) + bias`, with the sum
+  divided by the number of present modalities for a head that averages.
 
   Attributes:
     head: ``{m: [k, d_m]}``, the rows :math:`V_m`, integration factors included.
@@ -67,6 +68,10 @@ class Geometry:
     integration: ``{m: [k]}`` or None, the factors of a head that has any,
       orthonormal or not: no statement about norms, so no certificate rests on
       it.
+    embedding_radius: ``{m: [] | None}`` or None, :math:`B_m` with
+      :math:`\|\phi_m(x)\| \le B_m` for every x (projection on a ball); None
+      where there is none.
+    reduction: ``"sum"``, or ``"mean"`` over present modalities; static.
   """
 
   head: Any
@@ -74,6 +79,8 @@ class Geometry:
   lipschitz: Any
   factors: Any = None
   integration: Any = None
+  embedding_radius: Any = None
+  reduction: str = dataclasses.field(default="sum", metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,6 +99,8 @@ class Model:
     fuse: ``fuse(params, embeddings, present) -> Outputs``.
     geometry: ``geometry(params) -> Geometry``, or None where the logits are no
       sum of per-modality terms.
+    input_shapes: ``{m: shape}`` of one input, where the model knows them:
+      ``certify`` then refuses other shapes by name.
   """
 
   modalities: tuple[str, ...]
@@ -100,6 +109,7 @@ class Model:
   encode: Callable[..., Any]
   fuse: Callable[..., Outputs]
   geometry: Callable[..., Geometry] | None = None
+  input_shapes: Mapping[str, tuple[int, ...]] | None = None
 
   def apply(
     self,

@@ -98,7 +98,7 @@ def write(
     f"{units} units"
   )
   right = found["prediction"] == batch["label"]
-  print("\n".join(_lines(found, question, right)))
+  print("\n".join(_lines(found, question, right, sorted(tables.reach or {}))))
   print(f"rows: {target}")
 
 
@@ -187,8 +187,11 @@ def _columns(found, question, batch, *, sound: bool) -> dict:
   return columns
 
 
-def _lines(found, question, right) -> list[str]:
-  """Accuracies: a table of radii, then one line a budget."""
+def _lines(found, question, right, bounded) -> list[str]:
+  """Accuracies: a table of radii, then one line a budget.
+
+  Only a modality with a ``bounded`` embedding may be replaced by anything.
+  """
   counted = found["valid"]
   names = sorted(found["modality_radius"])
   reaches = [found["radius"], *(found["modality_radius"][n] for n in names)]
@@ -201,6 +204,9 @@ def _lines(found, question, right) -> list[str]:
   lines = [
     "  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in table
   ]
+  for name in bounded:
+    replaced = np.isinf(found["modality_radius"][name])
+    lines.append(f"  {name} replaced: {_share(right & replaced, counted)}")
   for budget, covered in zip(question.budgets, found["covers"]):
     sizes = ",".join(f"{name}={size:.9g}" for name, size in budget.items())
     words = [f"budget {sizes}"] if budget else []

@@ -179,7 +179,10 @@ def joint_sensitivity(
   - ``"l1"``: :math:`\sum_m \epsilon_m \le r`, maximum.
   """
   _validate.one_of(BALLS, ball=ball)
-  stacked = modalities.stack(sensitivity, axis=-1)
+  return _dual(modalities.stack(sensitivity, axis=-1), ball)
+
+
+def _dual(stacked, ball):
   if ball == "l2":
     return norm(stacked)
   return (jnp.sum if ball == "linf" else jnp.max)(stacked, axis=-1)
@@ -188,18 +191,112 @@ def joint_sensitivity(
 def joint_ratios(
   margins: Float[Array, "*b k"],
   sensitivity: Mapping[str, Float[Array, "*b k"]],
+  caps: Mapping[str, Float[Array, "*b k"]] | None = None,
   *,
   ball: str = "l2",
 ) -> Float[Array, "*b k"]:
-  """Per rival, the joint radius below which it cannot win."""
+  """Per rival, the joint radius below which it cannot win.
+
+  With ``caps`` ``{m: [*b, k]}``, the most that a modality can take from the
+  margins (none where a modality is not named), see ``capped_joint_ratios``.
+  """
+  if caps:
+    return capped_joint_ratios(margins, sensitivity, caps, ball=ball)
   return ratio(margins, joint_sensitivity(sensitivity, ball=ball))
 
 
+def capped_ratio(
+  margin: Float[Array, "*b"],
+  sensitivity: Float[Array, "*b"],
+  cap: Float[Array, "*b"] | None,
+) -> Float[Array, "*b"]:
+  r"""The smallest :math:`\epsilon` with :math:`\min(S \epsilon, D) \ge M`.
+
+  ``ratio``, and ``+inf`` where the cap D is below the margin; None for no cap.
+  """
+  uncapped = ratio(margin, sensitivity)
+  return uncapped if cap is None else jnp.where(cap < margin, jnp.inf, uncapped)
+
+
+def capped_joint_ratios(
+  margins: Float[Array, "*b k"],
+  sensitivity: Mapping[str, Float[Array, "*b k"]],
+  caps: Mapping[str, Float[Array, "*b k"]],
+  *,
+  ball: str = "l2",
+) -> Float[Array, "*b k"]:
+  r"""``joint_ratios`` where a modality can cost a margin no more than its cap.
+
+  .. math:: \min \Bigl\{\|\epsilon\| :
+            \sum_m \min(S_m \epsilon_m, D_m) \ge M\Bigr\}
+
+  With the costs :math:`t_m = S_m \epsilon_m \le D_m` as unknowns this is
+  convex, and solved exactly: costs grow together, :math:`t_m = \min(D_m,
+  \lambda S_m^q)`, and a modality whose level :math:`\lambda_i = D_i / S_i^q` is
+  passed before the costs reach M spends its whole cap. q is 2 for the l2 ball,
+  1 for linf and infinite for l1 (the largest S first). ``+inf`` where all caps
+  together stay below the margin.
+
+  Args:
+    margins: ``[*b, k]``.
+    sensitivity: ``{m: [*b, k]}``.
+    caps: ``{m: [*b, k]}``, non-negative; a modality not named has none.
+    ball: as in ``joint_sensitivity``.
+  """
+  _validate.one_of(BALLS, ball=ball)
+  slope = modalities.stack(sensitivity, axis=-1)
+  no_cap = jnp.full_like(margins, jnp.inf)
+  cap = modalities.stack(
+    {name: caps.get(name, no_cap) for name in sensitivity}, axis=-1
+  )
+  inert = slope == 0
+  cap = jnp.where(inert, 0, cap)
+  safe = jnp.where(inert, 1, slope)
+  margin = margins[..., None]
+  spent = jnp.sum(_costs_at_levels(slope, safe, cap, ball), axis=-1) < margin
+  alone = jnp.where(spent, cap, 0)
+  rest = ratio(
+    margins - jnp.sum(alone, axis=-1),
+    _dual(jnp.where(spent, 0, slope), ball),
+  )
+  if ball == "linf":
+    # Spent caps needed less than what the others need.
+    return rest
+  sizes = jnp.concatenate([alone / safe, rest[..., None]], axis=-1)
+  total = norm(sizes) if ball == "l2" else jnp.sum(sizes, axis=-1)
+  # Nothing spent, a margin below 0 included: the plain ratio.
+  return jnp.where(jnp.any(spent & ~inert, axis=-1), total, rest)
+
+
+def _costs_at_levels(slope, safe, cap, ball):
+  """Cost of m at the level where i has spent its cap: ``[*b, k, i, m]``."""
+  other, own = slope[..., None, :], safe[..., :, None]
+  # x / x need not be 1 in compiled arithmetic, and here it must be.
+  share = jnp.where(other == own, 1, other / own)
+  if ball == "l1":
+    share = jnp.where(other > own, jnp.inf, jnp.where(other < own, 0, share))
+  elif ball == "l2":
+    share = jnp.square(share)
+  level = cap[..., :, None]
+  # inf * 0: nothing is spent on what costs nothing, or at level zero.
+  cost = jnp.where((share == 0) | (level == 0), 0, level * share)
+  return jnp.minimum(cost, cap[..., None, :])
+
+
 def modality_ratios(
-  margins: Float[Array, "*b k"], sensitivity: Mapping[str, Array]
+  margins: Float[Array, "*b k"],
+  sensitivity: Mapping[str, Array],
+  caps: Mapping[str, Array] | None = None,
 ) -> dict[str, Float[Array, "*b k"]]:
-  """Per modality and rival, the radius when only that modality is attacked."""
-  return {name: ratio(margins, sensitivity[name]) for name in sensitivity}
+  """Per modality and rival, the radius when only that modality is attacked.
+
+  ``caps`` as in ``capped_joint_ratios``.
+  """
+  caps = caps or {}
+  return {
+    name: capped_ratio(margins, sensitivity[name], caps.get(name))
+    for name in sensitivity
+  }
 
 
 def budget_ratios(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Bool
+from jaxtyping import Float
 from jaxtyping import PRNGKeyArray
 
 from robust_mm import _validate
@@ -79,6 +80,12 @@ def mask(inputs: Inputs, present: Present) -> dict:
     name: jnp.where(_expand(present[name], value), value, jnp.zeros_like(value))
     for name, value in inputs.items()
   }
+
+
+def share(present: Mapping[str, Bool[Array, " b"]]) -> Float[Array, " b"]:
+  """The weight of a modality in a mean: 1 / number present, 1 with none."""
+  number = jnp.sum(stack(present, axis=-1), axis=-1, dtype=int)
+  return 1 / jnp.maximum(number, 1).astype(jnp.result_type(float))
 
 
 def random_presence(

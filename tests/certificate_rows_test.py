@@ -254,3 +254,15 @@ def test_refusal_of_the_library_is_a_sentence_and_leaves_the_old_rows(
   assert "states no Lipschitz bound" in err
   assert target.read_text() == "old"
   assert list(tmp_path.iterdir()) == [target]
+
+
+def test_share_that_survives_a_replaced_modality(tmp_path, capsys):
+  config = "--config=configs/crmt.py:digits,smoke"
+  radius = "--config.model.encoders.default.embedding_radius=0.05"
+  train_options = ["train", config, f"--workdir={tmp_path / 'run'}", radius]
+  assert cli.main([*train_options, *SHORT]) == 0
+  out, columns = certify(capsys, tmp_path / "run", tmp_path / "rows.csv")
+  right = numbers(columns, "correct") == 1
+  for name in ("left", "right"):
+    replaced = np.isinf(numbers(columns, f"radius_{name}"))
+    assert f"{name} replaced: {np.mean(right & replaced):.4f}" in out

@@ -300,7 +300,7 @@ def test_normalisation_refuses_what_has_no_inverse():
   [
     ({"fusion": "orthogonall"}, "Did you mean 'orthogonal'"),
     ({"fusion_options": {"num_iter": 3}}, "Did you mean 'num_iters'"),
-    ({"fusion": "concat", "fusion_options": {"a": 1}}, "it has none"),
+    ({"fusion": "concat", "fusion_options": {"a": 1}}, "it has reduction"),
     ({"fusion_options": {"integration": "sum"}}, "integration must be one"),
     ({"num_classes": 7}, "embedding_dim of modality 'left'"),
     ({"encoders": {"left": {"name": "lipschitz_mpl"}}}, "'lipschitz_mlp'"),

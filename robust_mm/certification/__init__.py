@@ -8,24 +8,24 @@ whether the prediction is *correct* is a separate factor
 
 ``certify`` asks a model; ``margin_certificate`` takes plain arrays of a model
 of any framework; ``fit_integration`` re-weights modalities for a threat.
-Inside, each module imports only from those before it: tables, empirical,
-programs, certificates, arrays, door, integration, optimizers.
+Inside, each module imports only from those before it: tables, batches,
+empirical, programs, certificates, arrays, door, recheck, accuracy, integration,
+optimizers.
 
 References:
   `Yang et al. (2024) <https://arxiv.org/abs/2402.06244>`_;
   `Tsuzuku et al. (2018) <https://arxiv.org/abs/1802.04034>`_.
 """
 
+from robust_mm.certification.accuracy import certified_accuracy
+from robust_mm.certification.accuracy import wilson_interval
 from robust_mm.certification.arrays import margin_certificate
+from robust_mm.certification.batches import relative_units
 from robust_mm.certification.certificates import DEFAULT_SLACK
 from robust_mm.certification.certificates import NO_SLACK
 from robust_mm.certification.certificates import Certificate
 from robust_mm.certification.certificates import Slack
-from robust_mm.certification.door import certified_accuracy
 from robust_mm.certification.door import certify
-from robust_mm.certification.door import recheck_fp64
-from robust_mm.certification.door import relative_units
-from robust_mm.certification.door import wilson_interval
 from robust_mm.certification.empirical import empirical_lipschitz
 from robust_mm.certification.empirical import empirical_tables
 from robust_mm.certification.integration import accept_integration
@@ -34,6 +34,7 @@ from robust_mm.certification.integration import integration_factors
 from robust_mm.certification.integration import integration_loss
 from robust_mm.certification.integration import integration_parameters
 from robust_mm.certification.optimizers import published_optimizer
+from robust_mm.certification.recheck import recheck_fp64
 from robust_mm.certification.tables import SensitivityTables
 from robust_mm.certification.tables import abstract_geometry
 from robust_mm.certification.tables import missing_constants

@@ -1,6 +1,7 @@
 """A certificate from plain arrays, for models of any framework."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,12 +37,17 @@ def margin_certificate(
   slack: Slack = certificates.DEFAULT_SLACK,
   fidelity: str = "corrected",
   fusion: str = "additive",
+  reduction: str = "sum",
 ) -> Certificate:
   r"""A certificate from arrays, for models of any framework.
 
   The logits must be :math:`\sum_m c_m + bias` where :math:`c_m` depends on
   modality m alone, and the change of :math:`c_m[y] - c_m[j]` per unit of l2
-  distance must be bounded by ``tables.tables[m][y, j]``.
+  distance must be bounded by ``tables.tables[m][y, j]``. With ``tables.reach``,
+  :math:`c_m[y] - c_m[j] \ge -reach_m[y, j]` whatever the input, and no change
+  of it costs more than
+
+  .. math:: drop_{m,j} = c_m[y] - c_m[j] + reach_m[y, j].
 
   With ``fusion="joint"`` (a Lipschitz trunk on the concatenated embeddings)
   only ``logits`` are needed and the tables bound
@@ -65,15 +71,14 @@ def margin_certificate(
     fidelity: ``"published"`` looks at the runner-up class only, which is
       unsound and says so.
     fusion: ``"additive"`` or ``"joint"``.
+    reduction: ``"mean"`` where the logits are the mean of the contributions of
+      present modalities rather than their sum, plus bias. ``contributions`` and
+      ``tables`` are those before the division.
 
   Returns:
     the certificate; see ``Certificate`` for the edge cases.
   """
-  _validate.one_of(FIDELITIES, fidelity=fidelity)
-  _validate.one_of(FUSIONS, fusion=fusion)
-  _validate.non_negative(slack=slack.margin)
-  _validate.non_negative(slack=slack.sensitivity)
-  _validate.non_negative(slack=slack.rounding)
+  _check_settings(fidelity, fusion, reduction, slack)
   known = modalities.names(tables.tables)
   if fusion == "joint":
     contributions = None  # the logits are no sum of them
@@ -81,9 +86,10 @@ def margin_certificate(
     raise ValueError(
       "margin_certificate needs contributions (or joint logits)."
     )
+  present = _presence(present, known, _rows_of(contributions, logits, known))
   if contributions is not None:
     contributions, logits, scale = _assemble(
-      contributions, known, present, bias, logits
+      contributions, known, present, bias, logits, reduction
     )
   else:
     logits = jnp.asarray(logits)
@@ -96,14 +102,12 @@ def margin_certificate(
   if rounding is not None:
     rounding = slack.rounding * jnp.asarray(rounding, scale.dtype)
     loss = jnp.maximum(loss, rounding)
-  if present is None:
-    present = {name: jnp.ones(logits.shape[:-1], bool) for name in known}
   return _build(
     logits,
     contributions,
     loss * float(jnp.finfo(logits.dtype).eps),
     tables,
-    {name: jnp.asarray(present[name]) for name in known},
+    present,
     _size_factors(known, units, norm, sizes, slack),
     units={
       name: jnp.asarray(value, logits.dtype)
@@ -113,28 +117,69 @@ def margin_certificate(
     fusion=fusion,
     sound=tables.sound and fidelity == "corrected",
     rival="all" if fidelity == "corrected" else "runner_up",
+    reduction=reduction,
+    slack=slack,
   )
 
 
-def _assemble(contributions, known, present, bias, logits):
-  """Masked contributions, logits, and the size rounding errors refer to."""
+def _check_settings(fidelity, fusion, reduction, slack):
+  _validate.one_of(FIDELITIES, fidelity=fidelity)
+  _validate.one_of(FUSIONS, fusion=fusion)
+  _validate.one_of(tables_lib.REDUCTIONS, reduction=reduction)
+  if fusion == "joint" and reduction != "sum":
+    raise ValueError("reduction must be 'sum' with fusion='joint'.")
+  for value in slack:
+    _validate.non_negative(slack=value)
+
+
+def _rows_of(contributions, logits, known):
+  """The shape of the batch."""
+  if not known:
+    raise ValueError("tables must have at least one modality.")
+  if contributions is None:
+    return jnp.shape(logits)[:-1]
   if modalities.names(contributions) != known:
     raise ValueError(
       f"contributions must have the modalities {', '.join(known)} of the "
       f"tables, got {', '.join(modalities.names(contributions))}."
     )
+  return jnp.shape(contributions[known[0]])[:-1]
+
+
+def _presence(present, known, shape):
+  """``present`` as arrays of the shape of the batch."""
+  if present is None:
+    return {name: jnp.ones(shape, bool) for name in known}
+  for name in known:
+    if name not in present:
+      raise ValueError(f"present has no modality {name!r}.")
+    if jnp.shape(present[name]) != shape:
+      raise ValueError(
+        f"present[{name!r}] must be bool of shape {shape}, one for each "
+        f"example, got shape {jnp.shape(present[name])}."
+      )
+  return {name: jnp.asarray(present[name]) for name in known}
+
+
+def _assemble(contributions, known, present, bias, logits, reduction):
+  """Masked contributions, logits, and the size rounding errors refer to.
+
+  That size is the one before a mean divides: it bounds the errors of the mean
+  over every subset that a removal may leave.
+  """
   masked = {}
   for name in known:
     value = jnp.asarray(contributions[name])
-    if present is not None:
-      here = jnp.asarray(present[name])[..., None]
-      value = jnp.where(here, value, jnp.zeros_like(value))
-    masked[name] = value
+    here = present[name][..., None]
+    masked[name] = jnp.where(here, value, jnp.zeros_like(value))
+  size = sum(jnp.abs(value) for value in masked.values())
+  if reduction == "mean":
+    masked = tables_lib.averaged(masked, present)
   total = sum(masked.values())
   if bias is None:
     bias = jnp.zeros(total.shape[-1:], total.dtype)
   bias = jnp.broadcast_to(jnp.asarray(bias, total.dtype), total.shape)
-  size = sum(jnp.abs(value) for value in masked.values()) + jnp.abs(bias)
+  size = size + jnp.abs(bias)
   logits = total + bias if logits is None else jnp.asarray(logits)
   return masked, logits, jnp.max(size, axis=-1)
 
@@ -166,19 +211,35 @@ def _size_factors(known, units, norm, sizes, slack):
   return factors
 
 
-def _build(logits, contributions, scale, tables, present, factors, **static):
+def _build(
+  logits, contributions, loss, tables, present, factors, *, slack, **static
+):
   known = modalities.names(tables.tables)
   dtype, num_classes = logits.dtype, logits.shape[-1]
   prediction = jnp.argmax(logits, axis=-1)
   chosen = margins.one_hot(prediction, num_classes)
-  sensitivity = {}
-  for name in known:
-    table = jnp.asarray(tables.tables[name], dtype)
-    rows = tables_lib.gather(table, prediction, present[name])
-    sensitivity[name] = rows * jnp.asarray(factors[name], dtype)
-  margin = margins.pairwise(logits, prediction) - scale[..., None]
+  rows = functools.partial(
+    _rows,
+    prediction=prediction,
+    present=present,
+    dtype=dtype,
+    reduction=static["reduction"],
+  )
+  sensitivity = {
+    name: value * jnp.asarray(factors[name], dtype)
+    for name, value in rows({m: tables.tables[m] for m in known}).items()
+  }
+  drops = None
+  if tables.reach and contributions is not None:
+    reach = {
+      name: value * (1 + slack.sensitivity) + loss[..., None]
+      for name, value in rows(tables.reach).items()
+    }
+    drops = _drops(contributions, reach, chosen, present)
+  margin = margins.pairwise(logits, prediction) - loss[..., None]
   valid = jnp.any(modalities.stack(present, axis=-1), axis=-1)
-  finite = _finite(margin, chosen, sensitivity, contributions)[..., None]
+  finite = _finite(margin, chosen, sensitivity, contributions, drops)
+  finite = finite[..., None]
   # Nothing present: nothing to attack, whatever the biases are.
   margin = jnp.where(valid[..., None], margin, jnp.inf)
   # A margin of 0 is a tie: radius 0, covers False, and no NaN anywhere.
@@ -190,14 +251,40 @@ def _build(logits, contributions, scale, tables, present, factors, **static):
     margins=margin,
     sensitivity=_where(finite, sensitivity),
     contributions=_where(finite, contributions),
+    drops=_where(finite, drops),
     nearest_class=None,
     runner_up=jnp.argmax(jnp.where(chosen, -jnp.inf, logits), axis=-1),
     vulnerability=None,
     valid=valid,
+    present=present,
     source=tables.source,
     **static,
   )
   return _reduce(base)
+
+
+def _rows(tables, prediction, present, dtype, reduction):
+  """Rows of the tables at the prediction, as the logits weigh them."""
+  rows = {
+    name: tables_lib.gather(
+      jnp.asarray(table, dtype), prediction, present[name]
+    )
+    for name, table in tables.items()
+  }
+  if reduction == "mean":
+    rows = tables_lib.averaged(rows, present)
+  return rows
+
+
+def _drops(contributions, reach, chosen, present):
+  """The most any input can take from the margins: down to ``-reach``."""
+  drops = {}
+  for name, bound in reach.items():
+    term = contributions[name]
+    drop = jnp.maximum(margins.pick(term, chosen) - term + bound, 0)
+    attackable = ~chosen & present[name][..., None]
+    drops[name] = jnp.where(attackable, drop, jnp.zeros_like(drop))
+  return drops
 
 
 def _where(finite, tree):
@@ -205,12 +292,12 @@ def _where(finite, tree):
   return jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), tree)
 
 
-def _finite(margin, chosen, sensitivity, contributions):
+def _finite(margin, chosen, sensitivity, contributions, drops):
   """Every value of the example can be trusted: finite, no negative bound."""
   good = jnp.isfinite(margin) | chosen
   for value in sensitivity.values():
     good = good & jnp.isfinite(value) & (value >= 0)
-  for value in (contributions or {}).values():
+  for value in (*(contributions or {}).values(), *(drops or {}).values()):
     good = good & jnp.isfinite(value)
   return jnp.all(good, axis=-1)
 
@@ -218,7 +305,9 @@ def _finite(margin, chosen, sensitivity, contributions):
 def _reduce(base: Certificate) -> Certificate:
   """Fills in the minima over all rivals."""
   nearest = base.joint_nearest_class()
-  ratios = margins.modality_ratios(base.rival_margins(), base.sensitivity)
+  ratios = margins.modality_ratios(
+    base.rival_margins(), base.sensitivity, base.drops
+  )
   return dataclasses.replace(
     base,
     radius=base.joint_radius(),

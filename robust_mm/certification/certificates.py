@@ -41,6 +41,7 @@ class Slack(NamedTuple):
 
 DEFAULT_SLACK = Slack()
 NO_SLACK = Slack(margin=0.0, sensitivity=0.0, rounding=0.0)
+MAX_AVERAGED = 6  # modalities whose 2^m subsets a mean tries one by one
 
 
 @jax.tree_util.register_dataclass
@@ -62,8 +63,10 @@ class Certificate:
   Attributes:
     prediction: int ``[b]``.
     radius: ``[b]``, all modalities together in one l2 ball. ``+inf`` where
-      nothing can be attacked, 0 for ties and for non-finite values.
-    modality_radius: ``{m: [b]}``, that modality alone.
+      nothing can be attacked, or too little (``drops``); 0 for ties and for
+      non-finite values.
+    modality_radius: ``{m: [b]}``, that modality alone; ``+inf`` where it may be
+      replaced by anything.
     margins: ``[b, k]`` logit of the prediction minus the others, lowered by
       the slack; ``+inf`` at the prediction, and everywhere for an example with
       nothing present; 0 in examples with non-finite values.
@@ -74,6 +77,10 @@ class Certificate:
     vulnerability: ``{m: [b]}`` shares of the squared sensitivity at
       ``nearest_class``; they depend on the units and sum to 1 (or are all 0).
     valid: bool ``[b]``, False with nothing present: left out of averages.
+    present: ``{m: bool[b]}``.
+    drops: ``{m: [b, k]}`` of the modalities whose embedding is bounded, the
+      most that any input of that modality can take from the margins; None
+      where there are none.
     units: ``{m: []}``.
     fusion: "additive" (a polytope of budgets) or "joint" (an ellipsoid).
     source: where the encoder constants come from.
@@ -81,6 +88,9 @@ class Certificate:
     rival: "all" classes, or the published "runner_up" only.
     norm: ``((m, "l2" | "linf" | "l1"), ...)``, how :math:`\|\delta_m\|` is
       measured.
+    reduction: "sum" of the contributions of present modalities, or "mean";
+      ``margins``, ``sensitivity``, ``contributions`` and ``drops`` are those of
+      the logits, divided already.
   """
 
   prediction: Any
@@ -94,11 +104,14 @@ class Certificate:
   vulnerability: Any
   valid: Any
   units: Any
+  present: Any
+  drops: Any = None
   fusion: str = dataclasses.field(metadata={"static": True})
   source: str = dataclasses.field(metadata={"static": True})
   sound: bool = dataclasses.field(metadata={"static": True})
   rival: str = dataclasses.field(metadata={"static": True})
   norm: tuple = dataclasses.field(metadata={"static": True})
+  reduction: str = dataclasses.field(default="sum", metadata={"static": True})
 
   @property
   def kind(self) -> str:
@@ -122,18 +135,25 @@ class Certificate:
   ) -> Bool[Array, "*b"]:
     r"""Whether the prediction survives these budgets, all used at once.
 
-    .. math:: \forall j:\ M_j - \sum_m S_{m,j} \epsilon_m > 0
+    .. math:: \forall j:\ M_j - \sum_m \min(S_{m,j} \epsilon_m, drop_{m,j}) > 0
 
     and, when the attacker may also remove modalities, minus the
-    ``max_missing`` largest positive values of keeping one.
+    ``max_missing`` largest positive values of keeping one (a sum), or for every
+    subset that may be left (a mean: its weights depend on who is left).
 
     Args:
-      budgets: ``{m: eps}`` in units of the certificate, scalars or ``[b]``;
-        ``inf`` is allowed; a modality that is not named has budget 0.
+      budgets: ``{m: eps}`` in units of the certificate, scalars or ``[b]``; a
+        modality that is not named has budget 0. ``inf``: replaced by anything,
+        which a bounded embedding can bear (``encoders.bounded``).
       max_missing: how many present modalities may be removed as well.
 
     Returns:
       bool ``[b]``; the set of covered budgets is down-closed.
+
+    Raises:
+      ValueError: for an unknown modality, a negative budget, ``max_missing``
+        out of range, for a fusion that is not additive, or for a mean of more
+        than 6 modalities.
     """
     self._check_budgets(budgets)
     if max_missing not in range(len(self.modalities) + 1):
@@ -142,16 +162,13 @@ class Certificate:
         f"{max_missing}."
       )
     cost = {
-      name: _cost(self.sensitivity[name], budgets.get(name, 0.0))
-      for name in self.modalities
+      name: self._cost(name, budgets.get(name, 0.0)) for name in self.modalities
     }
-    ball = "linf" if self.fusion == "additive" else "l2"
-    left = self.rival_margins() - margins.joint_sensitivity(cost, ball=ball)
     if max_missing:
-      drops = self._drops("max_missing")
-      keeping = {name: drops[name] - cost[name] for name in self.modalities}
-      gain = jnp.maximum(modalities.stack(keeping, axis=-1), 0)
-      left = left - jnp.sum(jax.lax.top_k(gain, max_missing)[0], axis=-1)
+      left = self._left_after_removal(cost, max_missing)
+    else:
+      ball = "linf" if self.fusion == "additive" else "l2"
+      left = self.rival_margins() - margins.joint_sensitivity(cost, ball=ball)
     return jnp.all(left > 0, axis=-1)
 
   def radius_without(self, removed: Iterable[str]) -> Float[Array, "*b"]:
@@ -164,13 +181,17 @@ class Certificate:
     _validate.known(self.modalities, removed=removed)
     if not removed:
       return self.radius
-    drops = self._drops("radius_without")
-    margin = self.rival_margins() - sum(drops[name] for name in removed)
-    kept = {
-      name: jnp.zeros_like(value) if name in removed else value
-      for name, value in self.sensitivity.items()
+    terms = self._terms("radius_without")
+    kept = np.array([name not in removed for name in self.modalities])
+    weight = self._weight(kept)
+    # Who is left weighs more in a mean, in its slope and in its cap.
+    slopes = {
+      name: weight * value if here else jnp.zeros_like(value)
+      for (name, value), here in zip(sorted(self.sensitivity.items()), kept)
     }
-    return margins.radii(margins.joint_ratios(margin, kept))
+    caps = {name: weight * value for name, value in (self.drops or {}).items()}
+    left = self._left(terms, kept)
+    return margins.radii(margins.joint_ratios(left, slopes, caps))
 
   def joint_radius(self, ball: str = "l2") -> Float[Array, "*b"]:
     r"""The radius of another joint ball over the sizes.
@@ -217,8 +238,9 @@ class Certificate:
     .. math:: \epsilon_2(\epsilon_1) = \max\Bigl(0, \min_j
               \frac{M_j - S_{1,j} \epsilon_1}{S_{2,j}}\Bigr)
 
-    Concave and piecewise linear for additive fusion; other modalities have
-    budget 0.
+    Concave and piecewise linear for additive fusion without ``drops``; with
+    them :math:`S_{1,j} \epsilon_1` is capped, and j counts only where the drop
+    of ``second`` reaches what is left. Other modalities have budget 0.
 
     Args:
       first: modality of the grid.
@@ -234,12 +256,18 @@ class Certificate:
     two = self.sensitivity[second][..., None]
     size = jnp.reshape(grid, (1,) * (one.ndim - 1) + (-1,))
     cost = jnp.where(one == 0, 0, one * size)
+    caps = {m: cap[..., None] for m, cap in (self.drops or {}).items()}
+    if first in caps:
+      cost = jnp.minimum(cost, caps[first])
     left = margin - cost
     if self.fusion == "joint":
       # The product form of a difference of squares does not overflow.
       root = jnp.sqrt(jnp.maximum(left, 0)) * jnp.sqrt(margin + cost)
       left = jnp.where(left > 0, root, left)
-    ratio = margins.ratio(left, jnp.broadcast_to(two, left.shape))
+    two = jnp.broadcast_to(two, left.shape)
+    cap = caps.get(second)
+    cap = None if cap is None else jnp.broadcast_to(cap, left.shape)
+    ratio = margins.capped_ratio(left, two, cap)
     return jnp.maximum(jnp.min(ratio, axis=-2), 0)
 
   def vulnerability_ratio(
@@ -263,6 +291,48 @@ class Certificate:
     chosen = margins.one_hot(self.runner_up, num_classes)
     return jnp.where(chosen, self.margins, jnp.inf)
 
+  def _left_after_removal(self, cost, max_missing):
+    """The margins ``[b, k]`` that the worst removal leaves."""
+    terms = self._terms("max_missing")
+    keeping = {name: terms[name] - cost[name] for name in self.modalities}
+    if self.reduction == "sum":
+      left = self.rival_margins() - margins.joint_sensitivity(cost, ball="linf")
+      gain = jnp.maximum(modalities.stack(keeping, axis=-1), 0)
+      return left - jnp.sum(jax.lax.top_k(gain, max_missing)[0], axis=-1)
+    number = len(self.modalities)
+    if number > MAX_AVERAGED:
+      raise ValueError(
+        f"max_missing must be 0 for a head that averages over more than "
+        f"{MAX_AVERAGED} modalities, got {number} of them: all subsets would "
+        "have to be tried."
+      )
+    subsets = modalities.subsets(self.modalities, min_size=number - max_missing)
+    kept = [[name in subset for name in self.modalities] for subset in subsets]
+    left = jax.vmap(lambda row: self._left(keeping, row))(jnp.asarray(kept))
+    return jnp.min(left, axis=0)
+
+  def _left(self, values, kept):
+    """Margins from the values of the kept ``bool [m]`` modalities alone."""
+    terms, weight = self._terms("removal"), self._weight(kept)
+    lost = sum(
+      terms[name] - jnp.where(kept[index], weight * values[name], 0)
+      for index, name in enumerate(self.modalities)
+    )
+    left = self.rival_margins() - lost
+    # Infinity from infinity, of logits that overflow: nothing is proved.
+    return jnp.where(jnp.isnan(left), -jnp.inf, left)
+
+  def _weight(self, kept):
+    """``[b, 1]``: what a term weighs once only the kept are left."""
+    if self.reduction == "sum":
+      return 1
+    left = {
+      name: self.present[name] & kept[index]
+      for index, name in enumerate(self.modalities)
+    }
+    share = modalities.share(left) / modalities.share(self.present)
+    return share[..., None].astype(self.margins.dtype)
+
   def _joint_ratios(self, ball):
     _validate.one_of(margins.BALLS, ball=ball)
     dual = ball
@@ -270,11 +340,11 @@ class Certificate:
       # The largest root of sum_m (S_m eps_m)^2 over the ball.
       dual = "l2" if ball == "linf" else "l1"
     return margins.joint_ratios(
-      self.rival_margins(), self.sensitivity, ball=dual
+      self.rival_margins(), self.sensitivity, self.drops, ball=dual
     )
 
-  def _drops(self, argument):
-    """``c_m[y] - c_m[j]``: what removing a modality costs each margin."""
+  def _terms(self, argument):
+    """``c_m[y] - c_m[j]``: what a modality gives to each margin."""
     if self.contributions is None:
       raise ValueError(
         f"{argument} needs an additive head with its contributions; this "
@@ -286,6 +356,16 @@ class Certificate:
       for name, value in self.contributions.items()
     }
 
+  def _cost(self, name, budget):
+    """``min(S eps, drop)``; 0 for any budget of something inert."""
+    sensitivity = self.sensitivity[name]
+    budget = jnp.asarray(budget, sensitivity.dtype)
+    budget = budget[..., None] if budget.ndim else budget
+    # inf * 0 would be NaN.
+    cost = jnp.where(sensitivity == 0, 0, sensitivity * budget)
+    cap = (self.drops or {}).get(name)
+    return cost if cap is None else jnp.minimum(cost, cap)
+
   def _check_budgets(self, budgets):
     _validate.known(self.modalities, budgets=budgets)
     for name, value in budgets.items():
@@ -293,10 +373,3 @@ class Certificate:
         raise ValueError(
           f"budgets[{name!r}] must be non-negative, got {value}."
         )
-
-
-def _cost(sensitivity, budget):
-  """S * eps, where an unlimited budget of something inert costs nothing."""
-  budget = jnp.asarray(budget, sensitivity.dtype)
-  budget = budget[..., None] if budget.ndim else budget
-  return jnp.where(sensitivity == 0, 0, sensitivity * budget)

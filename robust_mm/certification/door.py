@@ -1,8 +1,7 @@
-"""The front door: ``certify`` a model, and what is read off a certificate."""
+"""The front door: ``certify`` a model."""
 
 import dataclasses
 import functools
-import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from jaxtyping import Float
 
 from robust_mm import _validate
 from robust_mm import margins
@@ -19,6 +17,7 @@ from robust_mm._types import Model
 from robust_mm._types import Params
 from robust_mm._types import State
 from robust_mm.certification import arrays
+from robust_mm.certification import batches
 from robust_mm.certification import certificates
 from robust_mm.certification import empirical
 from robust_mm.certification import programs
@@ -51,6 +50,9 @@ def certify(
   with margins :math:`M_j` of the prediction y and sensitivities
   :math:`S_{m,j} = s_m L_m \|V_m[y] - V_m[j]\|`, 0 where m is absent. The
   minimum is over all classes: the runner-up is often not the nearest.
+
+  Where a modality's embedding is bounded (``encoders.bounded``) no change of it
+  costs a margin more than ``drops``; the radii use that and may be infinite.
 
   Formal guarantees:
     - With ``source="global"``: no perturbation of the present arrays of
@@ -86,31 +88,39 @@ def certify(
     ``valid=False``.
 
   Raises:
-    ValueError: naming the modality whose encoder states no bound, or reads
-      another modality; for models that mix modalities before their scores; for
-      a geometry that does not reproduce the logits (inside jit: radius 0); for
-      16-bit arithmetic and products at less than full precision; outside jit,
-      on one example only, for encoders that read other examples of the batch.
+    ValueError: naming the array of the batch that has a wrong shape; naming the
+      modality whose encoder states no bound, or reads another modality; for
+      models that mix modalities before their scores; for a geometry that does
+      not reproduce the logits (inside jit: radius 0); for 16-bit arithmetic and
+      products at less than full precision; outside jit, on one example only,
+      for encoders that read other examples of the batch.
   """
   _validate.one_of(SOURCES, source=source)
   _validate.one_of(arrays.FIDELITIES, fidelity=fidelity)
   tables_lib.need_geometry(model)
-  present = tables_lib.presence(batch, model.modalities)
+  present = batches.presence(batch, model.modalities, model.input_shapes)
   inputs = {name: jnp.asarray(batch["inputs"][name]) for name in present}
   state = {} if state is None else state
-  certificate, agree, embeddings, sizes = _certify(
-    params,
-    inputs,
-    present,
-    state,
-    tables,
-    tables_lib.check_units(units, model.modalities),
-    model=model,
-    source=source,
-    norm=tuple(arrays.norms(norm, model.modalities).items()),
-    slack=slack,
-    fidelity=fidelity,
-  )
+  units = tables_lib.check_units(units, model.modalities)
+  try:
+    certificate, agree, embeddings, sizes = _certify(
+      params,
+      inputs,
+      present,
+      state,
+      tables,
+      units,
+      model=model,
+      source=source,
+      norm=tuple(arrays.norms(norm, model.modalities).items()),
+      slack=slack,
+      fidelity=fidelity,
+    )
+  except (TypeError, ValueError) as error:
+    reason = batches.explain(model, params, state, inputs, present)
+    if reason is None:
+      raise
+    raise reason from error
   if margins.known_values(agree) and not np.all(np.asarray(agree)):
     raise ValueError(
       "geometry does not explain the logits: they must be the sum over "
@@ -156,7 +166,7 @@ def _certify(
     size * jnp.max(margins.norm(geometry.head[name]))
     for name, size in sizes.items()
   )
-  agree = _agreement(geometry, outputs, contributions, rounding)
+  agree = _agreement(geometry, outputs, contributions, present, rounding)
   # Logits that the geometry does not explain carry no certificate.
   contributions = jax.tree.map(
     lambda value: jnp.where(agree[..., None], value, jnp.nan), contributions
@@ -173,155 +183,9 @@ def _certify(
     sizes={name: int(np.prod(x.shape[1:])) for name, x in inputs.items()},
     slack=slack,
     fidelity=fidelity,
+    reduction=geometry.reduction,
   )
   return certificate, agree, outputs.embeddings, sizes
-
-
-def recheck_fp64(
-  model: Model,
-  params: Params,
-  batch: Batch,
-  certificate: Certificate,
-  *,
-  state: State = None,
-) -> int:
-  """Counts examples with a radius that float64 arithmetic does not confirm.
-
-  Everything (constants, tables, forward pass) is computed again in float64
-  without slack; an example counts when its joint or any modality radius is
-  larger than there, or when its prediction is another one. Must be 0.
-
-  Raises:
-    ValueError: for an estimated certificate, or a model that computes in
-      float32 whatever its inputs.
-  """
-  if not certificate.sound:
-    raise ValueError("certificate is estimated: there is nothing to recheck.")
-  with jax.enable_x64(True):
-    units = {name: float(value) for name, value in certificate.units.items()}
-    exact = certify(
-      model,
-      _widen(params),
-      {**batch, "inputs": _widen(dict(batch["inputs"]))},
-      state=_widen({} if state is None else state),
-      units=units,
-      norm=dict(certificate.norm),
-      slack=certificates.NO_SLACK,
-    )
-    if exact.radius.dtype != np.float64:
-      raise ValueError("model computes in float32 whatever its inputs.")
-    exact = jax.device_get(exact)
-  same = np.asarray(certificate.prediction) == exact.prediction
-  pairs = [(certificate.radius, exact.radius)]
-  for name in certificate.modalities:
-    pairs.append(
-      (certificate.modality_radius[name], exact.modality_radius[name])
-    )
-  wrong = np.zeros(same.shape, bool)
-  for ours, reference in pairs:
-    wrong |= np.asarray(ours, np.float64) > np.where(same, reference, 0)
-  return int(wrong.sum())
-
-
-def relative_units(batch: Batch) -> dict[str, float]:
-  r"""Units in which a typical input has size 1.
-
-  .. math:: s_m = \mathrm{median}\, \|x_m - \bar x_m\|_2
-
-  over the examples of training data that have modality m. Host-side.
-
-  Raises:
-    ValueError: naming a modality that is never present or constant.
-  """
-  names = tuple(sorted(batch["inputs"]))
-  present = tables_lib.presence(batch, names)
-  units = {}
-  for name in names:
-    values = np.asarray(batch["inputs"][name], np.float64)
-    values = values[np.asarray(present[name])].reshape(-1, values[0].size)
-    distances = (
-      np.linalg.norm(values - values.mean(axis=0), axis=-1)
-      if len(values)
-      else np.zeros(1)
-    )
-    units[name] = float(np.median(distances))
-    if not units[name] > 0:
-      raise ValueError(
-        f"units of modality {name!r} cannot be relative: it is constant or "
-        "never present."
-      )
-  return units
-
-
-def certified_accuracy(
-  certificate: Certificate,
-  label,
-  radius: Any = None,
-  *,
-  budgets: Mapping[str, Any] | None = None,
-  modality: str | None = None,
-  max_missing: int = 0,
-) -> Float[Array, "..."]:
-  """Share of valid examples that are right and proved to stay so.
-
-  Args:
-    certificate: of the examples.
-    label: int ``[b]``.
-    radius: a number or ``[g]`` of them; an example counts where its radius is
-      larger (at 0: margins beyond the slack).
-    budgets: instead of ``radius``, see ``Certificate.covers``.
-    modality: take this modality's radius rather than the joint one.
-    max_missing: with ``budgets``.
-
-  Returns:
-    a scalar, or ``[g]``; 0 where no example is valid.
-  """
-  if (radius is None) == (budgets is None):
-    raise ValueError("certified_accuracy needs either radius or budgets.")
-  margins.check_label(
-    label, certificate.margins.shape[-1], certificate.prediction.shape
-  )
-  counted = (certificate.prediction == label) & certificate.valid
-  number = jnp.maximum(jnp.sum(certificate.valid), 1)
-  if budgets is not None:
-    if modality is not None:
-      raise ValueError("modality goes with radius, not with budgets.")
-    return jnp.sum(counted & certificate.covers(budgets, max_missing)) / number
-  if max_missing:
-    raise ValueError("max_missing goes with budgets, not with radius.")
-  proved = certificate.radius
-  if modality is not None:
-    _validate.known(certificate.modalities, modality=(modality,))
-    proved = certificate.modality_radius[modality]
-  sizes = jnp.asarray(radius, proved.dtype)
-  inside = proved[..., None] > jnp.reshape(sizes, (1,) * proved.ndim + (-1,))
-  share = jnp.sum(counted[..., None] & inside, axis=tuple(range(proved.ndim)))
-  return jnp.reshape(share / number, sizes.shape)
-
-
-def wilson_interval(
-  successes: Any, count: int, *, confidence: float = 0.95
-) -> tuple[Any, Any]:
-  """Wilson score interval of a share, for bands around accuracies.
-
-  >>> low, high = wilson_interval(9, 10)
-  >>> round(float(low), 3), round(float(high), 3)
-  (0.596, 0.982)
-  """
-  _validate.at_least(1, count=count)
-  if not 0 < confidence < 1:
-    raise ValueError(f"confidence must lie in (0, 1), got {confidence}.")
-  z = statistics.NormalDist().inv_cdf(0.5 + confidence / 2)
-  share = np.asarray(successes, np.float64) / count
-  centre = share + z * z / (2 * count)
-  spread = z * np.sqrt(
-    share * (1 - share) / count + z * z / (4 * count * count)
-  )
-  total = 1 + z * z / count
-  return (
-    np.clip((centre - spread) / total, 0, 1),
-    np.clip((centre + spread) / total, 0, 1),
-  )
 
 
 def _tables(model, params, batch, state, geometry, source, fidelity):
@@ -330,11 +194,7 @@ def _tables(model, params, batch, state, geometry, source, fidelity):
     return empirical.empirical_tables(
       model, params, batch, state=state, form=form
     )
-  return SensitivityTables(
-    tables=tables_lib.pairwise_sensitivity(geometry),
-    source="global",
-    sound=True,
-  )
+  return tables_lib.global_tables(geometry)
 
 
 def _contributions(geometry, outputs, present):
@@ -372,10 +232,13 @@ def _sizes(geometry, outputs, inputs, present):
   return sizes
 
 
-def _agreement(geometry, outputs, contributions, rounding) -> Array:
+def _agreement(geometry, outputs, contributions, present, rounding) -> Array:
   """Whether contributions and bias add up to the logits, per example."""
   bias = jnp.broadcast_to(geometry.bias, outputs.logits.shape)
-  total = bias + sum(contributions.values())
+  terms = contributions
+  if geometry.reduction == "mean":
+    terms = tables_lib.averaged(terms, present)
+  total = bias + sum(terms.values())
   scale = sum(jnp.abs(value) for value in contributions.values())
   scale = jnp.max(scale + jnp.abs(bias), axis=-1)
   difference = jnp.max(jnp.abs(total - outputs.logits), axis=-1)
@@ -385,12 +248,3 @@ def _agreement(geometry, outputs, contributions, rounding) -> Array:
   limit = allowed.margin * scale + allowed.rounding * rounding
   eps = float(jnp.finfo(outputs.logits.dtype).eps)
   return ~(difference > eps / 4 * limit)
-
-
-def _widen(tree):
-  def widen(leaf):
-    if jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-      return jnp.asarray(np.asarray(leaf), np.float64)
-    return leaf
-
-  return jax.tree.map(widen, tree)

@@ -11,6 +11,7 @@ from robust_mm._types import Batch
 from robust_mm._types import Model
 from robust_mm._types import Params
 from robust_mm._types import State
+from robust_mm.certification import batches
 from robust_mm.certification import tables
 from robust_mm.certification.tables import SensitivityTables
 
@@ -41,8 +42,9 @@ def empirical_lipschitz(
   Returns:
     ``{m: [k]}``.
   """
+  geometry = tables.model_geometry(model, params)
   return _largest_gradient(
-    model, params, batch, state, chunk, margins.norm, True
+    model, geometry, params, batch, state, chunk, margins.norm, True
   )
 
 
@@ -71,8 +73,8 @@ def empirical_tables(
     tables with ``sound=False``: nothing made from them may be called certified.
   """
   _validate.one_of(("difference", "split"), form=form)
+  geometry = tables.model_geometry(model, params)
   if form == "split":
-    geometry = tables.model_geometry(model, params)
     constants = empirical_lipschitz(
       model, params, batch, state=state, chunk=chunk
     )
@@ -81,19 +83,23 @@ def empirical_tables(
       or geometry.factors
       or {name: jnp.ones_like(constants[name]) for name in constants}
     )
-    result = tables.split_tables(factors, constants)
+    result, reach = tables.split_tables(factors, constants), None
   else:
     result = _largest_gradient(
-      model, params, batch, state, chunk, tables.row_distances, False
+      model, geometry, params, batch, state, chunk, tables.row_distances, False
     )
-  return SensitivityTables(tables=result, source="empirical", sound=False)
+    reach = tables.reach_tables(geometry)
+  return SensitivityTables(
+    tables=result, reach=reach, source="empirical", sound=False
+  )
 
 
-def _largest_gradient(model, params, batch, state, chunk, reduce, raw):
+def _largest_gradient(
+  model, geometry, params, batch, state, chunk, reduce, raw
+):
   """Maximum over examples of ``reduce(jacobian [k, size])``, per modality."""
   _validate.at_least(1, chunk=chunk)
-  geometry = tables.model_geometry(model, params)
-  present = tables.presence(batch, model.modalities)
+  present = batches.presence(batch, model.modalities, model.input_shapes)
   inputs = {name: _floating(batch["inputs"][name]) for name in present}
   num_examples = present[model.modalities[0]].shape[0]
   chunk = min(chunk, num_examples)

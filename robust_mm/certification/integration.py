@@ -70,6 +70,7 @@ def integration_loss(
   bias: Any = None,
   units: Mapping[str, Any] | None = None,
   fidelity: str = "corrected",
+  reduction: str = "sum",
 ) -> Float[Array, ""]:
   r"""What step 2 minimises.
 
@@ -95,13 +96,14 @@ def integration_loss(
     bias: ``[k]`` of the head, default 0.
     units: ``{m: s_m}``, default 1.
     fidelity: ``"corrected"`` or ``"published"``.
+    reduction: ``"mean"`` for a head that averages over present modalities.
 
   Returns:
     a scalar; examples with nothing present are not counted.
   """
   _validate.one_of(arrays.FIDELITIES, fidelity=fidelity)
   margin, sensitivity, _ = _reweighted(
-    factors, scores, label, present, lipschitz, bias, units, fidelity
+    factors, scores, label, present, lipschitz, bias, units, fidelity, reduction
   )
   counted = _anything(present)
   if fidelity == "corrected":
@@ -133,6 +135,7 @@ def accept_integration(
   units: Mapping[str, Any] | None = None,
   max_drop: float = 0.01,
   fidelity: str = "corrected",
+  reduction: str = "sum",
 ) -> tuple[Bool[Array, ""], dict[str, Array]]:
   """Whether new factors are worth having, on validation scores.
 
@@ -152,6 +155,7 @@ def accept_integration(
     units: ``{m: s_m}``.
     max_drop: the clean accuracy that may be lost.
     fidelity: see above.
+    reduction: as in ``integration_loss``.
 
   Returns:
     ``(accepted, metrics)``: bool [] and the four accuracies before and after.
@@ -162,7 +166,15 @@ def accept_integration(
   number = jnp.maximum(jnp.sum(counted), 1)
   for when, factors in (("before", old), ("after", new)):
     margin, sensitivity, correct = _reweighted(
-      factors, scores, label, present, lipschitz, bias, units, fidelity
+      factors,
+      scores,
+      label,
+      present,
+      lipschitz,
+      bias,
+      units,
+      fidelity,
+      reduction,
     )
     radius = margins.radii(margins.joint_ratios(margin, sensitivity))
     certified = correct & (radius > r0)
@@ -199,6 +211,7 @@ def fit_integration(
   units: Mapping[str, Any] | None = None,
   bias: Any = None,
   optimizer: optax.GradientTransformation | None = None,
+  reduction: str = "sum",
 ) -> tuple[dict[str, Array], Bool[Array, ""], dict[str, Any]]:
   r"""Fits the integration factors to a threat on cached scores.
 
@@ -224,6 +237,7 @@ def fit_integration(
     units: ``{m: s_m}``, default 1.
     bias: ``[k]`` of the head, fixed.
     optimizer: instead of Adam, e.g. ``published_optimizer()``.
+    reduction: as in ``integration_loss``.
 
   Returns:
     ``(integration, accepted, history)``: the candidate where accepted, else
@@ -252,7 +266,7 @@ def fit_integration(
   data = (scores, label, present, lipschitz)
   options = {"r0": r0, "temperature": temperature, "bias": bias, "units": units}
   candidate, losses = _fit(
-    stacked, data, options, optimizer, num_steps, fidelity
+    stacked, data, options, optimizer, num_steps, fidelity, reduction
   )
   candidate = _named(candidate, scores)
   validation = (scores, label, present) if validation is None else validation
@@ -265,6 +279,7 @@ def fit_integration(
     bias=bias,
     units=units,
     fidelity=fidelity,
+    reduction=reduction,
   )
   chosen = {
     name: jnp.where(accepted, candidate[name], integration[name])
@@ -279,15 +294,17 @@ def _adam(learning_rate: float) -> optax.GradientTransformation:
   return optax.adam(learning_rate)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _fit(stacked, data, options, optimizer, num_steps, fidelity):
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def _fit(stacked, data, options, optimizer, num_steps, fidelity, reduction):
   """``(factors [m, k], losses [num_steps])``; scores enter as arguments."""
   start, scale = integration_parameters(stacked, fidelity=fidelity)
 
   def loss_fn(alpha):
     factors = integration_factors(alpha, scale, fidelity=fidelity)
     factors = _named(factors, data[0])
-    return integration_loss(factors, *data, fidelity=fidelity, **options)
+    return integration_loss(
+      factors, *data, fidelity=fidelity, reduction=reduction, **options
+    )
 
   def keep_best(best, best_loss, alpha, loss):
     better = loss < best_loss
@@ -312,9 +329,10 @@ def _fit(stacked, data, options, optimizer, num_steps, fidelity):
 
 
 def _reweighted(
-  factors, scores, label, present, lipschitz, bias, units, fidelity
+  factors, scores, label, present, lipschitz, bias, units, fidelity, reduction
 ):
   """Margins and sensitivities of the label, and whether it is predicted."""
+  _validate.one_of(tables.REDUCTIONS, reduction=reduction)
   known = modalities.names(scores)
   units = tables.check_units(units, known)
   logits, sensitivity = 0, {}
@@ -332,6 +350,10 @@ def _reweighted(
     else:
       rows = tables.closed_rows(factors[name], label, present[name])
       sensitivity[name] = rows * constant
+  if reduction == "mean":
+    here = {name: present[name] for name in known}
+    logits = tables.averaged({"logits": logits}, here)["logits"]
+    sensitivity = tables.averaged(sensitivity, here)
   if bias is not None:
     logits = logits + jnp.broadcast_to(jnp.asarray(bias), logits.shape)
   margin = margins.pairwise(logits, label)

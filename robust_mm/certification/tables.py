@@ -21,18 +21,18 @@ from jaxtyping import Float
 from robust_mm import _validate
 from robust_mm import margins
 from robust_mm import modalities
-from robust_mm._types import Batch
 from robust_mm._types import Geometry
 from robust_mm._types import Model
 from robust_mm._types import Params
 
 FORMS = ("general", "orthonormal", "split")
+REDUCTIONS = ("sum", "mean")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class SensitivityTables:
-  """What a certificate rests on; made once per parameter set.
+  r"""What a certificate rests on; made once per parameter set.
 
   Attributes:
     tables: ``{m: [k, k]}`` per unit of raw l2 distance, diagonal 0.
@@ -41,10 +41,14 @@ class SensitivityTables:
     sound: whether every entry is an upper bound.
     lipschitz: ``{m: [] | None}`` constants of the encoders, so that a batch
       need not compute them again; None reads them from the model.
+    reach: ``{m: [k, k]}`` of the modalities with a bounded embedding, or None:
+      :math:`B_m \|V_m[y] - V_m[j]\|`, the size of :math:`c_m[y] - c_m[j]` that
+      no input exceeds.
   """
 
   tables: Any
-  lipschitz: Any = dataclasses.field(default=None, kw_only=True)
+  lipschitz: Any = None
+  reach: Any = None
   source: str = dataclasses.field(metadata={"static": True})
   sound: bool = dataclasses.field(metadata={"static": True})
 
@@ -65,12 +69,55 @@ def sensitivity_tables(
   """
   _validate.one_of(("global",), source=source)
   geometry = model_geometry(model, params)
+  return dataclasses.replace(
+    global_tables(geometry), lipschitz=dict(geometry.lipschitz)
+  )
+
+
+def global_tables(geometry: Geometry) -> SensitivityTables:
+  """The general form and the reach, from one pass over pairs of rows."""
+  distances = {
+    name: row_distances(geometry.head[name])
+    for name in modalities.names(geometry.head)
+  }
   return SensitivityTables(
-    tables=pairwise_sensitivity(geometry),
-    lipschitz=dict(geometry.lipschitz),
+    tables={
+      name: distance * _bound(geometry, name, distance.dtype)
+      for name, distance in distances.items()
+    },
+    reach=reach_tables(geometry, distances),
     source="global",
     sound=True,
   )
+
+
+def reach_tables(
+  geometry: Geometry, distances: Mapping[str, Array] | None = None
+) -> dict[str, Float[Array, "k k"]] | None:
+  r""":math:`B_m \|V_m[y] - V_m[j]\|` of the bounded modalities, or None.
+
+  Raises:
+    ValueError: naming an embedding radius that is negative, or of no modality.
+  """
+  radii = geometry.embedding_radius or {}
+  _validate.known(geometry.head, **{"geometry.embedding_radius": radii})
+  result = {}
+  for name in modalities.names(radii):
+    radius = radii[name]
+    if radius is None:
+      continue
+    if margins.known_values(radius) and not np.asarray(radius) >= 0:
+      raise ValueError(
+        f"geometry.embedding_radius[{name!r}] must be non-negative, got "
+        f"{radius}."
+      )
+    distance = (
+      row_distances(geometry.head[name])
+      if distances is None
+      else distances[name]
+    )
+    result[name] = distance * jnp.asarray(radius, distance.dtype)
+  return result or None
 
 
 def model_geometry(model: Model, params: Params) -> Geometry:
@@ -81,6 +128,7 @@ def model_geometry(model: Model, params: Params) -> Geometry:
     geometry = model.geometry(params)
   if geometry is None:
     raise ValueError("model.geometry must return a Geometry, got None.")
+  _validate.one_of(REDUCTIONS, **{"geometry.reduction": geometry.reduction})
   return geometry
 
 
@@ -199,7 +247,8 @@ def sensitivity(
     units: ``{m: s_m}``, default 1.
 
   Returns:
-    ``{m: [b, k]}``, 0 at the reference class and where m is absent.
+    ``{m: [b, k]}``, 0 at the reference class and where m is absent; divided by
+    the number of present modalities for a head that averages.
   """
   result = {}
   units = check_units(units, modalities.names(geometry.head))
@@ -212,7 +261,25 @@ def sensitivity(
       factors = _factors(geometry, name)
       rows = closed_rows(factors, reference, present[name])
     result[name] = rows * (_bound(geometry, name, rows.dtype) * units[name])
+  if geometry.reduction == "mean":
+    result = averaged(result, {name: present[name] for name in result})
   return result
+
+
+def averaged(
+  values: Mapping[str, Array], present: Mapping[str, Array]
+) -> dict[str, Float[Array, "b k"]]:
+  """``{m: [b, k]}`` divided by the number of present modalities.
+
+  ``present`` names all of them, ``values`` perhaps some only.
+  """
+  weight = modalities.share(
+    {name: jnp.asarray(here) for name, here in present.items()}
+  )
+  return {
+    name: value * weight[..., None].astype(value.dtype)
+    for name, value in values.items()
+  }
 
 
 def gather(table: Float[Array, "k k"], reference, present) -> Array:
@@ -245,21 +312,6 @@ def check_units(units: Mapping | str | None, known: tuple[str, ...]) -> dict:
   return {name: units.get(name, 1.0) for name in known}
 
 
-def presence(batch: Batch, names: tuple[str, ...]) -> dict[str, Array]:
-  """``present`` as arrays; everything is present where it is not given."""
-  _check_inputs(batch, names)
-  given = batch.get("present")
-  if given is None:
-    return {
-      name: jnp.ones(jnp.shape(batch["inputs"][name])[:1], bool)
-      for name in names
-    }
-  for name in names:
-    if name not in given:
-      raise ValueError(f"batch['present'] has no modality {name!r}.")
-  return {name: jnp.asarray(given[name]) for name in names}
-
-
 def refuse_mixed(outputs) -> None:
   """Scores that depend on other modalities carry no certificate."""
   if outputs.mixed:
@@ -268,14 +320,6 @@ def refuse_mixed(outputs) -> None:
       "has no margin certificate. Use a late-fusion head, or randomised "
       "smoothing."
     )
-
-
-def _check_inputs(batch, names):
-  for name in names:
-    if name not in batch["inputs"]:
-      raise ValueError(f"batch['inputs'] has no modality {name!r}.")
-  if not names:
-    raise ValueError("the model must have at least one modality.")
 
 
 def _factors(geometry, name):

@@ -8,7 +8,9 @@ would be vacuous or does not exist); the ``lipschitz_*`` ones state 1.
 16
 """
 
+import dataclasses
 import inspect
+import numbers
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +31,9 @@ lipschitz_temporal_cnn = lipschitz.lipschitz_temporal_cnn
 def make(name: str, **options) -> Encoder:
   """The encoder of a configuration: ``make("mlp", embedding_dim=32)``.
 
+  Besides the options of the factory, ``embedding_radius=B`` makes it
+  ``bounded``.
+
   Raises:
     UserError: for an unknown name or option, with the nearest known one.
   """
@@ -38,14 +43,40 @@ def make(name: str, **options) -> Encoder:
       f"{_validate.suggestion(name, FACTORIES)}"
     )
   factory = FACTORIES[name]
-  known = tuple(inspect.signature(factory).parameters)
+  known = (*inspect.signature(factory).parameters, _RADIUS)
   for option in options:
     if option not in known:
       raise _validate.UserError(
         f"encoder {name} has no option {option!r}; it has "
         f"{', '.join(known)}.{_validate.suggestion(option, known)}"
       )
-  return factory(**options)
+  radius = options.pop(_RADIUS, None)
+  encoder = factory(**options)
+  return encoder if radius is None else bounded(encoder, radius=radius)
+
+
+def bounded(encoder: Encoder, *, radius: float) -> Encoder:
+  r"""The encoder followed by projection on a ball.
+
+  .. math:: \phi'(x) = \phi(x) \min(1, B / \|\phi(x)\|)
+
+  Formal guarantees:
+    - Its Lipschitz constant stays what it is: the projection is 1-Lipschitz.
+    - No input whatever, NaN included, moves the contribution of the modality to
+      a logit difference below :math:`-B \|V_y - V_j\|`: the certificate's
+      ``covers({m: inf})`` and an infinite ``modality_radius`` then speak of a
+      sensor that is replaced by anything.
+
+  Parameters and their paths are those of ``encoder``. A small radius costs
+  accuracy; a large one lets a single modality outvote the others.
+
+  Args:
+    encoder: of any kind.
+    radius: B, positive.
+  """
+  if not isinstance(radius, numbers.Real):
+    raise ValueError(f"embedding_radius must be a number, got {radius!r}.")
+  return dataclasses.replace(encoder, embedding_radius=radius)
 
 
 def mlp(
@@ -230,6 +261,7 @@ def _widths(**arguments) -> None:
       _validate.at_least(1, **{name: width})
 
 
+_RADIUS = "embedding_radius"
 FACTORIES = {
   "cnn": cnn,
   "lipschitz_cnn": lipschitz_cnn,

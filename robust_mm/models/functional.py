@@ -12,10 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
+from jaxtyping import Float
 from jaxtyping import PRNGKeyArray
 
+from robust_mm import _validate
+from robust_mm import margins
 from robust_mm._types import Params
 from robust_mm._types import PyTree
 from robust_mm._types import State
@@ -35,6 +39,8 @@ class Encoder:
     tokens: True when inputs are integer tokens, 0 for padding.
     lipschitz: a sound bound, or ``lipschitz(module) -> scalar | None``; by
       default the module's own ``lipschitz()`` if it has one.
+    embedding_radius: B, where embeddings are projected on the ball of that
+      radius, see ``encoders.bounded``; None for no projection.
   """
 
   name: str
@@ -43,6 +49,16 @@ class Encoder:
   one_lipschitz: bool = False
   tokens: bool = False
   lipschitz: Callable[..., Any] | float | None = None
+  embedding_radius: float | None = None
+
+  def __post_init__(self):
+    if self.embedding_radius is None:
+      return
+    # The float32 that the projection and the certificate both compute with.
+    with np.errstate(over="ignore"):
+      radius = float(np.float32(self.embedding_radius))
+    _validate.positive(embedding_radius=radius)
+    object.__setattr__(self, "embedding_radius", radius)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -129,8 +145,41 @@ def call(module: nnx.Module, *args, train: bool, key) -> Any:
 def encoder_functions(
   encoder: Encoder, input_shape: tuple[int, ...]
 ) -> Functions:
-  """The functions of an encoder for inputs ``[b, *input_shape]``."""
-  return from_module(lambda rngs: encoder.build(tuple(input_shape), rngs))
+  """The functions of an encoder for inputs ``[b, *input_shape]``.
+
+  With the projection on its ball, if it has one.
+  """
+  plain = from_module(lambda rngs: encoder.build(tuple(input_shape), rngs))
+  radius = encoder.embedding_radius
+  if radius is None:
+    return plain
+
+  def apply(params, state, *args, train=False, key=None):
+    output, state = plain.apply(params, state, *args, train=train, key=key)
+    return project(output, radius, keep_bad=train), state
+
+  return dataclasses.replace(plain, apply=apply)
+
+
+def project(
+  embedding: Float[Array, "b d"], radius: float, *, keep_bad: bool = False
+) -> Float[Array, "b d"]:
+  r"""Projection on a ball, :math:`z \min(1, B / \|z\|)`; 1-Lipschitz.
+
+  A row that is not finite (an input of NaN, an overflow) becomes zero, which
+  is in the ball as well: a sensor that delivers NaN moves the logits no
+  further than any other. With ``keep_bad`` it stays, so that training sees a
+  loss that has diverged.
+  """
+  length = margins.norm(embedding)[..., None]
+  bound = jnp.asarray(radius, embedding.dtype)
+  outside = length > bound
+  scale = jnp.where(outside, bound / jnp.where(outside, length, 1), 1)
+  projected = embedding * scale
+  if keep_bad:
+    return projected
+  good = jnp.all(jnp.isfinite(embedding), axis=-1, keepdims=True)
+  return jnp.where(good, projected, jnp.zeros_like(projected))
 
 
 def encoder_constant(

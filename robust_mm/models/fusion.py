@@ -30,6 +30,7 @@ from robust_mm.models import networks
 
 ORTHOGONALITIES = ("polar", "rowwise")
 INTEGRATIONS = ("simplex", "softplus")
+REDUCTIONS = ("sum", "mean")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,6 +61,9 @@ class OrthogonalFusion:
       True); ``W 1 = 0`` then ignores the mean direction of the features.
     use_bias: (published: True).
     integration_init: c, or the initial ``a`` (published: 0.1).
+    reduction: "sum", or "mean": the sum over modalities is divided by the
+      number of present ones, so that logits keep their size when some are
+      missing.
 
   Parameters: ``proxy/<m>`` [k, d_m], ``integration/alpha`` [M, k] in sorted
   order of modalities, ``bias`` [k] if used.
@@ -75,12 +79,14 @@ class OrthogonalFusion:
   centre_rows: bool = False
   use_bias: bool = False
   integration_init: float = 1.0
+  reduction: str = "sum"
 
   def __post_init__(self):
     _validate.at_least(1, num_iters=self.num_iters)
     _validate.at_least(2, num_classes=self.num_classes)
     _validate.one_of(ORTHOGONALITIES, orthogonality=self.orthogonality)
     _validate.one_of(INTEGRATIONS, integration=self.integration)
+    _validate.one_of(REDUCTIONS, reduction=self.reduction)
     _validate.positive(integration_init=self.integration_init)
 
   def init(
@@ -160,10 +166,11 @@ class OrthogonalFusion:
       name: _scores(embeddings[name], rows[name])
       for name in modalities.names(rows)
     }
-    logits = sum(
-      jnp.einsum("bk,k->bk", scores[name], factor)
+    terms = {
+      name: jnp.einsum("bk,k->bk", scores[name], factor)
       for name, factor in self.factors(params).items()
-    )
+    }
+    logits = _reduce(terms, present, self.reduction)
     if self.use_bias:
       logits = logits + params["bias"][None]
     return Outputs(logits=logits, scores=scores, embeddings=embeddings)
@@ -184,6 +191,7 @@ class OrthogonalFusion:
       lipschitz=dict(constants),
       factors=factors if self.orthogonality == "polar" else None,
       integration=factors,
+      reduction=self.reduction,
     )
 
   def defect(self, params: Params) -> dict[str, Float[Array, ""]]:
@@ -202,13 +210,20 @@ class ConcatFusion:
   ``logits = sum_m present_m phi_m V_m^T + bias``. Additive, so its scores are
   the contributions and the certificate's general form applies.
 
+  Attributes:
+    num_classes: k.
+    reduction: "sum", or "mean": the sum over modalities is divided by the
+      number of present ones.
+
   Parameters: ``head/<m>`` [k, d_m] and ``bias`` [k].
   """
 
   num_classes: int
+  reduction: str = "sum"
 
   def __post_init__(self):
     _validate.at_least(2, num_classes=self.num_classes)
+    _validate.one_of(REDUCTIONS, reduction=self.reduction)
 
   def init(
     self, key: PRNGKeyArray, embedding_dims: Mapping[str, int]
@@ -237,7 +252,7 @@ class ConcatFusion:
       name: _scores(embeddings[name], params["head"][name])
       for name in modalities.names(params["head"])
     }
-    logits = sum(scores.values()) + params["bias"][None]
+    logits = _reduce(scores, present, self.reduction) + params["bias"][None]
     return Outputs(logits=logits, scores=scores, embeddings=embeddings)
 
   def geometry(
@@ -248,6 +263,7 @@ class ConcatFusion:
       head=dict(params["head"]),
       bias=params["bias"],
       lipschitz=dict(constants),
+      reduction=self.reduction,
     )
 
 
@@ -367,6 +383,15 @@ def head_defect(geometry: Geometry) -> dict[str, Float[Array, ""]]:
 
 def _scores(embedding: Array, rows: Array) -> Array:
   return jnp.einsum("bd,kd->bk", embedding, rows, precision="highest")
+
+
+def _reduce(terms, present, reduction: str) -> Array:
+  """The sum of the terms, or their mean over present modalities."""
+  total = sum(terms.values())
+  if reduction == "sum":
+    return total
+  share = modalities.share({name: present[name] for name in terms})
+  return jnp.einsum("bk,b->bk", total, share.astype(total.dtype))
 
 
 def _unit_rows(proxy: Array) -> Array:

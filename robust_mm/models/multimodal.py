@@ -11,6 +11,7 @@
 ['encoders', 'fusion']
 """
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -60,13 +61,15 @@ def concat_fusion(
   *,
   input_shapes: Mapping[str, Sequence[int]],
   normalization: Mapping[str, Normalization] | None = None,
+  **fusion_options,
 ) -> Model:
-  """Encoders and one dense layer: the plain joint model."""
+  """Encoders and one dense layer: the plain joint model.
+
+  ``fusion_options`` are those of :class:`fusion.ConcatFusion`.
+  """
+  head = fusion_lib.ConcatFusion(num_classes, **fusion_options)
   return from_parts(
-    encoders,
-    fusion_lib.ConcatFusion(num_classes),
-    input_shapes=input_shapes,
-    normalization=normalization,
+    encoders, head, input_shapes=input_shapes, normalization=normalization
   )
 
 
@@ -108,7 +111,8 @@ def build(
 
   Args:
     fusion: "orthogonal", "concat" or "token".
-    encoders: ``{m: {"name": factory, **options}}``, see ``encoders.make``.
+    encoders: ``{m: {"name": factory, **options}}``, see ``encoders.make``;
+      ``embedding_radius`` is an option of all of them.
     num_classes: k.
     input_shapes: ``{m: shape}`` of one input.
     normalization: ``{m: Normalization}``.
@@ -202,6 +206,7 @@ def from_parts(
       params["fusion"], embeddings, present
     ),
     geometry=_geometry(parts, fusion, encoders, normalizers),
+    input_shapes={name: tuple(input_shapes[name]) for name in names},
   )
 
 
@@ -274,6 +279,7 @@ def _state_of(part, held, name: str):
 def _geometry(parts, fusion, encoders, normalizers) -> Callable | None:
   if not hasattr(fusion, "geometry"):
     return None
+  radii = {name: encoders[name].embedding_radius for name in parts}
 
   def constant(name: str, params) -> Array | None:
     value = functional.encoder_constant(
@@ -283,6 +289,13 @@ def _geometry(parts, fusion, encoders, normalizers) -> Callable | None:
 
   def geometry(params):
     constants = {name: constant(name, params) for name in parts}
-    return fusion.geometry(params["fusion"], constants)
+    stated = fusion.geometry(params["fusion"], constants)
+    if not any(radii.values()):
+      return stated
+    bounds = {
+      name: None if radius is None else jnp.asarray(radius, jnp.float32)
+      for name, radius in radii.items()
+    }
+    return dataclasses.replace(stated, embedding_radius=bounds)
 
   return geometry

@@ -88,6 +88,7 @@ def integration_phase(
       batch["present"],
       batch["lipschitz"],
       bias=geometry.bias,
+      reduction=geometry.reduction,
       r0=r0,
       temperature=temperature,
       fidelity=fidelity,
@@ -111,6 +112,7 @@ def integration_phase(
       bias=new.bias,
       max_drop=tolerance,
       fidelity=fidelity,
+      reduction=new.reduction,
     )
     kind = "estimated" if published else "certified"
     constants = " with the constants given" if given else ""

@@ -1,0 +1,148 @@
+"""What ``certify`` says to batches of a wrong shape: one clear sentence."""
+
+import dataclasses
+import re
+
+import certification_models as hand
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import robust_mm as rmm
+from robust_mm import certification
+from robust_mm import models
+from robust_mm.models import encoders
+
+
+@pytest.fixture(scope="module")
+def built():
+  part = encoders.lipschitz_mlp(width=4, num_blocks=0, embedding_dim=4)
+  model = models.late_fusion(
+    {"audio": part, "image": part},
+    3,
+    input_shapes={"audio": (6,), "image": (4, 2)},
+  )
+  return model, model.init(jax.random.key(0))[0]
+
+
+def _batch(audio=(5, 6), image=(5, 4, 2)):
+  return {"inputs": {"audio": jnp.zeros(audio), "image": jnp.zeros(image)}}
+
+
+def _sentence(model, params, batch):
+  """The message, the same inside and outside of jit, on one line."""
+  texts = []
+  for certify in (rmm.certify, jax.jit(rmm.certify, static_argnums=0)):
+    with pytest.raises(ValueError) as caught:
+      certify(model, params, batch)
+    texts.append(str(caught.value))
+  assert texts[0] == texts[1]
+  assert "\n" not in texts[0]
+  return texts[0]
+
+
+@pytest.mark.parametrize(
+  "batch, sentence",
+  [
+    (
+      _batch(image=(5, 3, 2)),
+      "batch['inputs']['image'] has shape (5, 3, 2), but the model was made "
+      "for (b, 4, 2).",
+    ),
+    # As many numbers, but in another order: no error of JAX's at all.
+    (
+      _batch(image=(5, 2, 4)),
+      "batch['inputs']['image'] has shape (5, 2, 4), but the model was made "
+      "for (b, 4, 2).",
+    ),
+    (
+      _batch(audio=(6,)),
+      "batch['inputs']['audio'] has shape (6,), but the model was made for "
+      "(b, 6).",
+    ),
+    (
+      _batch(audio=(4, 6)),
+      "batch['inputs'] must have as many examples of every modality, got "
+      "audio 4, image 5.",
+    ),
+    (
+      _batch(audio=()),
+      "batch['inputs']['audio'] must have a first axis of examples, got one "
+      "number.",
+    ),
+  ],
+)
+def test_inputs_of_a_wrong_shape_are_named_with_the_right_one(
+  built, batch, sentence
+):
+  model, params = built
+  assert _sentence(model, params, batch) == sentence
+  assert rmm.certify(model, params, _batch()).radius.shape == (5,)
+
+
+@pytest.mark.parametrize("shape", [(4,), (5, 1), ()])
+def test_presence_of_a_wrong_shape_is_named(built, shape):
+  model, params = built
+  batch = _batch()
+  batch["present"] = {"audio": np.ones(5, bool), "image": np.ones(shape, bool)}
+  assert _sentence(model, params, batch) == (
+    "batch['present']['image'] must be bool of shape (5,), one for each "
+    f"example, got shape {shape}."
+  )
+  with pytest.raises(ValueError, match=re.escape("present['image'] must be")):
+    certification.margin_certificate(
+      {m: jnp.zeros((5, 3)) for m in ("audio", "image")},
+      certification.SensitivityTables(
+        tables={m: jnp.zeros((3, 3)) for m in ("audio", "image")},
+        source="global",
+        sound=True,
+      ),
+      batch["present"],
+    )
+
+
+def test_hand_written_models_name_the_modality_and_give_the_reason():
+  model, params = hand.mlp(), hand.random_params(0)
+  batch = hand.random_batch(0, 6)
+  batch["inputs"]["image"] = jnp.zeros((6, 8))
+  text = _sentence(model, params, batch)
+  assert text.startswith(
+    "the encoder of the model refuses batch['inputs']['image'] of shape "
+    "(6, 8): "
+  )
+  assert "(8,)" in text
+  assert "(7,)" in text
+
+
+def test_hand_written_models_that_map_over_inputs_give_all_shapes():
+  model, params = hand.mlp(), hand.random_params(0)
+
+  def encode(params, state, inputs, present, **kwargs):
+    halved = jax.tree.map(lambda x: x / 2, inputs)
+    return model.encode(params, state, halved, present, **kwargs)
+
+  batch = hand.random_batch(0, 6)
+  batch["inputs"]["image"] = jnp.zeros((6, 8))
+  text = _sentence(dataclasses.replace(model, encode=encode), params, batch)
+  assert "batch['inputs'] with shapes audio (6, 5), image (6, 8): " in text
+  assert "(7,)" in text
+
+
+def test_other_errors_of_a_hand_written_model_stay_what_they_are():
+  model = hand.mlp()
+  batch = hand.random_batch(0, 6)
+  params = hand.random_params(0)
+  params["head"]["audio"] = jnp.zeros((4, 9))
+  with pytest.raises(TypeError):
+    rmm.certify(model, params, batch)
+
+
+def test_labels_of_a_wrong_shape_are_named(built):
+  model, params = built
+  found = rmm.certify(model, params, _batch())
+  for label in (np.zeros(4, int), np.zeros((5, 1), int), np.zeros(5)):
+    with pytest.raises(
+      ValueError, match=r"^label must be .* shape \(5,\), got"
+    ):
+      certification.certified_accuracy(found, label, 0.1)
