@@ -18,6 +18,7 @@ FLOORS = {
   "modalities": 1,
   "lipschitz": 2,
   "margins": 2,
+  "relaxation": 2,
   "attacks": 3,
   "certification": 3,
   "losses": 3,
