@@ -85,6 +85,100 @@ def dense_norm(
   return linalg.gram_norm(W, num_iters=num_iters)
 
 
+def dense_chain(
+  kernels: Sequence[Float[Array, "_ _"]],
+  rows: Float[Array, "k d"],
+  *,
+  num_iters: int = 16,
+) -> Float[Array, "k k"]:
+  r"""Pairwise constants of a dense network and its head, class by class.
+
+  For ``x -> W_1 x -> act -> ... -> W_n -> act -> V`` with activation slopes in
+  [0, 1], a bound of the constant of :math:`z_y - z_j` that is never looser than
+  the product of norms:
+
+  .. math:: X_0 = I, \quad A_i = W_i X_{i-1}^{-1} W_i^T, \quad
+            l_i = 2 / \lambda_{max}(A_i), \quad
+            X_i = l_i I - \tfrac{l_i^2}{4} A_i
+
+  .. math:: C[y, j] = \sqrt{w X_n^{-1} w^T}, \qquad w = V_y - V_j
+
+  Every :math:`X_i` has eigenvalues in :math:`[l_i / 2, l_i]`, so its inverse is
+  a short Neumann series of matrix products: no factorisation, differentiable.
+
+  Formal guarantees:
+    - Sound: :math:`\lambda_{max}` is bounded from above, the rest of the
+      series is added, and the result is rounded up by 4 machine epsilons a
+      row of every matrix.
+
+  Args:
+    kernels: ``[out, in]`` of every hidden layer, the first one first; none for
+      a linear map.
+    rows: ``[k, d]``, the head :math:`V` on the last hidden layer.
+    num_iters: of the Gram iteration; 6 in a loss, 16 in a certificate.
+
+  Returns:
+    ``[k, k]``, diagonal 0.
+
+  Raises:
+    ValueError: sizes that do not fit, naming the layer.
+
+  References:
+    `Xu & Sivaranjani (2024) <https://arxiv.org/abs/2404.04375>`_, the fast
+    form.
+  """
+  sizes = [*(kernel.shape[1] for kernel in kernels), rows.shape[1]]
+  for index, kernel in enumerate(kernels):
+    if kernel.shape[0] != sizes[index + 1]:
+      raise ValueError(
+        f"kernels[{index}] has {kernel.shape[0]} outputs, the next layer "
+        f"takes {sizes[index + 1]}."
+      )
+  # X^-1 = scale * inverse, the scale apart: it is a product of norms.
+  inverse, log_scale = None, jnp.zeros((), rows.dtype)
+  for kernel in kernels:
+    gram = _congruence(kernel, inverse)
+    largest = linalg.gram_norm(gram, num_iters=num_iters)
+    largest = jnp.where(largest > 0, largest, 1)
+    inverse = _neumann(gram / (2 * largest))
+    log_scale = log_scale + jnp.log(largest / 2)
+  table = jax.lax.map(lambda row: _metric(row[None] - rows, inverse), rows)
+  up = 1 + 4 * float(jnp.finfo(rows.dtype).eps) * sum(sizes)
+  return table * jnp.exp(log_scale / 2) * up
+
+
+def _congruence(kernel, inverse):
+  left = kernel if inverse is None else _dot(kernel, inverse)
+  gram = _dot(left, jnp.swapaxes(kernel, -2, -1))
+  return (gram + jnp.swapaxes(gram, -2, -1)) / 2
+
+
+def _neumann(matrix):
+  """Above ``(I - B)^-1`` for symmetric B with eigenvalues in [0, 1/2]."""
+  eye = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+  total, power = eye + matrix, matrix
+  for _ in range(5):
+    power = _dot(power, power)
+    total = total + _dot(total, power)
+  # 64 terms: what is left is at most 2^-63 of the whole.
+  return (total + jnp.swapaxes(total, -2, -1)) / 2
+
+
+def _metric(difference, inverse):
+  """``sqrt(w X w^T)`` of every row."""
+  scale = jnp.max(jnp.abs(difference), axis=-1, keepdims=True)
+  scale = jax.lax.stop_gradient(jnp.where(scale > 0, scale, 1))
+  w = difference / scale
+  image = w if inverse is None else _dot(w, inverse)
+  square = jnp.sum(image * w, axis=-1)
+  root = jnp.sqrt(jnp.where(square > 0, square, 1))
+  return jnp.where(square > 0, root, 0) * scale[..., 0]
+
+
+def _dot(left, right):
+  return jnp.matmul(left, right, precision="highest")
+
+
 def schur_norm(W: Float[Array, "k d"]) -> Float[Array, ""]:
   r"""The bound :math:`\sqrt{\|W\|_1 \|W\|_\infty}`, at most Frobenius times
   :math:`\sqrt[4]{kd}`."""

@@ -240,3 +240,95 @@ def test_bad_arguments_are_named():
     lipschitz.average_pool((2, 2), (2,))
   with pytest.raises(ValueError, match="num_items"):
     lipschitz.mean_pool(0)
+
+
+def chain_layers(seed, sizes, num_classes=4):
+  keys = iter(jax.random.split(jax.random.key(seed), len(sizes)))
+  kernels = [
+    jax.random.normal(next(keys), (out, size)) / size**0.5
+    for size, out in itertools.pairwise(sizes)
+  ]
+  return kernels, jax.random.normal(next(keys), (num_classes, sizes[-1]))
+
+
+@pytest.mark.parametrize("sizes", [(5,), (6, 9), (7, 12, 5), (4, 8, 8, 8)])
+@pytest.mark.parametrize("activation", [jax.nn.relu, jnp.tanh, nnx.leaky_relu])
+def test_dense_chain_bounds_every_gradient_and_no_more_than_products(
+  sizes, activation
+):
+  kernels, rows = chain_layers(1, sizes)
+  table = lipschitz.dense_chain(kernels, rows)
+
+  def logits(x, shifts):
+    for kernel, shift in zip(kernels, shifts):
+      x = activation(kernel @ x + shift)
+    return rows @ x
+
+  def norms(key):
+    first, second = jax.random.split(key)
+    shifts = [jax.random.normal(second, (n,)) for n in sizes[1:]]
+    x = 3 * jax.random.normal(first, (sizes[0],))
+    slope = jax.jacrev(logits)(x, shifts)
+    return jnp.linalg.norm(slope[:, None] - slope[None], axis=-1)
+
+  found = jnp.max(jax.vmap(norms)(jax.random.split(jax.random.key(2), 300)), 0)
+  assert np.all(np.asarray(found) <= np.asarray(table) * (1 + 1e-6))
+  product = np.prod([np.linalg.norm(k, 2) for k in kernels])
+  distance = np.linalg.norm(rows[:, None] - rows[None], axis=-1)
+  assert np.all(np.asarray(table) <= product * distance * (1 + 1e-4) + 1e-6)
+
+
+def test_dense_chain_is_exact_for_single_units_and_refutable_there():
+  kernels = [jnp.array([[2.0]]), jnp.array([[-3.0]])]
+  rows = jnp.array([[1.0], [0.5]])
+  table = lipschitz.dense_chain(kernels, rows)
+  np.testing.assert_allclose(table[0, 1], 2 * 3 * 0.5, rtol=1e-5)
+  assert table[0, 0] == 0
+  # relu(-3 relu(2 x) + 9) has slope -6 between 0 and 1.5.
+  x = np.array([0.2, 1.2])
+  z = np.maximum(-3 * np.maximum(2 * x, 0) + 9, 0) * 0.5
+  slope = abs(z[1] - z[0]) / 1.0
+  assert slope <= table[0, 1]
+  assert slope > table[0, 1] / 1.2
+
+
+@pytest.mark.parametrize("net", ["digits_plain", "mfeat_penalty0p03"])
+def test_dense_chain_equals_an_established_library(shared_path, net):
+  path = shared_path / f"reference/certificates/{net}.npz"
+  with np.load(path) as file:
+    stored = dict(file)
+  for name in map(str, stored["modalities"]):
+    layers = [stored[f"params/{name}/dense_{i}/kernel"] for i in (0, 1)]
+    layers.append(stored[f"params/head/{name}/kernel"])
+    reference = stored[f"sensitivity/eclipse_fast/{name}"]
+    *kernels, rows = [jnp.asarray(layer.T) for layer in layers]
+    single = np.asarray(lipschitz.dense_chain(kernels, rows))
+    with jax.enable_x64(True):
+      *kernels, rows = [jnp.asarray(layer.T, jnp.float64) for layer in layers]
+      double = np.asarray(lipschitz.dense_chain(kernels, rows))
+    np.testing.assert_allclose(double, reference, rtol=1e-8)
+    np.testing.assert_allclose(single, reference, rtol=1e-4)
+    assert np.all(single >= reference)
+
+
+def test_dense_chain_has_gradients_and_refuses_layers_that_do_not_fit():
+  kernels, rows = chain_layers(3, (5, 6, 7))
+
+  def largest(kernels):
+    return jnp.sum(lipschitz.dense_chain(kernels, rows, num_iters=6))
+
+  gradient = jax.jit(jax.grad(largest))(kernels)
+  step = 1e-2
+  for index, kernel in enumerate(kernels):
+    direction = gradient[index] / jnp.linalg.norm(gradient[index])
+    ends = []
+    for sign in (-1, 1):
+      moved = list(kernels)
+      moved[index] = kernel + sign * step * direction
+      ends.append(largest(moved))
+    slope = (ends[1] - ends[0]) / (2 * step)
+    np.testing.assert_allclose(
+      slope, jnp.linalg.norm(gradient[index]), rtol=2e-2
+    )
+  with pytest.raises(ValueError, match=r"kernels\[0\]"):
+    lipschitz.dense_chain(kernels[:1], rows)
