@@ -71,6 +71,10 @@ class Geometry:
     embedding_radius: ``{m: [] | None}`` or None, :math:`B_m` with
       :math:`\|\phi_m(x)\| \le B_m` for every x (projection on a ball); None
       where there is none.
+    chain: ``{m: (W_1, ..., W_n) | None}`` or None, ``[out, in]`` matrices of an
+      encoder that is dense from the flat raw input (normalisation included) to
+      the embedding, activations with slopes in [0, 1] between them: it has
+      constants class pair by class pair, see ``lipschitz.dense_chain``.
     reduction: ``"sum"``, or ``"mean"`` over present modalities; static.
   """
 
@@ -80,6 +84,7 @@ class Geometry:
   factors: Any = None
   integration: Any = None
   embedding_radius: Any = None
+  chain: Any = None
   reduction: str = dataclasses.field(default="sum", metadata={"static": True})
 
 

@@ -89,6 +89,7 @@ def dense_chain(
   kernels: Sequence[Float[Array, "_ _"]],
   rows: Float[Array, "k d"],
   *,
+  last: Float[Array, "d _"] | None = None,
   num_iters: int = 16,
 ) -> Float[Array, "k k"]:
   r"""Pairwise constants of a dense network and its head, class by class.
@@ -114,7 +115,10 @@ def dense_chain(
   Args:
     kernels: ``[out, in]`` of every hidden layer, the first one first; none for
       a linear map.
-    rows: ``[k, d]``, the head :math:`V` on the last hidden layer.
+    rows: ``[k, d]``, the head :math:`V` on the last hidden layer, or on
+      ``last`` of it.
+    last: a linear map between the two. (Rows are subtracted before they are
+      multiplied: of near-equal ones nothing else would be left but rounding.)
     num_iters: of the Gram iteration; 6 in a loss, 16 in a certificate.
 
   Returns:
@@ -127,7 +131,8 @@ def dense_chain(
     `Xu & Sivaranjani (2024) <https://arxiv.org/abs/2404.04375>`_, the fast
     form.
   """
-  sizes = [*(kernel.shape[1] for kernel in kernels), rows.shape[1]]
+  end = rows if last is None else last
+  sizes = [*(kernel.shape[1] for kernel in kernels), end.shape[1]]
   for index, kernel in enumerate(kernels):
     if kernel.shape[0] != sizes[index + 1]:
       raise ValueError(
@@ -142,8 +147,15 @@ def dense_chain(
     largest = jnp.where(largest > 0, largest, 1)
     inverse = _neumann(gram / (2 * largest))
     log_scale = log_scale + jnp.log(largest / 2)
-  table = jax.lax.map(lambda row: _metric(row[None] - rows, inverse), rows)
-  up = 1 + 4 * float(jnp.finfo(rows.dtype).eps) * sum(sizes)
+
+  def constants(row):
+    difference = row[None] - rows
+    if last is not None:
+      difference = _dot(difference, last)
+    return _metric(difference, inverse)
+
+  table = jax.lax.map(constants, rows)
+  up = 1 + 4 * float(jnp.finfo(rows.dtype).eps) * (sum(sizes) + rows.shape[1])
   return table * jnp.exp(log_scale / 2) * up
 
 

@@ -8,9 +8,9 @@ whether the prediction is *correct* is a separate factor
 
 ``certify`` asks a model; ``margin_certificate`` takes plain arrays of a model
 of any framework; ``fit_integration`` re-weights modalities for a threat.
-Inside, each module imports only from those before it: tables, batches,
-empirical, programs, certificates, arrays, door, recheck, accuracy, integration,
-optimizers.
+Inside, each module imports only from those before it: geometries, tables,
+batches, empirical, programs, balls, certificates, arrays, relaxed, combined,
+door, recheck, accuracy, integration, optimizers.
 
 References:
   `Yang et al. (2024) <https://arxiv.org/abs/2402.06244>`_;
@@ -28,6 +28,8 @@ from robust_mm.certification.certificates import Slack
 from robust_mm.certification.door import certify
 from robust_mm.certification.empirical import empirical_lipschitz
 from robust_mm.certification.empirical import empirical_tables
+from robust_mm.certification.geometries import abstract_geometry
+from robust_mm.certification.geometries import missing_constants
 from robust_mm.certification.integration import accept_integration
 from robust_mm.certification.integration import fit_integration
 from robust_mm.certification.integration import integration_factors
@@ -36,8 +38,6 @@ from robust_mm.certification.integration import integration_parameters
 from robust_mm.certification.optimizers import published_optimizer
 from robust_mm.certification.recheck import recheck_fp64
 from robust_mm.certification.tables import SensitivityTables
-from robust_mm.certification.tables import abstract_geometry
-from robust_mm.certification.tables import missing_constants
 from robust_mm.certification.tables import pairwise_sensitivity
 from robust_mm.certification.tables import sensitivity
 from robust_mm.certification.tables import sensitivity_tables

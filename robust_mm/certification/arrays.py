@@ -14,6 +14,7 @@ from robust_mm import _validate
 from robust_mm import margins
 from robust_mm import modalities
 from robust_mm.certification import certificates
+from robust_mm.certification import geometries
 from robust_mm.certification import tables as tables_lib
 from robust_mm.certification.certificates import Certificate
 from robust_mm.certification.certificates import Slack
@@ -125,7 +126,7 @@ def margin_certificate(
 def _check_settings(fidelity, fusion, reduction, slack):
   _validate.one_of(FIDELITIES, fidelity=fidelity)
   _validate.one_of(FUSIONS, fusion=fusion)
-  _validate.one_of(tables_lib.REDUCTIONS, reduction=reduction)
+  _validate.one_of(geometries.REDUCTIONS, reduction=reduction)
   if fusion == "joint" and reduction != "sum":
     raise ValueError("reduction must be 'sum' with fusion='joint'.")
   for value in slack:

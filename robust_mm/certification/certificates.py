@@ -17,6 +17,7 @@ from jaxtyping import Int
 from robust_mm import _validate
 from robust_mm import margins
 from robust_mm import modalities
+from robust_mm.certification import balls as balls_lib
 
 
 class Slack(NamedTuple):
@@ -81,13 +82,19 @@ class Certificate:
     drops: ``{m: [b, k]}`` of the modalities whose embedding is bounded, the
       most that any input of that modality can take from the margins; None
       where there are none.
+    balls: ``Balls`` that bounds inside a ball have proved, or None; the
+      certified set is theirs and the polytope's together.
+    radius_source: int ``[b]``, which of ``sources`` gave ``radius``, or None.
     units: ``{m: []}``.
-    fusion: "additive" (a polytope of budgets) or "joint" (an ellipsoid).
+    fusion: "additive" (a polytope of budgets), "joint" (an ellipsoid) or "ball"
+      (``balls`` alone; ``sensitivity`` is then the slope at the example, a
+      bound of nothing).
     source: where the encoder constants come from.
     sound: whether this is a certificate at all.
     rival: "all" classes, or the published "runner_up" only.
     norm: ``((m, "l2" | "linf" | "l1"), ...)``, how :math:`\|\delta_m\|` is
       measured.
+    sources: names for ``radius_source``.
     reduction: "sum" of the contributions of present modalities, or "mean";
       ``margins``, ``sensitivity``, ``contributions`` and ``drops`` are those of
       the logits, divided already.
@@ -106,12 +113,15 @@ class Certificate:
   units: Any
   present: Any
   drops: Any = None
+  balls: Any = None
+  radius_source: Any = None
   fusion: str = dataclasses.field(metadata={"static": True})
   source: str = dataclasses.field(metadata={"static": True})
   sound: bool = dataclasses.field(metadata={"static": True})
   rival: str = dataclasses.field(metadata={"static": True})
   norm: tuple = dataclasses.field(metadata={"static": True})
   reduction: str = dataclasses.field(default="sum", metadata={"static": True})
+  sources: tuple = dataclasses.field(default=(), metadata={"static": True})
 
   @property
   def kind(self) -> str:
@@ -166,10 +176,15 @@ class Certificate:
     }
     if max_missing:
       left = self._left_after_removal(cost, max_missing)
-    else:
+      return jnp.all(left > 0, axis=-1)
+    inside = jnp.zeros(jnp.shape(self.prediction), bool)
+    if self.fusion != "ball":
       ball = "linf" if self.fusion == "additive" else "l2"
       left = self.rival_margins() - margins.joint_sensitivity(cost, ball=ball)
-    return jnp.all(left > 0, axis=-1)
+      inside = jnp.all(left > 0, axis=-1)
+    if self.balls is not None:
+      inside |= balls_lib.covers(self.balls, self.present, budgets)
+    return inside
 
   def radius_without(self, removed: Iterable[str]) -> Float[Array, "*b"]:
     """The joint radius for ``prediction`` once ``removed`` are gone.
@@ -200,7 +215,12 @@ class Certificate:
       ball: ``"l2"`` (``radius``), ``"linf"`` (every :math:`\epsilon_m < r`) or
         ``"l1"`` (:math:`\sum_m \epsilon_m < r`).
     """
-    return margins.radii(self._joint_ratios(ball))
+    radius = margins.radii(self._joint_ratios(ball))
+    if self.fusion == "ball":
+      radius = jnp.zeros_like(radius)
+    if self.balls is None:
+      return radius
+    return jnp.maximum(radius, balls_lib.joint_radius(self.balls, ball))
 
   def joint_nearest_class(self, ball: str = "l2") -> Int[Array, "*b"]:
     """The rival that sets ``joint_radius(ball)``; the runner-up where none."""
@@ -268,7 +288,13 @@ class Certificate:
     cap = caps.get(second)
     cap = None if cap is None else jnp.broadcast_to(cap, left.shape)
     ratio = margins.capped_ratio(left, two, cap)
-    return jnp.maximum(jnp.min(ratio, axis=-2), 0)
+    reach = jnp.maximum(jnp.min(ratio, axis=-2), 0)
+    if self.fusion == "ball":
+      reach = jnp.zeros_like(reach)
+    if self.balls is None:
+      return reach
+    circle = balls_lib.frontier(self.balls, first, second, grid)
+    return jnp.maximum(reach, circle)
 
   def vulnerability_ratio(
     self, first: str, second: str

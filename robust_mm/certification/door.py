@@ -19,14 +19,17 @@ from robust_mm._types import State
 from robust_mm.certification import arrays
 from robust_mm.certification import batches
 from robust_mm.certification import certificates
+from robust_mm.certification import combined
 from robust_mm.certification import empirical
+from robust_mm.certification import geometries
 from robust_mm.certification import programs
 from robust_mm.certification import tables as tables_lib
 from robust_mm.certification.certificates import Certificate
 from robust_mm.certification.certificates import Slack
 from robust_mm.certification.tables import SensitivityTables
 
-SOURCES = ("global", "empirical")
+SOURCES = ("global", "local", "relaxation", "best", "empirical")
+_BALLS = ("local", "relaxation", "best")
 
 
 def certify(
@@ -55,7 +58,8 @@ def certify(
   costs a margin more than ``drops``; the radii use that and may be infinite.
 
   Formal guarantees:
-    - With ``source="global"``: no perturbation of the present arrays of
+    - With ``source="global"``, ``"local"``, ``"relaxation"`` or ``"best"``: no
+      perturbation of the present arrays of
       ``batch["inputs"]`` inside the certified set changes the prediction of
       this network, evaluation mode, in real arithmetic with these parameters.
     - With ``source="empirical"`` or ``fidelity="published"``: none; the
@@ -67,11 +71,25 @@ def certify(
   once per parameter set when certifying many batches.
 
   Args:
-    model: a late-fusion model with a geometry.
+    model: a late-fusion model with a geometry; for ``"local"``,
+      ``"relaxation"`` and ``"best"`` any model that is affine between known
+      activations.
     params: its parameters, float32 or float64.
     batch: ``inputs`` and (default: all) ``present``; others are not read.
     state: the model's state.
-    source: ``"global"`` or ``"empirical"``; ignored where ``tables`` are given.
+    source: where the bounds come from.
+
+      ================  ====================================================
+      ``"global"``      constants of the encoders, valid everywhere
+      ``"local"``       constants inside a ball around the example
+      ``"relaxation"``  a linear lower bound of the margin inside a ball
+      ``"best"``        the largest radius of these, example by example
+      ``"empirical"``   slopes seen in data: an estimate, never a certificate
+      ================  ====================================================
+
+      ``"global"`` costs a forward pass; the others some hundred, and grow with
+      the square of the width: use small batches. Ignored where ``tables`` are
+      given, but for ``"best"``.
     tables: from ``sensitivity_tables`` or ``empirical_tables``. Without them
       ``"empirical"`` estimates on this very batch.
     units: ``{m: s_m}``, the size that counts as 1; ``relative_units`` makes
@@ -97,11 +115,29 @@ def certify(
   """
   _validate.one_of(SOURCES, source=source)
   _validate.one_of(arrays.FIDELITIES, fidelity=fidelity)
-  tables_lib.need_geometry(model)
+  if fidelity == "published" and source in _BALLS:
+    raise ValueError(
+      f"fidelity must be 'corrected' with source={source!r}; the published "
+      "form rests on estimated constants."
+    )
+  additive = _is_additive(model, params, source)
+  if additive:
+    geometries.need_geometry(model)
   present = batches.presence(batch, model.modalities, model.input_shapes)
   inputs = {name: jnp.asarray(batch["inputs"][name]) for name in present}
   state = {} if state is None else state
   units = tables_lib.check_units(units, model.modalities)
+  if not additive:
+    return _certify_balls(
+      params,
+      inputs,
+      present,
+      state,
+      units,
+      model=model,
+      source=source,
+      norm=tuple(arrays.norms(norm, model.modalities).items()),
+    )
   try:
     certificate, agree, embeddings, sizes = _certify(
       params,
@@ -153,7 +189,7 @@ def _certify(
   fidelity,
 ):
   outputs = programs.evaluate(model, params, state, inputs, present)
-  geometry = tables_lib.model_geometry(model, params)
+  geometry = geometries.model_geometry(model, params)
   if tables is None:
     batch = {"inputs": inputs, "present": present}
     tables = _tables(model, params, batch, state, geometry, source, fidelity)
@@ -185,7 +221,50 @@ def _certify(
     fidelity=fidelity,
     reduction=geometry.reduction,
   )
+  if source == "best":
+    network, _ = combined.network_or_reason(
+      model, params, state, inputs, present, units, certificate.prediction
+    )
+    if network is not None and certificate.sound:
+      certificate = combined.best_of_all(
+        certificate, network, params, state, inputs, present
+      )
   return certificate, agree, outputs.embeddings, sizes
+
+
+@functools.partial(jax.jit, static_argnames=("model", "source", "norm"))
+def _certify_balls(
+  params, inputs, present, state, units, *, model, source, norm
+):
+  try:
+    return combined.from_balls(
+      model,
+      params,
+      state,
+      inputs,
+      present,
+      units=units,
+      norm=norm,
+      source=source,
+    )
+  except ValueError as error:
+    if model.geometry is None:
+      raise
+    raise ValueError(
+      f"{error} This model has a geometry: source='global' may certify it."
+    ) from error
+
+
+def _is_additive(model, params, source) -> bool:
+  """Whether the certificate rests on constants of the encoders."""
+  if source in ("local", "relaxation"):
+    return False
+  if source != "best":
+    return True
+  if model.geometry is None:
+    return False
+  stated = geometries.abstract_geometry(model, params)
+  return not geometries.missing_constants(stated)
 
 
 def _tables(model, params, batch, state, geometry, source, fidelity):

@@ -12,6 +12,7 @@ from robust_mm._types import Model
 from robust_mm._types import Params
 from robust_mm._types import State
 from robust_mm.certification import batches
+from robust_mm.certification import geometries
 from robust_mm.certification import tables
 from robust_mm.certification.tables import SensitivityTables
 
@@ -42,7 +43,7 @@ def empirical_lipschitz(
   Returns:
     ``{m: [k]}``.
   """
-  geometry = tables.model_geometry(model, params)
+  geometry = geometries.model_geometry(model, params)
   return _largest_gradient(
     model, geometry, params, batch, state, chunk, margins.norm, True
   )
@@ -73,7 +74,7 @@ def empirical_tables(
     tables with ``sound=False``: nothing made from them may be called certified.
   """
   _validate.one_of(("difference", "split"), form=form)
-  geometry = tables.model_geometry(model, params)
+  geometry = geometries.model_geometry(model, params)
   if form == "split":
     constants = empirical_lipschitz(
       model, params, batch, state=state, chunk=chunk
@@ -156,7 +157,7 @@ def _modality_term(model, params, state, geometry, inputs, present, name, raw):
   )
   if raw:
     outputs = model.fuse(params, embeddings, present)
-    tables.refuse_mixed(outputs)
+    geometries.refuse_mixed(outputs)
     if outputs.scores is not None:
       return outputs.scores[name][0]
   term = embeddings[name][0] @ geometry.head[name].T

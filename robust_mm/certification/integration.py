@@ -21,6 +21,7 @@ from robust_mm import _validate
 from robust_mm import margins
 from robust_mm import modalities
 from robust_mm.certification import arrays
+from robust_mm.certification import geometries
 from robust_mm.certification import tables
 
 Factors = Mapping[str, Array]
@@ -332,7 +333,7 @@ def _reweighted(
   factors, scores, label, present, lipschitz, bias, units, fidelity, reduction
 ):
   """Margins and sensitivities of the label, and whether it is predicted."""
-  _validate.one_of(tables.REDUCTIONS, reduction=reduction)
+  _validate.one_of(geometries.REDUCTIONS, reduction=reduction)
   known = modalities.names(scores)
   units = tables.check_units(units, known)
   logits, sensitivity = 0, {}

@@ -19,14 +19,16 @@ from jaxtyping import Array
 from jaxtyping import Float
 
 from robust_mm import _validate
+from robust_mm import lipschitz
 from robust_mm import margins
 from robust_mm import modalities
 from robust_mm._types import Geometry
 from robust_mm._types import Model
 from robust_mm._types import Params
+from robust_mm.certification import geometries
 
 FORMS = ("general", "orthonormal", "split")
-REDUCTIONS = ("sum", "mean")
+TRAINING_ITERS = 6  # Gram steps of a chain bound in a loss
 
 
 @jax.tree_util.register_dataclass
@@ -68,7 +70,7 @@ def sensitivity_tables(
       model whose logits are no sum of per-modality terms.
   """
   _validate.one_of(("global",), source=source)
-  geometry = model_geometry(model, params)
+  geometry = geometries.model_geometry(model, params)
   return dataclasses.replace(
     global_tables(geometry), lipschitz=dict(geometry.lipschitz)
   )
@@ -82,13 +84,33 @@ def global_tables(geometry: Geometry) -> SensitivityTables:
   }
   return SensitivityTables(
     tables={
-      name: distance * _bound(geometry, name, distance.dtype)
+      name: _smallest(geometry, name, distance)
       for name, distance in distances.items()
     },
     reach=reach_tables(geometry, distances),
     source="global",
     sound=True,
   )
+
+
+def chain_table(
+  geometry: Geometry, name: str, *, num_iters: int = 16
+) -> Float[Array, "k k"] | None:
+  """``lipschitz.dense_chain`` of a modality's encoder and head, or None."""
+  layers = (geometry.chain or {}).get(name)
+  if layers is None:
+    return None
+  *hidden, last = layers
+  return lipschitz.dense_chain(
+    hidden, geometry.head[name], last=last, num_iters=num_iters
+  )
+
+
+def _smallest(geometry, name, distance):
+  """The general form, or the chain bound where that is smaller."""
+  table = distance * _bound(geometry, name, distance.dtype)
+  chain = chain_table(geometry, name)
+  return table if chain is None else jnp.minimum(table, chain)
 
 
 def reach_tables(
@@ -120,56 +142,6 @@ def reach_tables(
   return result or None
 
 
-def model_geometry(model: Model, params: Params) -> Geometry:
-  """The geometry at full precision, or a ValueError that says what to do."""
-  need_geometry(model)
-  # Tensor-float or bfloat16 products are wrong by more than the slack.
-  with jax.default_matmul_precision("highest"):
-    geometry = model.geometry(params)
-  if geometry is None:
-    raise ValueError("model.geometry must return a Geometry, got None.")
-  _validate.one_of(REDUCTIONS, **{"geometry.reduction": geometry.reduction})
-  return geometry
-
-
-def need_geometry(model: Model) -> None:
-  """ValueError for a model whose logits are no sum over modalities."""
-  if model.geometry is None:
-    raise ValueError(
-      f"the model over {', '.join(model.modalities)} has no geometry: its "
-      "logits are no sum of per-modality terms, so it has no margin "
-      "certificate. Use a late-fusion head, or randomised smoothing."
-    )
-
-
-def abstract_geometry(model: Model, params: Params = None) -> Geometry:
-  """The geometry in shapes: what a model states at all, whatever its values.
-
-  Args:
-    model: a late-fusion model.
-    params: its parameters or their shapes; None for those of ``model.init``.
-
-  Raises:
-    ValueError: the model has no geometry.
-  """
-  need_geometry(model)
-  if params is None:
-    params, _ = jax.eval_shape(model.init, jax.random.key(0))
-  return jax.eval_shape(functools.partial(model_geometry, model), params)
-
-
-def missing_constants(geometry: Geometry) -> tuple[str, ...]:
-  """The modalities whose encoders state no Lipschitz bound, sorted.
-
-  Nothing is certified, and no radius trained for, unless this is empty.
-  """
-  return tuple(
-    name
-    for name in modalities.names(geometry.head)
-    if geometry.lipschitz.get(name) is None
-  )
-
-
 def pairwise_sensitivity(
   geometry: Geometry,
   form: str = "general",
@@ -181,7 +153,8 @@ def pairwise_sensitivity(
   ==============  =====================================  ======================
   form            table over :math:`L_m`                 sound for
   ==============  =====================================  ======================
-  "general"       :math:`\|V[y] - V[j]\|`                any head, the smallest
+  "general"       :math:`\|V[y] - V[j]\|`                any head, the smallest;
+                  or a chain, where smaller
   "orthonormal"   :math:`\sqrt{a[y]^2 + a[j]^2}`         factors, norm(W) <= 1
   "split"         :math:`|a[y]| + |a[j]|`                factors, unit rows
   ==============  =====================================  ======================
@@ -199,8 +172,11 @@ def pairwise_sensitivity(
   tables = {}
   for name in modalities.names(geometry.head):
     if form == "general":
-      table = row_distances(geometry.head[name])
-    elif form == "orthonormal":
+      tables[name] = _smallest(
+        geometry, name, row_distances(geometry.head[name])
+      )
+      continue
+    if form == "orthonormal":
       table = _closed_form(_factors(geometry, name))
       if defect is not None:
         table = table * jnp.sqrt(1 + 2 * jnp.asarray(defect[name]))
@@ -237,7 +213,8 @@ def sensitivity(
 ) -> dict[str, Float[Array, "b k"]]:
   r"""Differentiable sensitivities of a batch, for training losses.
 
-  With integration factors the closed form :math:`s_m L_m \sqrt{a_y^2 + a_j^2}`
+  Of a dense encoder (``geometry.chain``) the chain bound; else, with
+  integration factors, the closed form :math:`s_m L_m \sqrt{a_y^2 + a_j^2}`
   (an upper bound of the general one), else rows of the general table.
 
   Args:
@@ -255,6 +232,10 @@ def sensitivity(
   for name in modalities.names(geometry.head):
     head = geometry.head[name]
     margins.check_label(reference, head.shape[0], jnp.shape(present[name]))
+    chain = chain_table(geometry, name, num_iters=TRAINING_ITERS)
+    if chain is not None:
+      result[name] = gather(chain, reference, present[name]) * units[name]
+      continue
     if geometry.factors is None:
       rows = gather(row_distances(head), reference, present[name])
     else:
@@ -310,16 +291,6 @@ def check_units(units: Mapping | str | None, known: tuple[str, ...]) -> dict:
     if margins.known_values(value):
       _validate.positive(**{f"units[{name!r}]": value})
   return {name: units.get(name, 1.0) for name in known}
-
-
-def refuse_mixed(outputs) -> None:
-  """Scores that depend on other modalities carry no certificate."""
-  if outputs.mixed:
-    raise ValueError(
-      "the model mixes modalities before its scores (Outputs.mixed), so it "
-      "has no margin certificate. Use a late-fusion head, or randomised "
-      "smoothing."
-    )
 
 
 def _factors(geometry, name):

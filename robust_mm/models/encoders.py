@@ -1,8 +1,9 @@
 """Encoders as values, by factory or by name.
 
 A factory returns an :class:`Encoder`: a description that is built once the
-input shape is known. The ordinary ones state no Lipschitz constant (theirs
-would be vacuous or does not exist); the ``lipschitz_*`` ones state 1.
+input shape is known. Of the ordinary ones only ``mlp`` states Lipschitz
+constants (those of the others would be vacuous or do not exist); the
+``lipschitz_*`` ones state 1.
 
 >>> make("mlp", hidden_sizes=(32,), embedding_dim=16).embedding_dim
 16

@@ -202,6 +202,21 @@ def encoder_constant(
   return None if constant is None else jnp.asarray(constant, jnp.float32)
 
 
+def encoder_chain(
+  encoder: Encoder, functions: Functions, params: Params
+) -> tuple[Array, ...] | None:
+  """The dense layers of an encoder that consists of nothing else, or None.
+
+  From the module's own ``chain()``; not where a projection follows, or where
+  the bound is somebody's own.
+  """
+  custom = encoder.lipschitz is not None or encoder.embedding_radius is not None
+  if custom or functions.stateful:
+    return None
+  module = functions.bind(params, {})
+  return getattr(module, "chain", lambda: None)()
+
+
 def _to_dict(state: PyTree) -> dict:
   """A plain dict with string keys; lists of modules have integer ones."""
 

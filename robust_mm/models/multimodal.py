@@ -184,10 +184,9 @@ def from_parts(
   for name in names:
     if name not in input_shapes:
       raise ValueError(f"input_shapes has no entry for modality {name!r}.")
+  shapes = {name: tuple(input_shapes[name]) for name in names}
   parts = {
-    name: functional.encoder_functions(
-      encoders[name], tuple(input_shapes[name])
-    )
+    name: functional.encoder_functions(encoders[name], shapes[name])
     for name in names
   }
   normalizers = {
@@ -205,8 +204,8 @@ def from_parts(
     fuse=lambda params, embeddings, present: fusion(
       params["fusion"], embeddings, present
     ),
-    geometry=_geometry(parts, fusion, encoders, normalizers),
-    input_shapes={name: tuple(input_shapes[name]) for name in names},
+    geometry=_geometry(parts, fusion, encoders, normalizers, shapes),
+    input_shapes=shapes,
   )
 
 
@@ -276,7 +275,7 @@ def _state_of(part, held, name: str):
   return held[name]
 
 
-def _geometry(parts, fusion, encoders, normalizers) -> Callable | None:
+def _geometry(parts, fusion, encoders, normalizers, shapes) -> Callable | None:
   if not hasattr(fusion, "geometry"):
     return None
   radii = {name: encoders[name].embedding_radius for name in parts}
@@ -287,9 +286,20 @@ def _geometry(parts, fusion, encoders, normalizers) -> Callable | None:
     )
     return None if value is None else value * normalizers[name].constant
 
+  def chain(name: str, params):
+    found = functional.encoder_chain(
+      encoders[name], parts[name], params["encoders"][name]
+    )
+    return (
+      None if found is None else normalizers[name].before(found, shapes[name])
+    )
+
   def geometry(params):
     constants = {name: constant(name, params) for name in parts}
     stated = fusion.geometry(params["fusion"], constants)
+    chains = {name: chain(name, params) for name in parts}
+    if any(layers is not None for layers in chains.values()):
+      stated = dataclasses.replace(stated, chain=chains)
     if not any(radii.values()):
       return stated
     bounds = {

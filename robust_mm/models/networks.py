@@ -1,6 +1,7 @@
 """The networks of the ordinary encoders, as nnx modules.
 
-They state no Lipschitz constant: theirs would be vacuous or does not exist.
+Only the perceptron states Lipschitz constants: the others' would be vacuous or
+do not exist.
 """
 
 import itertools
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from robust_mm import lipschitz as bounds
 from robust_mm.models import lipschitz
 
 ACTIVATIONS = {
@@ -21,6 +23,8 @@ ACTIVATIONS = {
   "softplus": nnx.softplus,
   "tanh": jnp.tanh,
 }
+# Slopes in [0, 1] throughout.
+CHAIN_ACTIVATIONS = ("elu", "leaky_relu", "relu", "softplus", "tanh")
 _MAX_POOLED_SIDE = 8
 _LARGE_IMAGE = 64
 
@@ -41,6 +45,20 @@ class MLP(nnx.Module):
     for layer in self.hidden:
       x = ACTIVATIONS[self.activation](layer(x))
     return self.last(x)
+
+  def lipschitz(self):
+    """The product of the norms of its layers and slopes: sound, loose."""
+    slope = bounds.activation(self.activation) ** len(self.hidden)
+    layers = [*self.hidden, self.last]
+    norms = [bounds.dense_norm(layer.kernel[...]) for layer in layers]
+    return bounds.compose(slope, *norms)
+
+  def chain(self):
+    """``[out, in]`` matrices for ``lipschitz.dense_chain``, or None."""
+    if self.activation not in CHAIN_ACTIVATIONS:
+      return None
+    layers = [*self.hidden, self.last]
+    return tuple(jnp.transpose(layer.kernel[...]) for layer in layers)
 
 
 class CNN(nnx.Module):

@@ -65,6 +65,21 @@ class Normalization:
     )
     return (x - mean) / scale
 
+  def before(
+    self, layers: tuple[Array, ...], shape: tuple[int, ...]
+  ) -> tuple[Array, ...]:
+    """Matrices of a dense encoder with the division by ``scale`` in the first.
+
+    Args:
+      layers: ``[out, in]``, the first on a flat input.
+      shape: of one input.
+    """
+    if self.scale is None:
+      return layers
+    first, *rest = layers
+    scale = jnp.broadcast_to(jnp.asarray(self.scale, first.dtype), shape)
+    return (first / jnp.reshape(scale, (1, -1)), *rest)
+
   def to_json(self) -> dict | None:
     """Plain lists and numbers; :meth:`from_json` gives the same float32s."""
     if self.mean is None:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from robust_mm.relaxation import lines
 from robust_mm.relaxation import rules
 
 
@@ -100,6 +101,14 @@ class BoundNetwork:
   def shape(self, name: str) -> tuple[int, ...]:
     """Of the input called ``name``."""
     return self.network.input_shapes[name]
+
+  def __call__(self, inputs: Mapping[str, Any]) -> Any:
+    """The output at one example: the function that was traced."""
+    activations = []
+    for position, node in enumerate(self.network.nodes):
+      read = self.piece(position)(inputs, activations)
+      activations.append(lines.value(node.kind, node.slopes, read))
+    return self.piece(len(activations))(inputs, activations)
 
   def piece(self, position: int, *, absolute: bool = False) -> Callable:
     """``piece(inputs, activations) -> value`` of node ``position``.

@@ -1,0 +1,256 @@
+r"""Radii from bounds inside a ball: linear relaxation and local constants.
+
+They need no Lipschitz constants and no additive head: the model is taken apart
+as traced (``robust_mm.relaxation``), so plain functions and ordinary encoders
+are certified as well, as long as they are affine between known activations.
+What they certify is balls, jointly and per modality; there is no polytope.
+"""
+
+import functools
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+
+from robust_mm import margins
+from robust_mm import modalities
+from robust_mm import relaxation
+from robust_mm._types import Model
+from robust_mm.certification.balls import Balls
+
+METHODS = ("local", "relaxation")
+NUM_STEPS = 16  # of bisection: the last one moves a radius by 2^-15
+_GRID = (0.1, 10.0, 17)  # times the first radius, of the local constants
+_SLACK = 64.0  # machine epsilons of the largest logit, below a margin
+
+
+class Problem(NamedTuple):
+  """What is certified; a pytree.
+
+  Attributes:
+    params: of the model.
+    state: of the model.
+    inputs: ``{m: [b, ...]}``.
+    present: ``{m: bool[b]}``.
+    prediction: int ``[b]``.
+    units: ``{m: []}``.
+  """
+
+  params: Any
+  state: Any
+  inputs: Any
+  present: Any
+  prediction: Any
+  units: Any
+
+
+def network_of(model: Model, problem: Problem) -> relaxation.Network:
+  """The logits of one example as a network.
+
+  Raises:
+    ValueError: naming the operation there is no relaxation for.
+  """
+  one = {name: x[0] for name, x in problem.inputs.items()}
+  here = {name: x[0] for name, x in problem.present.items()}
+
+  def logits(constants, inputs):
+    params, state, present = constants
+    rows = {name: x[None] for name, x in inputs.items()}
+    flags = {name: x[None] for name, x in present.items()}
+    return model.apply(params, state, rows, flags)[0].logits[0]
+
+  return relaxation.trace(logits, (problem.params, problem.state, here), one)
+
+
+def balls(
+  network: relaxation.Network,
+  problem: Problem,
+  *,
+  method: str,
+  norm: tuple,
+  sensitivity: Mapping[str, Array] | None = None,
+  num_steps: int = NUM_STEPS,
+) -> Balls:
+  r"""The largest balls a method confirms.
+
+  Args:
+    network: from ``network_of``.
+    problem: the batch.
+    method: "relaxation": the margin is bounded from below over the ball, the
+      radius found by bisection; "local": the gradient is, and the radius is the
+      best of a grid, :math:`\max_\rho \min(\rho, \min_j M_j / S_j(\rho))`.
+    norm: ``((m, norm), ...)``.
+    sensitivity: ``{m: [b, k]}`` global ones per unit, which local ones never
+      exceed.
+    num_steps: of the bisection.
+  """
+  names = modalities.names(problem.inputs)
+  margin, slopes = first_order(network, problem, norm)
+  chosen = margins.one_hot(problem.prediction, margin.shape[-1])
+  margin = jnp.where(chosen, jnp.inf, margin)
+
+  def search(row):
+    """All together, or one alone: ``row`` says who moves."""
+    sizes = {
+      name: jnp.where(problem.present[name], row[i] * problem.units[name], 0)
+      for i, name in enumerate(names)
+    }
+    moved = {name: slopes[name] * row[i] for i, name in enumerate(names)}
+    ratio = margins.joint_ratios(margin, moved)
+    first = jnp.min(jnp.where(jnp.isfinite(ratio), ratio, jnp.inf), axis=-1)
+    first = jnp.where(jnp.isfinite(first) & (first > 0), first, 1)
+    if method == "relaxation":
+      holds = functools.partial(confirms, network, problem, sizes, norm=norm)
+      return relaxation.largest(holds, first, num_steps=num_steps)
+    world = {
+      name: value * row[names.index(name)]
+      for name, value in (sensitivity or {}).items()
+    }
+    return _by_local_constants(
+      network, problem, sizes, norm, margin, world, first
+    )
+
+  rows = jnp.concatenate([jnp.ones((1, len(names))), jnp.eye(len(names))])
+  found = jax.lax.map(search, rows.astype(margin.dtype))
+  found = jnp.where(_finite(problem)[None], found, 0)
+  # Where nothing moves there is nothing to attack.
+  here = [problem.present[name] for name in names]
+  moves = jnp.stack([functools.reduce(jnp.logical_or, here), *here])
+  found = jnp.where(moves, found, jnp.inf)
+  return Balls(found[0], dict(zip(names, found[1:])))
+
+
+def confirms(
+  network: relaxation.Network,
+  problem: Problem,
+  sizes: Mapping[str, Float[Array, " b"]],
+  radius: Float[Array, " b"],
+  *,
+  norm: tuple,
+) -> Bool[Array, " b"]:
+  """Whether no point of these balls changes the prediction.
+
+  Args:
+    network: from ``network_of``.
+    problem: the batch.
+    sizes: ``{m: [b]}`` raw size of modality m per unit of radius, 0 where it
+      does not move.
+    radius: ``[b]``.
+    norm: ``((m, norm), ...)``.
+  """
+
+  def one(bound, ball, rows):
+    return relaxation.lower(bound, ball, rows)
+
+  lowest = _each(one, network, problem, sizes, radius, norm)
+  rival = ~margins.one_hot(problem.prediction, lowest.shape[-1])
+  return jnp.all(jnp.where(rival, lowest > 0, True), axis=-1)
+
+
+def first_order(
+  network: relaxation.Network, problem: Problem, norm: tuple
+) -> tuple[Array, dict[str, Array]]:
+  """Margins ``[b, k]``, less a slack, and gradient norms ``{m: [b, k]}``.
+
+  The norms are per unit and no bound of anything: what the surroundings look
+  like from the centre.
+  """
+  sizes = _sizes(problem)
+
+  def one(bound, ball, rows):
+    logits = bound(ball.center)
+    slack = _SLACK * float(jnp.finfo(logits.dtype).eps)
+    margin = rows @ logits - slack * jnp.max(jnp.abs(logits))
+    gradient = jax.jacrev(lambda x: rows @ bound(x))(dict(ball.center))
+    return margin, {
+      name: _length(slope, dict(norm)[name]) * ball.sizes[name]
+      for name, slope in gradient.items()
+    }
+
+  zero = jnp.zeros(problem.prediction.shape, _dtype(problem))
+  return _each(one, network, problem, sizes, zero, norm)
+
+
+def _by_local_constants(network, problem, sizes, norm, margin, world, first):
+  low, high, count = _GRID
+  shares = jnp.geomspace(low, high, count, dtype=margin.dtype)
+
+  def constants(bound, ball, rows):
+    inside = relaxation.inside(bound, ball, intermediate="interval")
+    found = relaxation.sensitivity(bound, rows, inside)
+    # An l2 constant: of other norms the l2 size is bounded.
+    return {
+      name: value * ball.sizes[name] * _stretch(ball.center[name], kind)
+      for (name, value), (_, kind) in zip(sorted(found.items()), norm)
+    }
+
+  def best(share):
+    radius = share * first
+    local = _each(constants, network, problem, sizes, radius, norm)
+    smaller = {
+      name: jnp.minimum(value, world[name]) if name in world else value
+      for name, value in local.items()
+    }
+    reach = margins.radii(margins.joint_ratios(margin, smaller))
+    return jnp.minimum(radius, reach)
+
+  found = jnp.max(jax.lax.map(best, shares), axis=0)
+  return jnp.where(jnp.isfinite(found), found, 0)
+
+
+def _each(fn: Callable, network, problem, sizes, radius, norm) -> Any:
+  """``fn(bound network, ball, rows e_y - e_j)`` of every example."""
+  number = network.output_shape[0]
+
+  def one(inputs, present, prediction, sizes, radius, params, state):
+    bound = network.bind((params, state, present))
+    ball = relaxation.Ball(center=inputs, radius=radius, sizes=sizes, norm=norm)
+    rows = jax.nn.one_hot(prediction, number, dtype=radius.dtype)
+    return fn(bound, ball, rows[None] - jnp.eye(number, dtype=radius.dtype))
+
+  return jax.vmap(one, in_axes=(0, 0, 0, 0, 0, None, None))(
+    dict(problem.inputs),
+    dict(problem.present),
+    problem.prediction,
+    dict(sizes),
+    radius,
+    problem.params,
+    problem.state,
+  )
+
+
+def _sizes(problem):
+  return {
+    name: jnp.where(here, problem.units[name], 0).astype(_dtype(problem))
+    for name, here in problem.present.items()
+  }
+
+
+def _length(slope, kind):
+  flat = jnp.reshape(slope, (slope.shape[0], -1))
+  if kind == "linf":
+    return jnp.sum(jnp.abs(flat), axis=-1)
+  if kind == "l1":
+    return jnp.max(jnp.abs(flat), axis=-1)
+  return margins.norm(flat)
+
+
+def _stretch(x, kind):
+  return x.size**0.5 if kind == "linf" else 1.0
+
+
+def _dtype(problem):
+  return jnp.result_type(jnp.float32, *problem.inputs.values())
+
+
+def _finite(problem):
+  good = jnp.ones(problem.prediction.shape, bool)
+  for x in problem.inputs.values():
+    good &= jnp.all(jnp.isfinite(jnp.reshape(x, (x.shape[0], -1))), axis=-1)
+  return good
