@@ -79,11 +79,13 @@ def choose_source(
     if wanted != "auto":
       raise ValueError(f"certificate={wanted!r} cannot be had. {reason}")
     return None, reason
-  without = certification.missing_constants(
-    certification.abstract_geometry(model, params)
-  )
+  stated = certification.abstract_geometry(model, params)
+  without = certification.missing_constants(stated, bounded=True)
   if not without and wanted != "empirical":
-    return "global", "Every encoder states a sound Lipschitz constant."
+    what = "a sound Lipschitz constant"
+    if certification.missing_constants(stated):
+      what += " or the radius of its embeddings"
+    return "global", f"Every encoder states {what}."
   if wanted == "global":
     raise ValueError(
       "certificate='global' needs a sound Lipschitz constant of every "
