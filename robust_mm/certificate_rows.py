@@ -18,6 +18,13 @@ from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
 from robust_mm.training import sharding
 
+# Every entry may move by a size of linf, so it is a much smaller one.
+RADII = {
+  "l2": (0.1, 0.25, 0.5),
+  "linf": (0.01, 0.02, 0.05),
+  "l1": (0.1, 0.25, 0.5),
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
@@ -43,7 +50,7 @@ class Question:
 def write(
   folder: pathlib.Path,
   *,
-  radii: tuple[float, ...],
+  radii: tuple[float, ...] | None = None,
   budgets: tuple[dict[str, float], ...] = (),
   max_missing: int = 0,
   output: str | None = None,
@@ -59,7 +66,8 @@ def write(
 
   Args:
     folder: the run.
-    radii: see ``Question``, as ``budgets``, ``max_missing`` and ``fidelity``.
+    radii: see ``Question``, as ``budgets``, ``max_missing`` and ``fidelity``;
+      ``RADII`` of the norm by default.
     output: the CSV file; ``certificates.csv`` in the folder by default.
     source: ``"global"`` or ``"empirical"`` constants; None for the former, or
       with ``fidelity="published"`` the latter.
@@ -77,13 +85,15 @@ def write(
   units = units or config.evaluation.units
   if source is None:
     source = "empirical" if fidelity == "published" else "global"
+  norm = norm or config.evaluation.norm
+  radii = RADII[norm] if radii is None else radii
   question = Question(
     # Twice the same is one column.
     radii=tuple(dict.fromkeys(map(float, radii))),
     budgets=_distinct(budgets or (({},) if max_missing else ())),
     max_missing=max_missing,
-    norm=norm or config.evaluation.norm,
-    units=setup_lib.resolve_units(units, facts, "--units"),
+    norm=norm,
+    units=setup_lib.resolve_units(units, facts, "--units", norm),
     fidelity=fidelity,
   )
   rows = setup_lib.open_split(config, split, limit=limit)

@@ -211,10 +211,9 @@ def _add_sizes(command) -> None:
   command.add_argument(
     "--radius",
     type=arguments.radii,
-    default=(0.1, 0.25, 0.5),
     metavar="R,R,...",
     help="sizes of a change, to all modalities together and to each alone "
-    "(default: 0.1,0.25,0.5)",
+    "(default: 0.1,0.25,0.5; with --norm=linf 0.01,0.02,0.05)",
   )
   command.add_argument(
     "--budget",
@@ -248,8 +247,8 @@ def _add_sizes(command) -> None:
   command.add_argument(
     "--units",
     choices=("raw", "relative"),
-    help="raw input values, or each modality's median distance to its mean "
-    "(default: the units of the run's evaluation)",
+    help="raw input values, or each modality's median distance to its mean, in "
+    "the norm (default: the units of the run's evaluation)",
   )
 
 

@@ -166,7 +166,7 @@ def make_protocol(config, facts: dict, radii=None) -> evaluation.Protocol:
     radii=radii or tuple(settings.radii),
     norm=2 if settings.norm == "l2" else math.inf,
     attack=_attack(settings),
-    units=setup_lib.units(config, facts),
+    units=setup_lib.units(config, facts, settings.norm),
     certificate=None
     if settings.certificate == "none"
     else settings.certificate,

@@ -21,6 +21,7 @@ FUSIONS = ("concat", "orthogonal", "token")
 ATTACKS = ("fgm", "pgd")
 ATTACK_LOSSES = ("margin", "cross_entropy", "dlr")
 CERTIFICATES = ("auto", "global", "empirical", "none")
+LINF_RADII = (0.01, 0.02, 0.05, 0.1, 0.2)
 SELECTION_METRICS = ("accuracy", "certified_accuracy", "loss", "last")
 
 
@@ -77,7 +78,10 @@ def default() -> ml_collections.ConfigDict:
 
   config.evaluation = ml_collections.ConfigDict()
   config.evaluation.units = "raw"  # or "relative"
-  config.evaluation.norm = "l2"  # or "linf", of attacks and certificates
+  # Or "linf", of attacks and certificates, of relative units, and of the radii:
+  # where none are given they become LINF_RADII. Selection (its radius too) and
+  # the radius r0 that recipes train for stay l2.
+  config.evaluation.norm = "l2"
   config.evaluation.radii = (0.1, 0.25, 0.5, 0.75, 1.0)
   config.evaluation.attack = "pgd"
   config.evaluation.loss = "margin"
@@ -97,12 +101,23 @@ def default() -> ml_collections.ConfigDict:
 
 
 def parse(
-  argument: str, *, datasets: tuple[str, ...], flags: tuple[str, ...]
+  argument: str,
+  *,
+  datasets: tuple[str, ...],
+  flags: tuple[str, ...],
+  apart: tuple[tuple[str, ...], ...] = (),
 ) -> tuple[str, frozenset[str]]:
   """``"av_digits,smoke"`` -> ``("av_digits", {"smoke"})``, for get_config.
 
+  Args:
+    argument: words between commas.
+    datasets: known data sets, the first one where none is named.
+    flags: known variants.
+    apart: groups of flags of which at most one makes sense.
+
   Raises:
-    UserError: a word that is neither one of ``datasets`` nor of ``flags``.
+    UserError: a word that is neither one of ``datasets`` nor of ``flags``, or
+      two of a group that is ``apart``.
   """
   words = [word for word in argument.split(",") if word] or [datasets[0]]
   for word in words:
@@ -117,6 +132,13 @@ def parse(
     raise _validate.UserError(
       f"--config names more than one data set: {', '.join(named)}."
     )
+  for group in apart:
+    both = [flag for flag in group if flag in words]
+    if len(both) > 1:
+      raise _validate.UserError(
+        f"--config: the variants {both[0]} and {both[1]} exclude each other; "
+        f"leave one of them out."
+      )
   dataset = named[0] if named else datasets[0]
   return dataset, frozenset(words) - {dataset}
 
@@ -204,9 +226,16 @@ def load(spec: str, overrides: list[str] = ()) -> ml_collections.ConfigDict:
       f"get_config of {path} fails: {type(error).__name__}: {error}"
     ) from error
   config.lock()
+  before = getattr(config.get("evaluation"), "norm", None)
   for override in overrides:
     _apply(config, override)
   check(config)
+  given = any(o.startswith("--config.evaluation.radii=") for o in overrides)
+  if config.evaluation.norm == "linf" and not given:
+    # Radii of a file that says linf itself are meant; others are l2 sizes.
+    default_radii = default().evaluation.radii
+    if before != "linf" or config.evaluation.radii == default_radii:
+      config.evaluation.radii = LINF_RADII
   return config
 
 
@@ -335,6 +364,11 @@ def _check(config: ml_collections.ConfigDict) -> None:
   )
   for key in ("radii", "tightness"):
     for value in config.evaluation[key]:
+      if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _validate.UserError(
+          f"config.evaluation.{key} must be numbers such as 0.1,0.5; got "
+          f"{value!r}."
+        )
       _validate.positive(**{f"config.evaluation.{key}": value})
   _check_rules(config.mesh.rules)
 

@@ -3,6 +3,7 @@
 import pytest
 
 from robust_mm import _validate
+from robust_mm import cli
 from robust_mm import config as config_lib
 
 
@@ -122,3 +123,58 @@ def test_unknown_key_in_a_file_is_refused(tmp_path):
     _validate.UserError, match=r"config\.optimiser.*optimizer"
   ):
     load(str(path))
+
+
+@pytest.mark.parametrize(
+  "spec, overrides, expected",
+  [
+    ("configs/joint.py:digits", [], config_lib.default().evaluation.radii),
+    ("configs/joint.py:digits", ["norm=linf"], config_lib.LINF_RADII),
+    # The file's own are l2 sizes.
+    ("configs/crmt.py:utd_mhad", ["norm=linf"], config_lib.LINF_RADII),
+    ("configs/joint.py:digits", ["norm=linf", "radii=0.3"], (0.3,)),
+    ("configs/joint.py:digits", ["radii=0.3", "norm=linf"], (0.3,)),
+    ("configs/crmt.py:utd_mhad", ["norm=l2"], (0.1, 0.2, 0.4)),
+  ],
+)
+def test_radii_that_are_not_given_fit_the_norm(spec, overrides, expected):
+  config = load(spec, *(f"--config.evaluation.{word}" for word in overrides))
+  assert config.evaluation.radii == expected
+
+
+@pytest.mark.parametrize("radii, kept", [("(0.03,)", True), (None, False)])
+def test_radii_of_a_file_that_says_linf_itself_are_meant(tmp_path, radii, kept):
+  line = f"  c.evaluation.radii = {radii}\n" if radii else ""
+  path = tmp_path / "own.py"
+  path.write_text(
+    "from robust_mm import config\n"
+    "def get_config(arg):\n"
+    "  c = config.default()\n"
+    "  c.evaluation.norm = 'linf'\n" + line + "  return c\n"
+  )
+  found = load(str(path)).evaluation.radii
+  assert found == ((0.03,) if kept else config_lib.LINF_RADII)
+
+
+@pytest.mark.parametrize("text", ["a,b", "0.1,b", "a", "True"])
+def test_radii_that_are_no_numbers_are_one_sentence(text, capsys):
+  command = ["train", "--config=configs/joint.py:digits", "--workdir=nowhere"]
+  code = cli.main([*command, f"--config.evaluation.radii={text}"])
+  _, err = capsys.readouterr()
+  assert code == 2
+  assert err.count("\n") == 1
+  assert "config.evaluation.radii must be numbers" in err
+
+
+@pytest.mark.parametrize(
+  "words, pair",
+  [
+    ("published,radius", "published and radius"),
+    ("radius,smoke,published", "published and radius"),
+    ("AT,Mix", "AT and Mix"),
+    ("AT,radius", "AT and radius"),
+  ],
+)
+def test_variants_that_exclude_each_other_are_named(words, pair):
+  with pytest.raises(_validate.UserError, match=f"{pair} exclude each other"):
+    load(f"configs/crmt.py:digits,{words}")

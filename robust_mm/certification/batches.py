@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from robust_mm import _validate
 from robust_mm._types import Batch
 from robust_mm._types import Model
 from robust_mm._types import Params
@@ -107,16 +108,25 @@ def explain(
   return None
 
 
-def relative_units(batch: Batch) -> dict[str, float]:
+_ORDERS = {"l2": 2, "linf": np.inf, "l1": 1}
+
+
+def relative_units(batch: Batch, norm: str = "l2") -> dict[str, float]:
   r"""Units in which a typical input has size 1.
 
-  .. math:: s_m = \mathrm{median}\, \|x_m - \bar x_m\|_2
+  .. math:: s_m = \mathrm{median}\, \|x_m - \bar x_m\|
 
   over the examples of training data that have modality m. Host-side.
 
+  Args:
+    batch: training data.
+    norm: ``"l2"``, ``"linf"`` or ``"l1"``, the one that sizes are measured in.
+
   Raises:
-    ValueError: naming a modality that is never present or constant.
+    ValueError: for another norm; naming a modality that is never present or
+      constant.
   """
+  _validate.one_of(_ORDERS, norm=norm)
   names = tuple(sorted(batch["inputs"]))
   present = presence(batch, names)
   units = {}
@@ -124,7 +134,7 @@ def relative_units(batch: Batch) -> dict[str, float]:
     values = np.asarray(batch["inputs"][name], np.float64)
     values = values[np.asarray(present[name])].reshape(-1, values[0].size)
     distances = (
-      np.linalg.norm(values - values.mean(axis=0), axis=-1)
+      np.linalg.norm(values - values.mean(axis=0), _ORDERS[norm], axis=-1)
       if len(values)
       else np.zeros(1)
     )

@@ -9,7 +9,10 @@ from typing import Any
 from robust_mm import _validate
 from robust_mm import modalities as modalities_lib
 
-DEFAULT_RADII = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5)
+DEFAULT_RADII = {
+  2: (0.1, 0.25, 0.5, 0.75, 1.0, 1.5),
+  math.inf: (0.01, 0.02, 0.05, 0.1, 0.2),
+}
 DEFAULT_ATTACK = {
   "name": "pgd",
   "loss": "margin",
@@ -92,7 +95,7 @@ class Protocol:
 
 def standard(
   *,
-  radii: Sequence[float] = DEFAULT_RADII,
+  radii: Sequence[float] | None = None,
   modality_radii: Any = None,
   norm: Any = 2,
   attack: Any = DEFAULT_ATTACK,
@@ -111,7 +114,8 @@ def standard(
   (0.1, 0.25)
 
   Args:
-    radii: joint radii: all modalities share one ball. Empty for none.
+    radii: joint radii: all modalities share one ball. Empty for none; by
+      default 0.1 to 1.5, in the norm infinity 0.01 to 0.2.
     modality_radii: radii for each modality alone: one sequence for all,
       ``{m: sequence}``, or None for the joint ones. Empty for none.
     norm: 2 or infinity (``math.inf`` or ``"inf"``), of attacks and
@@ -121,7 +125,8 @@ def standard(
       without norm, budget, units and valid_range; a sequence of such; or None
       for no attack.
     units: sizes are divided by these: None for raw, ``{m: size}``, or
-      ``"relative"``, the median distance to the mean over the reference data.
+      ``"relative"``, the median distance to the mean over the reference data,
+      in ``norm``.
     certificate: ``"global"`` (sound), ``"empirical"`` (estimated, never called
       certified), None, or ``"auto"``: the soundest the model allows.
     subsets: True, False, or a sequence of sequences of modality names.
@@ -139,7 +144,8 @@ def standard(
   Raises:
     ValueError: a bad value, naming the argument.
   """
-  radii = _radii(radii, "radii")
+  norm = _norm(norm)
+  radii = _radii(DEFAULT_RADII[norm] if radii is None else radii, "radii")
   if modality_radii is None:
     modality_radii = radii
   elif isinstance(modality_radii, Mapping):
@@ -157,7 +163,7 @@ def standard(
   return Protocol(
     radii=radii,
     modality_radii=modality_radii,
-    norm=_norm(norm),
+    norm=norm,
     attacks=_attacks(attack),
     units=units,
     certificate=certificate,

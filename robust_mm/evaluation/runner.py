@@ -1,6 +1,7 @@
 """``evaluate``: from a trained model and a data set to a report."""
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -295,7 +296,8 @@ def _units(protocol, names, reference) -> dict[str, float]:
       raise ValueError(
         "reference is missing; units='relative' are measured on training data."
       )
-    measured = certification.relative_units(reference)
+    ball = "linf" if protocol.norm == math.inf else "l2"
+    measured = certification.relative_units(reference, ball)
     return {name: float(measured[name]) for name in names}
   return {name: float(protocol.units.get(name, 1.0)) for name in names}
 

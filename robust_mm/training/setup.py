@@ -17,6 +17,7 @@ from robust_mm.training import optimizers
 from robust_mm.training import runs
 
 REFERENCE_SIZE = 2048
+NORMS = ("l2", "linf", "l1")  # in which the typical size of inputs is kept
 # Facts about the inputs, {key of run.json: what it holds}.
 INPUTS = {"input_shapes": "shapes", "kinds": "kinds", "value_range": "ranges"}
 
@@ -68,7 +69,7 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
       if np.issubdtype(value.dtype, np.integer)
     },
     "normalization": {n: v.to_json() for n, v in normalization.items()},
-    "relative_units": _relative_units(reference),
+    **{_units_key(norm): _relative_units(reference, norm) for norm in NORMS},
     "notes": [*train.notes, *_label_notes(train)],
   }
   model = make_model(config, facts)
@@ -109,7 +110,11 @@ def _label_notes(train) -> list[str]:
   ]
 
 
-def _relative_units(reference: dict) -> dict[str, float | None]:
+def _units_key(norm: str) -> str:
+  return "relative_units" + ("" if norm == "l2" else f"_{norm}")
+
+
+def _relative_units(reference: dict, norm: str) -> dict[str, float | None]:
   """Median distance to the mean by modality; None where it is 0 or unknown."""
   sizes = {}
   for name, value in reference["inputs"].items():
@@ -119,7 +124,7 @@ def _relative_units(reference: dict) -> dict[str, float | None]:
         "present": {name: reference["present"][name]},
       }
       try:
-        sizes[name] = float(certification.relative_units(alone)[name])
+        sizes[name] = float(certification.relative_units(alone, norm)[name])
       except ValueError:
         sizes[name] = None
   return sizes
@@ -282,20 +287,28 @@ def value_range(facts: dict) -> dict | None:
   return bounded or None
 
 
-def units(config: ml_collections.ConfigDict, facts: dict):
+def units(config: ml_collections.ConfigDict, facts: dict, norm: str = "l2"):
   """``{modality: size of one unit}`` of the evaluation, or None for raw."""
   return resolve_units(
-    config.evaluation.units, facts, "config.evaluation.units"
+    config.evaluation.units, facts, "config.evaluation.units", norm
   )
 
 
-def resolve_units(value, facts: dict, argument: str):
-  """``raw``, ``relative``, or ``{modality: size}`` with 1 where not named."""
+def resolve_units(value, facts: dict, argument: str, norm: str = "l2"):
+  """``raw``, ``relative``, or ``{modality: size}`` with 1 where not named.
+
+  What is typical is measured in the ``norm`` that sizes are.
+  """
   if isinstance(value, str):
     _validate.one_of(("raw", "relative"), **{argument: value})
     if value == "raw":
       return None
-    sizes = facts["relative_units"]
+    sizes = facts.get(_units_key(norm))
+    if sizes is None:
+      raise _validate.UserError(
+        f"{argument}='relative' with the norm {norm}: this run was trained "
+        f"before typical sizes were measured in it; use 'raw', or train again."
+      )
     for name, kind in facts["kinds"].items():
       if kind == "float" and sizes.get(name) is None:
         raise _validate.UserError(
