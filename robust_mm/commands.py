@@ -29,6 +29,9 @@ QUICKSTART = {
 }
 
 
+_SAY_EVERY = 30.0  # seconds
+
+
 def quickstart(workdir: str, *, seed: int = 0) -> int:
   """Joint baseline and certified model on digits, compared in one report."""
   began = time.perf_counter()
@@ -120,7 +123,8 @@ def _train_one(config, folder: pathlib.Path) -> training.Result:
   timing = result.timing
   _say(
     f"trained {result.step} steps in {timing.get('train', 0):.1f} s "
-    f"(set up {timing['setup']:.1f} s, compiled {timing['compile']:.1f} s)"
+    f"(set up {timing['setup']:.1f} s, compiled {timing['compile']:.1f} s; "
+    f"{timing['total']:.1f} s in all)"
   )
   return result
 
@@ -141,6 +145,7 @@ def _evaluate_one(
   setup_lib.check_same_data(source, facts)
   reference = setup_lib.reference_batch(setup_lib.open_split(config, "train"))
   mesh = sharding.make_mesh()
+  _say(f"evaluating {len(source)} {split} examples of {config.data.name}")
   with _bar() as progress, _validate.user_errors():
     found = evaluation.evaluate(
       model,
@@ -224,12 +229,19 @@ def _say(line: str) -> None:
 
 @contextlib.contextmanager
 def _bar():
-  """``progress(done, total, text)`` on a terminal, silent elsewhere."""
-  bar = tqdm.tqdm(
-    disable=not sys.stderr.isatty(), leave=False, dynamic_ncols=True
-  )
+  """``progress(done, total, text)``: a bar on a terminal.
+
+  Elsewhere a line every half minute, so that a log shows a long job is alive.
+  """
+  terminal = sys.stderr.isatty()
+  bar = tqdm.tqdm(disable=not terminal, leave=False, dynamic_ncols=True)
+  said = time.monotonic()
 
   def progress(done: int, total: int, text: str = "") -> None:
+    nonlocal said
+    if not terminal and time.monotonic() - said > _SAY_EVERY:
+      said = time.monotonic()
+      _say(f"{done}/{total} {text}".rstrip())
     bar.total = total
     bar.n = done
     bar.set_description_str(text, refresh=False)
