@@ -68,6 +68,9 @@ class Geometry:
     integration: ``{m: [k]}`` or None, the factors of a head that has any,
       orthonormal or not: no statement about norms, so no certificate rests on
       it.
+    positivity: how the parameters ``fusion/integration/alpha`` make
+      ``integration``: ``"simplex"`` (its mean never moves), ``"softplus"``
+      entry by entry, or None where that is not said; static.
     embedding_radius: ``{m: [] | None}`` or None, :math:`B_m` with
       :math:`\|\phi_m(x)\| \le B_m` for every x (projection on a ball); None
       where there is none.
@@ -85,6 +88,9 @@ class Geometry:
   integration: Any = None
   embedding_radius: Any = None
   chain: Any = None
+  positivity: str | None = dataclasses.field(
+    default=None, metadata={"static": True}
+  )
   reduction: str = dataclasses.field(default="sum", metadata={"static": True})
 
 

@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from robust_mm import _files
@@ -46,7 +47,7 @@ def write(
   budgets: tuple[dict[str, float], ...] = (),
   max_missing: int = 0,
   output: str | None = None,
-  source: str = "global",
+  source: str | None = None,
   units: str | None = None,
   norm: str | None = None,
   fidelity: str = "corrected",
@@ -60,7 +61,8 @@ def write(
     folder: the run.
     radii: see ``Question``, as ``budgets``, ``max_missing`` and ``fidelity``.
     output: the CSV file; ``certificates.csv`` in the folder by default.
-    source: ``"global"`` or ``"empirical"`` constants.
+    source: ``"global"`` or ``"empirical"`` constants; None for the former, or
+      with ``fidelity="published"`` the latter.
     units: ``"raw"`` or ``"relative"``; the run's evaluation units by default.
     norm: the run's evaluation norm by default.
     split: of the data.
@@ -73,9 +75,12 @@ def write(
   model, params, state, config = training.load(folder, phase=phase)
   facts = runs.describe(folder)
   units = units or config.evaluation.units
+  if source is None:
+    source = "empirical" if fidelity == "published" else "global"
   question = Question(
-    radii=radii,
-    budgets=budgets or (({},) if max_missing else ()),
+    # Twice the same is one column.
+    radii=tuple(dict.fromkeys(map(float, radii))),
+    budgets=_distinct(budgets or (({},) if max_missing else ())),
     max_missing=max_missing,
     norm=norm or config.evaluation.norm,
     units=setup_lib.resolve_units(units, facts, "--units"),
@@ -90,15 +95,17 @@ def write(
     )
   target = pathlib.Path(output) if output else folder / "certificates.csv"
   batch = rows.batch()
-  columns = _columns(found, question, batch, sound=tables.sound)
+  sound = bool(found["sound"].all())
+  columns = _columns(found, question, batch, sound=sound)
   _files.write_columns(target, columns)
-  word = "certified" if tables.sound else "estimated (not certified)"
+  word = "certified" if sound else "estimated (not certified)"
   print(
     f"{word} accuracy, {len(rows)} {split} examples, {question.norm} norm, "
     f"{units} units"
   )
   right = found["prediction"] == batch["label"]
-  print("\n".join(_lines(found, question, right, sorted(tables.reach or {}))))
+  bounded = {name: batch["present"][name] for name in tables.reach or {}}
+  print("\n".join(_lines(found, question, right, bounded)))
   print(f"rows: {target}")
 
 
@@ -138,6 +145,8 @@ def _certificates(model, params, state, tables, question, rows, batch_size):
       "modality_radius": found.modality_radius,
       "nearest_class": found.joint_nearest_class(question.norm),
       "valid": found.valid,
+      # The certificate's own word: sound tables do not make it sound.
+      "sound": jnp.full(found.valid.shape, found.sound),
       "covers": [
         found.covers(budget, question.max_missing)
         for budget in question.budgets
@@ -170,12 +179,12 @@ def _columns(found, question, batch, *, sound: bool) -> dict:
   columns["valid"] = found["valid"]
   # About the prediction, right or wrong: "certified accuracy" needs both.
   for radius in question.radii:
-    columns[f"{prefix}stable_at_{radius:g}"] = found["radius"] > radius
+    columns[f"{prefix}stable_at_{_written(radius)}"] = found["radius"] > radius
   for radius in question.radii:
     for name, reach in alone:
-      columns[f"{prefix}stable_at_{radius:g}_{name}"] = reach > radius
+      columns[f"{prefix}stable_at_{_written(radius)}_{name}"] = reach > radius
   for budget, covered in zip(question.budgets, found["covers"]):
-    words = [f"{name}={size:.9g}" for name, size in budget.items()]
+    words = [f"{name}={_written(size)}" for name, size in budget.items()]
     if question.max_missing:
       words.append(f"max_missing={question.max_missing}")
     columns[f"{prefix}covers_{'+'.join(words)}"] = covered
@@ -190,7 +199,8 @@ def _columns(found, question, batch, *, sound: bool) -> dict:
 def _lines(found, question, right, bounded) -> list[str]:
   """Accuracies: a table of radii, then one line a budget.
 
-  Only a modality with a ``bounded`` embedding may be replaced by anything.
+  Only a modality with a bounded embedding may be replaced by anything;
+  ``bounded`` says which examples have it.
   """
   counted = found["valid"]
   names = sorted(found["modality_radius"])
@@ -199,16 +209,19 @@ def _lines(found, question, right, bounded) -> list[str]:
   table.append(["clean", *[_share(right, counted)] * len(reaches)])
   for radius in question.radii:
     shares = [_share(right & (reach > radius), counted) for reach in reaches]
-    table.append([f"{radius:g}", *shares])
+    table.append([_written(radius), *shares])
   widths = [max(map(len, column)) for column in zip(*table)]
   lines = [
     "  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in table
   ]
-  for name in bounded:
+  for name, here in sorted(bounded.items()):
+    # What is not there cannot be replaced.
     replaced = np.isinf(found["modality_radius"][name])
-    lines.append(f"  {name} replaced: {_share(right & replaced, counted)}")
+    lines.append(
+      f"  {name} replaced: {_share(right & replaced, counted & here)}"
+    )
   for budget, covered in zip(question.budgets, found["covers"]):
-    sizes = ",".join(f"{name}={size:.9g}" for name, size in budget.items())
+    sizes = ",".join(f"{m}={_written(size)}" for m, size in budget.items())
     words = [f"budget {sizes}"] if budget else []
     if question.max_missing:
       words.append(f"any {question.max_missing} missing")
@@ -219,3 +232,14 @@ def _lines(found, question, right, bounded) -> list[str]:
 
 def _share(hits, counted) -> str:
   return f"{np.mean(hits[counted]):.4f}" if counted.any() else "-"
+
+
+def _written(size: float) -> str:
+  """The shortest digits that no other float has, so that no columns meet."""
+  return np.format_float_positional(size, trim="-")
+
+
+def _distinct(budgets) -> tuple[dict[str, float], ...]:
+  """Sorted by name, each once: the order of names is no other budget."""
+  ordered = [{m: float(b[m]) for m in sorted(b)} for b in budgets]
+  return tuple({tuple(b.items()): b for b in ordered}.values())

@@ -332,11 +332,10 @@ def _evaluate(options):
 def _certify(options):
   from robust_mm import preflight
 
-  estimated = options.fidelity == "published"
   asked = {
     "budgets": tuple(options.budget),
     "max_missing": options.max_missing,
-    "source": options.source or ("empirical" if estimated else "global"),
+    "source": options.source,
     "fidelity": options.fidelity,
     "output": options.output,
   }

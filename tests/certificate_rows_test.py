@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import robust_mm
+from robust_mm import certificate_rows
 from robust_mm import certification
 from robust_mm import cli
 from robust_mm import data
@@ -266,3 +267,79 @@ def test_share_that_survives_a_replaced_modality(tmp_path, capsys):
   for name in ("left", "right"):
     replaced = np.isinf(numbers(columns, f"radius_{name}"))
     assert f"{name} replaced: {np.mean(right & replaced):.4f}" in out
+
+
+def write(capsys, folder, target, **options):
+  """``(printed, columns)`` of the function behind the command."""
+  certificate_rows.write(folder, output=str(target), limit=SIZE, **options)
+  with target.open(newline="") as file:
+    rows = list(csv.reader(file))
+  return capsys.readouterr().out, rows[0]
+
+
+@pytest.mark.parametrize("source", [None, "global", "empirical"])
+def test_published_rows_are_never_called_certified(
+  capsys, tmp_path, workdir, source
+):
+  """Global tables are sound; the published formula on them is not."""
+  out, names = write(
+    capsys,
+    workdir,
+    tmp_path / "rows.csv",
+    radii=(0.1,),
+    fidelity="published",
+    source=source,
+  )
+  assert out.startswith("estimated (not certified) accuracy")
+  claims = [name for name in names if "radius" in name or "stable" in name]
+  assert claims
+  assert all(name.startswith("estimated_") for name in claims)
+
+
+def test_corrected_rows_are_certified_by_default(capsys, tmp_path, workdir):
+  out, names = write(capsys, workdir, tmp_path / "rows.csv", radii=(0.1,))
+  assert out.startswith("certified accuracy")
+  assert {"radius", "stable_at_0.1"} <= set(names)
+
+
+def test_every_size_has_a_column_of_its_own_and_only_one(
+  capsys, tmp_path, workdir
+):
+  near = 0.1 + 1e-9
+  _, names = write(
+    capsys,
+    workdir,
+    tmp_path / "rows.csv",
+    radii=(0.1, near, 0.1, 1.0),
+    budgets=(
+      {"left": 0.1, "right": 0.2},
+      {"right": 0.2, "left": 0.1},
+      {"left": near, "right": 0.2},
+    ),
+  )
+  assert len(names) == len(set(names))
+  for kind, count in (("stable_at_0.1_left", 1), ("covers_", 2)):
+    assert sum(name.startswith(kind) for name in names) == count
+  joint = {n for n in names if re.fullmatch("stable_at_[0-9.]+", n)}
+  assert joint == {f"stable_at_{size}" for size in ("0.1", "0.100000001", "1")}
+
+
+def test_replaced_is_asked_of_examples_that_have_the_modality():
+  """3 of the 4 have it, 2 of these are right and bear anything."""
+  found = {
+    "radius": np.ones(4),
+    "modality_radius": {"a": np.array([np.inf, np.inf, 1.0, np.inf])},
+    "valid": np.ones(4, bool),
+    "covers": [],
+  }
+  question = certificate_rows.Question(
+    radii=(),
+    budgets=(),
+    max_missing=0,
+    norm="l2",
+    units=None,
+    fidelity="corrected",
+  )
+  here = {"a": np.array([True, True, True, False])}
+  lines = certificate_rows._lines(found, question, np.ones(4, bool), here)
+  assert lines[-1] == "  a replaced: 0.6667"

@@ -1,8 +1,10 @@
 """A modality replaced by anything: bounded embeddings, capped costs."""
 
+import dataclasses
 import itertools
 
 import certification_heads as heads
+import certification_models as hand
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +13,11 @@ from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
 
+import robust_mm as rmm
 from robust_mm import certification
 from robust_mm import margins
 from robust_mm.models import encoders
+from robust_mm.models import functional
 
 RADII = {"audio": 2.0, "image": 0.2, "text": 0.4}
 
@@ -256,3 +260,100 @@ def test_bad_radii_are_refused_by_name():
       encoders.make("mlp", embedding_radius=radius)
   with pytest.raises(ValueError, match="Did you mean 'embedding_radius'"):
     encoders.make("mlp", embeding_radius=1.0)
+
+
+def _stated(true=1.5, radius=1.5, constant=None):
+  """Embeddings of ``image`` in a ball; what is said of it may be a lie."""
+  plain = hand.late_fusion(
+    lambda params, m, x: functional.project(x, true) if m == "image" else x,
+    lambda params: {"audio": 1.0, "image": constant},
+    modalities=("audio", "image"),
+    num_classes=4,
+  )
+
+  def geometry(params):
+    return dataclasses.replace(
+      plain.geometry(params), embedding_radius={"image": radius}
+    )
+
+  return dataclasses.replace(plain, geometry=geometry)
+
+
+def _weak(seed=0):
+  params = hand.random_params(seed, width=None)
+  return {
+    **params,
+    "head": {**params["head"], "image": 0.2 * params["head"]["image"]},
+  }
+
+
+def test_an_embedding_radius_that_the_batch_refutes_is_refused():
+  params, batch = _weak(), hand.random_batch(0, 50)
+  kept = rmm.certify(_stated(), params, batch)
+  assert np.any(kept.covers({"image": np.inf}))
+  liar = _stated(radius=1.4)
+  with pytest.raises(ValueError, match=r"embedding_radius\['image'\]"):
+    rmm.certify(liar, params, batch)
+  found = jax.jit(lambda p, b: rmm.certify(liar, p, b))(params, batch)
+  long = np.linalg.norm(batch["inputs"]["image"], axis=-1) > 1.4 * (1 + 1e-5)
+  assert 0 < long.sum() < 50
+  np.testing.assert_array_equal(np.asarray(found.radius) == 0, long)
+  assert not np.any(np.asarray(found.covers({}))[long])
+
+
+@pytest.mark.parametrize("constant", [None, np.inf])
+def test_replacement_is_certified_without_a_constant(constant):
+  """The same answers to inf as with one; none to anything less."""
+  params, batch = _weak(), hand.random_batch(0, 200, absent=0.2)
+  known = rmm.certify(_stated(constant=1.0), params, batch)
+  model = _stated(constant=constant)
+  tables = certification.sensitivity_tables(model, params)
+  found = rmm.certify(model, params, batch)
+  cached = rmm.certify(model, params, batch, tables=tables)
+  for other in (found, cached):
+    assert not any(
+      np.any(np.isnan(leaf))
+      for leaf in jax.tree.leaves(other)
+      if leaf.dtype.kind == "f"
+    )
+    for budget in ({"image": np.inf}, {"image": np.inf, "audio": 0.1}):
+      covered = np.asarray(other.covers(budget))
+      np.testing.assert_array_equal(covered, known.covers(budget))
+      assert 0 < covered.sum() < 200
+    np.testing.assert_array_equal(
+      other.covers({"audio": 0.3}), known.covers({"audio": 0.3})
+    )
+    np.testing.assert_array_equal(other.covers({}), known.covers({}))
+  here = np.asarray(batch["present"]["image"])
+  anything = np.asarray(found.covers({"image": np.inf}))
+  # Less than anything is certified only where anything is.
+  np.testing.assert_array_equal(
+    np.asarray(found.modality_radius["image"]), np.where(anything, np.inf, 0)
+  )
+  np.testing.assert_array_equal(np.asarray(found.radius) > 0, anything)
+  np.testing.assert_array_equal(
+    found.covers({"image": 1e-6})[here], anything[here]
+  )
+  # Sizes of image are free there: what is left is audio, with its cap spent.
+  reach = found.frontier("image", "audio", jnp.asarray([0.0, 1e-6, 1e6]))
+  np.testing.assert_allclose(
+    reach[:, 0], known.modality_radius["audio"], rtol=1e-5, atol=3e-6
+  )
+  np.testing.assert_array_equal(reach[:, 1], reach[:, 2])
+  shares = sum(np.asarray(v) for v in found.vulnerability.values())
+  np.testing.assert_allclose(shares[found.valid], 1, rtol=1e-5)
+  assert certification.recheck_fp64(model, params, batch, found) == 0
+
+
+def test_without_constant_and_radius_there_is_still_no_certificate():
+  params, batch = _weak(), hand.random_batch(0, 20)
+  with pytest.raises(ValueError, match="'image' states no Lipschitz bound"):
+    rmm.certify(_stated(radius=None), params, batch)
+  geometry = certification.abstract_geometry(_stated(), params)
+  assert certification.missing_constants(geometry) == ("image",)
+  assert certification.missing_constants(geometry, bounded=True) == ()
+  # No radius is trained for on an infinite sensitivity.
+  with pytest.raises(ValueError, match="'image' states no Lipschitz bound"):
+    certification.sensitivity(
+      _stated().geometry(params), np.zeros(20, int), batch["present"]
+    )

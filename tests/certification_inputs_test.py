@@ -102,14 +102,14 @@ def test_presence_of_a_wrong_shape_is_named(built, shape):
     )
 
 
-def test_hand_written_models_name_the_modality_and_give_the_reason():
+def test_hand_written_models_give_the_shapes_and_the_whole_reason():
   model, params = hand.mlp(), hand.random_params(0)
   batch = hand.random_batch(0, 6)
   batch["inputs"]["image"] = jnp.zeros((6, 8))
   text = _sentence(model, params, batch)
   assert text.startswith(
-    "the encoder of the model refuses batch['inputs']['image'] of shape "
-    "(6, 8): "
+    "the encoders of the model refuse batch['inputs'] with shapes audio "
+    "(6, 5), image (6, 8): "
   )
   assert "(8,)" in text
   assert "(7,)" in text
@@ -146,3 +146,65 @@ def test_labels_of_a_wrong_shape_are_named(built):
       ValueError, match=r"^label must be .* shape \(5,\), got"
     ):
       certification.certified_accuracy(found, label, 0.1)
+
+
+def test_every_line_of_the_reason_is_kept():
+  model, params = hand.mlp(), hand.random_params(0)
+
+  def encode(params, state, inputs, present, **kwargs):
+    raise ValueError("no such thing:\n  audio needs 5\n")
+
+  batch = hand.random_batch(0, 6)
+  with pytest.raises(ValueError, match=r"no such thing:\n  audio needs 5$"):
+    rmm.certify(dataclasses.replace(model, encode=encode), params, batch)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32, np.uint8])
+def test_presence_must_be_bool(built, dtype):
+  model, params = built
+  batch = _batch()
+  here = {m: np.ones(5, bool) for m in ("audio", "image")}
+  kept = rmm.certify(model, params, {**batch, "present": here})
+  assert np.all(kept.valid)
+  batch["present"] = {**here, "image": np.full(5, 2, dtype)}
+  assert _sentence(model, params, batch) == (
+    "batch['present']['image'] must be bool of shape (5,), one for each "
+    f"example, got {np.dtype(dtype)}."
+  )
+  with pytest.raises(ValueError, match=re.escape("present['image'] must be")):
+    certification.margin_certificate(
+      {m: jnp.zeros((5, 3)) for m in here},
+      certification.SensitivityTables(
+        tables={m: jnp.zeros((3, 3)) for m in here},
+        source="global",
+        sound=True,
+      ),
+      batch["present"],
+    )
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_logits_that_are_no_sum_of_the_contributions_are_not_certified(
+  reduction,
+):
+  rng = np.random.default_rng(0)
+  terms = {m: jnp.asarray(rng.normal(size=(9, 3)), jnp.float32) for m in "ab"}
+  bias = jnp.asarray([0.1, 0.0, -0.1])
+  share = 0.5 if reduction == "mean" else 1.0
+  logits = share * (terms["a"] + terms["b"]) + bias[None]
+  tables = certification.SensitivityTables(
+    tables={m: 1.0 - jnp.eye(3) for m in "ab"}, source="global", sound=True
+  )
+
+  def build(logits):
+    return certification.margin_certificate(
+      terms, tables, bias=bias, logits=logits, reduction=reduction
+    )
+
+  assert np.all(build(logits).radius > 0)
+  wrong = logits.at[4, 1].add(1e-3)
+  with pytest.raises(ValueError, match=f"logits must be the {reduction} of"):
+    build(wrong)
+  found = jax.jit(build)(wrong)
+  np.testing.assert_array_equal(np.asarray(found.radius) > 0, np.arange(9) != 4)
+  assert not found.covers({})[4]

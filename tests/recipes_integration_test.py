@@ -1,17 +1,20 @@
 """Step 2 of CRMT as a phase: what it moves, how long, and how it is judged."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import recipes_models as helpers
 
+from robust_mm import certification
 from robust_mm import recipes
 from robust_mm.training import state as state_lib
 
 
-def integrate(recipe, model, num_steps):
-  """Step 2 on scores of 13.10, correct and incorrect: (before, after, loss)."""
+def cached_scores():
+  """Scores of 13.10, correct and incorrect."""
   batch = helpers.make_batch(size=64)
   rng = np.random.default_rng(0)
   own = np.arange(3) == np.asarray(batch["label"])[:, None]
@@ -19,7 +22,12 @@ def integrate(recipe, model, num_steps):
     name: np.where(own, 0.5, -0.15) + 0.2 * rng.normal(size=own.shape)
     for name in helpers.SHAPES
   }
-  cached = {**batch, "scores": jax.tree.map(jnp.float32, scores)}
+  return {**batch, "scores": jax.tree.map(jnp.float32, scores)}
+
+
+def integrate(recipe, model, num_steps):
+  """Step 2 on ``cached_scores``: (before, after, loss)."""
+  batch, cached = helpers.make_batch(size=64), cached_scores()
   phase = recipe.phases[1]
   state = jax.jit(state_lib.initializer(model, phase))(jax.random.key(0))
   before = state.params
@@ -215,3 +223,109 @@ def test_published_crmt_on_a_dense_head_has_no_step_two():
     recipe.phases[0].loss, model, helpers.make_batch()
   )
   assert "orthogonality_defect" not in metrics
+
+
+def mean_factor(model, params):
+  factors = model.geometry(params).integration.values()
+  return float(jnp.mean(jnp.stack(list(factors))))
+
+
+@pytest.mark.parametrize("form", ["simplex", "softplus"])
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_step_two_moves_the_direction_of_the_factors_and_not_their_mean(
+  form, use_bias
+):
+  model = helpers.lipschitz_model(
+    integration=form, use_bias=use_bias, integration_init=1.0
+  )
+  recipe = recipes.crmt(
+    model,
+    num_steps=1,
+    tx=helpers.TX,
+    integration_lr=0.1,
+    integration_steps=60,
+    lipschitz={"a": 9, "b": 1},
+  )
+  before, after, history = integrate(recipe, model, 60)
+  assert mean_factor(model, before) == pytest.approx(1.0, rel=1e-6)
+  assert mean_factor(model, after) == pytest.approx(1.0, rel=2e-6)
+  factors = model.geometry(after).integration
+  assert jnp.mean(factors["b"]) > 2 * jnp.mean(factors["a"])
+  assert history[-1] < history[0]
+
+
+@pytest.mark.parametrize("form", ["simplex", "softplus"])
+def test_step_two_ends_at_the_best_factors_it_saw(form):
+  """At this rate the loss rises, by steps that leave the optimum."""
+  model = helpers.lipschitz_model(integration=form)
+  recipe = recipes.crmt(
+    model,
+    num_steps=1,
+    tx=helpers.TX,
+    integration_lr=3.0,
+    integration_steps=20,
+  )
+  phase = recipe.phases[1]
+  _, after, history = integrate(recipe, model, 20)
+  assert history[-1] > history[0]
+  batch = phase.prepare(after, {}, cached_scores(), helpers.make_batch(size=64))
+  loss, _ = phase.loss(after, {}, batch, key=None)
+  np.testing.assert_allclose(loss, np.min(history), rtol=1e-5)
+
+
+def test_step_two_and_fit_integration_are_one_method():
+  """The same factors from the phase, step by step, and from the one call."""
+  model = helpers.lipschitz_model()
+  threat = {"a": 9.0, "b": 1.0}
+  recipe = recipes.crmt(
+    model,
+    num_steps=1,
+    tx=helpers.TX,
+    integration_lr=0.05,
+    integration_steps=31,
+    lipschitz=threat,
+  )
+  before, after, _ = integrate(recipe, model, 31)
+  cached = cached_scores()
+  _, _, history = certification.fit_integration(
+    *(cached[name] for name in ("scores", "label", "present")),
+    threat,
+    model.geometry(before).integration,
+    r0=0.3,
+    temperature=0.05,
+    learning_rate=0.05,
+    num_steps=30,
+  )
+  for name, factor in model.geometry(after).integration.items():
+    np.testing.assert_allclose(factor, history["candidate"][name], rtol=1e-3)
+
+
+def test_corrected_step_two_needs_to_know_how_factors_are_made():
+  model = helpers.lipschitz_model()
+
+  def geometry(params):
+    return dataclasses.replace(model.geometry(params), positivity=None)
+
+  silent = dataclasses.replace(model, geometry=geometry)
+  with pytest.raises(ValueError, match=r"geometry\.positivity"):
+    corrected(silent)
+  corrected(silent, integration_steps=0)
+
+
+def test_threat_and_judgement_are_computed_at_full_precision():
+  model = helpers.lipschitz_model()
+  seen = []
+
+  def geometry(params):
+    seen.append(jax.config.jax_default_matmul_precision)
+    return model.geometry(params)
+
+  watched = dataclasses.replace(model, geometry=geometry)
+  phase = corrected(watched).phases[1]
+  params, _ = jax.jit(model.init)(jax.random.key(0))
+  cached, reference = cached_scores(), helpers.make_batch(size=64)
+  seen.clear()
+  phase.prepare(params, {}, cached, reference)
+  phase.judge(params, params, {}, cached, reference)
+  assert len(seen) == 4
+  assert set(seen) == {"highest"}

@@ -10,7 +10,7 @@ whether the prediction is *correct* is a separate factor
 of any framework; ``fit_integration`` re-weights modalities for a threat.
 Inside, each module imports only from those before it: geometries, tables,
 batches, empirical, programs, balls, certificates, arrays, relaxed, combined,
-door, recheck, accuracy, integration, optimizers.
+door, recheck, accuracy, optimizers, integration.
 
 References:
   `Yang et al. (2024) <https://arxiv.org/abs/2402.06244>`_;
@@ -35,6 +35,7 @@ from robust_mm.certification.integration import fit_integration
 from robust_mm.certification.integration import integration_factors
 from robust_mm.certification.integration import integration_loss
 from robust_mm.certification.integration import integration_parameters
+from robust_mm.certification.optimizers import integration_optimizer
 from robust_mm.certification.optimizers import published_optimizer
 from robust_mm.certification.recheck import recheck_fp64
 from robust_mm.certification.tables import SensitivityTables
@@ -58,6 +59,7 @@ __all__ = [
   "fit_integration",
   "integration_factors",
   "integration_loss",
+  "integration_optimizer",
   "integration_parameters",
   "margin_certificate",
   "missing_constants",

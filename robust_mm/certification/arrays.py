@@ -13,6 +13,7 @@ from jaxtyping import Array
 from robust_mm import _validate
 from robust_mm import margins
 from robust_mm import modalities
+from robust_mm.certification import batches
 from robust_mm.certification import certificates
 from robust_mm.certification import geometries
 from robust_mm.certification import tables as tables_lib
@@ -59,8 +60,8 @@ def margin_certificate(
     tables: sensitivities with their source and soundness.
     present: ``{m: bool[b]}``; all present where None.
     bias: ``[k]``, default 0.
-    logits: ``[b, k]``, default the sum of contributions and bias; needed for
-      joint fusion. Their argmax is the prediction.
+    logits: ``[b, k]``, default the sum of contributions and bias, and the same
+      up to rounding; needed for joint fusion. Their argmax is the prediction.
     rounding: ``[b]``, the size of the terms the logits were made from, where
       that may be more than their own (inputs with large offsets), see
       ``Slack``.
@@ -78,6 +79,10 @@ def margin_certificate(
 
   Returns:
     the certificate; see ``Certificate`` for the edge cases.
+
+  Raises:
+    ValueError: naming the argument; for ``logits`` that are not what the
+      contributions add up to (inside jit: radius 0).
   """
   _check_settings(fidelity, fusion, reduction, slack)
   known = modalities.names(tables.tables)
@@ -90,15 +95,12 @@ def margin_certificate(
   present = _presence(present, known, _rows_of(contributions, logits, known))
   if contributions is not None:
     contributions, logits, scale = _assemble(
-      contributions, known, present, bias, logits, reduction
+      contributions, known, present, bias, logits, reduction, rounding
     )
   else:
     logits = jnp.asarray(logits)
     scale = jnp.max(jnp.abs(logits), axis=-1)
-  if not jnp.issubdtype(logits.dtype, jnp.floating) or (
-    logits.dtype.itemsize < 4
-  ):
-    raise ValueError(f"logits must be float32 or float64, got {logits.dtype}.")
+  _check_width(logits)
   loss = slack.margin * scale
   if rounding is not None:
     rounding = slack.rounding * jnp.asarray(rounding, scale.dtype)
@@ -133,6 +135,13 @@ def _check_settings(fidelity, fusion, reduction, slack):
     _validate.non_negative(slack=value)
 
 
+def _check_width(logits):
+  if not jnp.issubdtype(logits.dtype, jnp.floating) or (
+    logits.dtype.itemsize < 4
+  ):
+    raise ValueError(f"logits must be float32 or float64, got {logits.dtype}.")
+
+
 def _rows_of(contributions, logits, known):
   """The shape of the batch."""
   if not known:
@@ -154,15 +163,11 @@ def _presence(present, known, shape):
   for name in known:
     if name not in present:
       raise ValueError(f"present has no modality {name!r}.")
-    if jnp.shape(present[name]) != shape:
-      raise ValueError(
-        f"present[{name!r}] must be bool of shape {shape}, one for each "
-        f"example, got shape {jnp.shape(present[name])}."
-      )
+    batches.check_present(f"present[{name!r}]", present[name], shape)
   return {name: jnp.asarray(present[name]) for name in known}
 
 
-def _assemble(contributions, known, present, bias, logits, reduction):
+def _assemble(contributions, known, present, bias, logits, reduction, rounding):
   """Masked contributions, logits, and the size rounding errors refer to.
 
   That size is the one before a mean divides: it bounds the errors of the mean
@@ -180,9 +185,42 @@ def _assemble(contributions, known, present, bias, logits, reduction):
   if bias is None:
     bias = jnp.zeros(total.shape[-1:], total.dtype)
   bias = jnp.broadcast_to(jnp.asarray(bias, total.dtype), total.shape)
-  size = size + jnp.abs(bias)
-  logits = total + bias if logits is None else jnp.asarray(logits)
-  return masked, logits, jnp.max(size, axis=-1)
+  scale = jnp.max(size + jnp.abs(bias), axis=-1)
+  if logits is None:
+    return masked, total + bias, scale
+  logits = jnp.asarray(logits)
+  _check_width(logits)
+  agree = adds_up(total + bias, logits, scale, rounding)
+  if margins.known_values(agree) and not np.all(np.asarray(agree)):
+    raise ValueError(
+      f"logits must be the {reduction} of the contributions of present "
+      "modalities, plus bias."
+    )
+  # Inside jit such an example is not certified.
+  masked = {
+    name: jnp.where(agree[..., None], value, jnp.nan)
+    for name, value in masked.items()
+  }
+  return masked, logits, scale
+
+
+def adds_up(total, logits, scale, rounding=None) -> Array:
+  """Whether logits are the ``total`` of their terms, up to rounding: ``[b]``.
+
+  Args:
+    total: ``[b, k]``.
+    logits: ``[b, k]``.
+    scale: ``[b]``, the largest sum of absolute terms.
+    rounding: ``[b]``, as in ``margin_certificate``.
+  """
+  difference = jnp.max(jnp.abs(total - logits), axis=-1)
+  # A margin is wrong by twice the difference; the default slack is at least
+  # twice the limit. NaN agrees: the certificate deals with it.
+  allowed = certificates.DEFAULT_SLACK
+  limit = allowed.margin * scale
+  if rounding is not None:
+    limit = limit + allowed.rounding * jnp.asarray(rounding, scale.dtype)
+  return ~(difference > float(jnp.finfo(logits.dtype).eps) / 4 * limit)
 
 
 def norms(norm, known) -> dict[str, str]:
@@ -296,8 +334,10 @@ def _where(finite, tree):
 def _finite(margin, chosen, sensitivity, contributions, drops):
   """Every value of the example can be trusted: finite, no negative bound."""
   good = jnp.isfinite(margin) | chosen
-  for value in sensitivity.values():
-    good = good & jnp.isfinite(value) & (value >= 0)
+  for name, value in sensitivity.items():
+    # Without limit, but never more than a finite drop.
+    capped = jnp.isposinf(value) & (name in (drops or {}))
+    good = good & (jnp.isfinite(value) | capped) & (value >= 0)
   for value in (*(contributions or {}).values(), *(drops or {}).values()):
     good = good & jnp.isfinite(value)
   return jnp.all(good, axis=-1)

@@ -47,13 +47,26 @@ def presence(
   for name in names:
     if name not in given:
       raise ValueError(f"batch['present'] has no modality {name!r}.")
-    shape = jnp.shape(given[name])
-    if shape != (rows[name],):
-      raise ValueError(
-        f"batch['present'][{name!r}] must be bool of shape ({rows[name]},), "
-        f"one for each example, got shape {shape}."
-      )
+    check_present(f"batch['present'][{name!r}]", given[name], (rows[name],))
   return {name: jnp.asarray(given[name]) for name in names}
+
+
+def check_present(argument: str, given, shape: tuple[int, ...]) -> None:
+  """ValueError unless ``given`` is bool of that shape.
+
+  Numbers are refused: 0.5, or the 2 of a count, is no presence.
+  """
+  if jnp.shape(given) != shape:
+    raise ValueError(
+      f"{argument} must be bool of shape {shape}, one for each example, got "
+      f"shape {jnp.shape(given)}."
+    )
+  dtype = given.dtype if hasattr(given, "dtype") else np.asarray(given).dtype
+  if dtype != np.bool_:
+    raise ValueError(
+      f"{argument} must be bool of shape {shape}, one for each example, got "
+      f"{dtype}."
+    )
 
 
 def _check_input(name, shape, expected) -> None:
@@ -70,16 +83,6 @@ def _check_input(name, shape, expected) -> None:
     )
 
 
-class _Reads(dict):
-  """Inputs that know which modality was asked for last."""
-
-  last: str | None = None
-
-  def __getitem__(self, name):
-    self.last = name
-    return super().__getitem__(name)
-
-
 def explain(
   model: Model, params: Params, state: State, inputs: Mapping, present: Mapping
 ) -> ValueError | None:
@@ -89,34 +92,19 @@ def explain(
   """
   if model.input_shapes is not None:
     return None
-  reason = _refusal(model, dict, params, state, inputs, present)[0]
-  if reason is None:
-    return None
-  # No pytree, so an encode that maps over its inputs fails on it otherwise.
-  same, reads = _refusal(model, _Reads, params, state, inputs, present)
-  name = reads.last if same == reason else None
-  shapes = {name: jnp.shape(value) for name, value in inputs.items()}
-  where = (
-    f"batch['inputs'] with shapes {_listed(shapes)}"
-    if name is None
-    else f"batch['inputs'][{name!r}] of shape {shapes.get(name)}"
-  )
-  return ValueError(f"the encoder of the model refuses {where}: {reason}")
-
-
-def _refusal(model, kind, params, state, inputs, present):
-  """What ``encode`` says, in one line, and the inputs it was given."""
-  given = kind()
 
   def encode(params, state, inputs, present):
-    given.update(inputs)
-    return model.encode(params, state, given, present, train=False)[0]
+    return model.encode(params, state, inputs, present, train=False)[0]
 
   try:
     jax.eval_shape(encode, params, state, inputs, present)
   except (TypeError, ValueError) as error:
-    return str(error).strip().split("\n")[0], given
-  return None, given
+    shapes = {name: jnp.shape(value) for name, value in inputs.items()}
+    return ValueError(
+      f"the encoders of the model refuse batch['inputs'] with shapes "
+      f"{_listed(shapes)}: {str(error).strip()}"
+    )
+  return None
 
 
 def relative_units(batch: Batch) -> dict[str, float]:

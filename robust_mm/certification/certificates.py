@@ -71,7 +71,8 @@ class Certificate:
     margins: ``[b, k]`` logit of the prediction minus the others, lowered by
       the slack; ``+inf`` at the prediction, and everywhere for an example with
       nothing present; 0 in examples with non-finite values.
-    sensitivity: ``{m: [b, k]}`` change of those margins per unit of size.
+    sensitivity: ``{m: [b, k]}`` change of those margins per unit of size;
+      ``+inf`` where no constant is known, but ``drops`` are.
     contributions: ``{m: [b, k]}`` terms of the logits, or None.
     nearest_class: int ``[b]``, the rival that sets ``radius``.
     runner_up: int ``[b]``, the second-largest logit (often another class).
@@ -246,6 +247,11 @@ class Certificate:
       [margins.pick(self.sensitivity[m], chosen) for m in self.modalities],
       axis=-1,
     )
+    # Endless ones share everything among themselves.
+    endless = jnp.isposinf(stacked)
+    ones = endless.astype(stacked.dtype)
+    some = jnp.any(endless, axis=-1, keepdims=True)
+    stacked = jnp.where(some, ones, stacked)
     length = margins.norm(stacked)[..., None]
     share = jnp.square(stacked / jnp.where(length > 0, length, 1))
     return {name: share[..., i] for i, name in enumerate(self.modalities)}
@@ -275,7 +281,7 @@ class Certificate:
     one = self.sensitivity[first][..., None]
     two = self.sensitivity[second][..., None]
     size = jnp.reshape(grid, (1,) * (one.ndim - 1) + (-1,))
-    cost = jnp.where(one == 0, 0, one * size)
+    cost = jnp.where((one == 0) | (size == 0), 0, one * size)
     caps = {m: cap[..., None] for m, cap in (self.drops or {}).items()}
     if first in caps:
       cost = jnp.minimum(cost, caps[first])
@@ -302,12 +308,13 @@ class Certificate:
     r"""Per rival :math:`\eta = S_{1,j} / S_{2,j}`.
 
     Above 1 ``first`` is the more vulnerable one, in these units.
-    1 at the prediction and where neither modality matters.
+    1 at the prediction and where neither modality matters, or both without
+    limit.
     """
     _validate.known(self.modalities, vulnerability_ratio=(first, second))
     one, two = self.sensitivity[first], self.sensitivity[second]
-    neither = (one == 0) & (two == 0)
-    return jnp.where(neither, 1, margins.ratio(one, two))
+    same = ((one == 0) & (two == 0)) | (jnp.isposinf(one) & jnp.isposinf(two))
+    return jnp.where(same, 1, margins.ratio(one, two))
 
   def rival_margins(self) -> Float[Array, "*b k"]:
     """``margins`` of the classes that count: all, or the runner-up's only."""
@@ -388,7 +395,8 @@ class Certificate:
     budget = jnp.asarray(budget, sensitivity.dtype)
     budget = budget[..., None] if budget.ndim else budget
     # inf * 0 would be NaN.
-    cost = jnp.where(sensitivity == 0, 0, sensitivity * budget)
+    inert = (sensitivity == 0) | (budget == 0)
+    cost = jnp.where(inert, 0, sensitivity * budget)
     cap = (self.drops or {}).get(name)
     return cost if cap is None else jnp.minimum(cost, cap)
 

@@ -119,8 +119,12 @@ def best_of_all(
     )
     for method in relaxed.METHODS
   ]
-  # Logits that the geometry does not explain carry no certificate at all.
-  trusted = jnp.any(certificate.margins != 0, axis=-1)
+  # Logits that the geometry does not explain carry no certificate at all: all
+  # margins but the infinite one of the prediction are 0 then.
+  rival = ~margins.one_hot(
+    certificate.prediction, certificate.margins.shape[-1]
+  )
+  trusted = jnp.any(rival & (certificate.margins != 0), axis=-1)
   found = [jax.tree.map(lambda r: jnp.where(trusted, r, 0), f) for f in found]
   start = Balls(certificate.radius, certificate.modality_radius)
   widened = _with_balls(

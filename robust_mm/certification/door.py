@@ -109,7 +109,8 @@ def certify(
     ValueError: naming the array of the batch that has a wrong shape; naming the
       modality whose encoder states no bound, or reads another modality; for
       models that mix modalities before their scores; for a geometry that does
-      not reproduce the logits (inside jit: radius 0); for 16-bit arithmetic and
+      not reproduce the logits or states an embedding radius that an example
+      exceeds (inside jit: radius 0); for 16-bit arithmetic and
       products at less than full precision; outside jit, on one example only,
       for encoders that read other examples of the batch.
   """
@@ -139,7 +140,7 @@ def certify(
       norm=tuple(arrays.norms(norm, model.modalities).items()),
     )
   try:
-    certificate, agree, embeddings, sizes = _certify(
+    certificate, agree, inside, embeddings, sizes = _certify(
       params,
       inputs,
       present,
@@ -157,6 +158,12 @@ def certify(
     if reason is None:
       raise
     raise reason from error
+  for name, value in inside.items():
+    if margins.known_values(value) and not np.all(np.asarray(value)):
+      raise ValueError(
+        f"geometry.embedding_radius[{name!r}] is too small: the embedding of "
+        "an example of this batch is longer."
+      )
   if margins.known_values(agree) and not np.all(np.asarray(agree)):
     raise ValueError(
       "geometry does not explain the logits: they must be the sum over "
@@ -203,9 +210,11 @@ def _certify(
     for name, size in sizes.items()
   )
   agree = _agreement(geometry, outputs, contributions, present, rounding)
-  # Logits that the geometry does not explain carry no certificate.
+  inside = _inside(geometry, outputs, present)
+  # What refutes the geometry carries no certificate.
+  trusted = functools.reduce(jnp.logical_and, inside.values(), agree)
   contributions = jax.tree.map(
-    lambda value: jnp.where(agree[..., None], value, jnp.nan), contributions
+    lambda value: jnp.where(trusted[..., None], value, jnp.nan), contributions
   )
   certificate = arrays.margin_certificate(
     contributions,
@@ -229,7 +238,7 @@ def _certify(
       certificate = combined.best_of_all(
         certificate, network, params, state, inputs, present
       )
-  return certificate, agree, outputs.embeddings, sizes
+  return certificate, agree, inside, outputs.embeddings, sizes
 
 
 @functools.partial(jax.jit, static_argnames=("model", "source", "norm"))
@@ -256,7 +265,7 @@ def _certify_balls(
 
 
 def _is_additive(model, params, source) -> bool:
-  """Whether the certificate rests on constants of the encoders."""
+  """Whether the certificate rests on what the encoders state."""
   if source in ("local", "relaxation"):
     return False
   if source != "best":
@@ -264,7 +273,7 @@ def _is_additive(model, params, source) -> bool:
   if model.geometry is None:
     return False
   stated = geometries.abstract_geometry(model, params)
-  return not geometries.missing_constants(stated)
+  return not geometries.missing_constants(stated, bounded=True)
 
 
 def _tables(model, params, batch, state, geometry, source, fidelity):
@@ -306,7 +315,10 @@ def _sizes(geometry, outputs, inputs, present):
     if bound is not None:
       flat = jnp.reshape(inputs[name], (*here.shape, -1)).astype(size.dtype)
       flat = jnp.where(here[..., None], flat, 0)
-      size = size + jnp.asarray(bound, size.dtype) * margins.norm(flat)
+      bound = jnp.asarray(bound, size.dtype)
+      # An infinite constant says nothing, as a missing one.
+      bound = jnp.where(jnp.isposinf(bound), 0, bound)
+      size = size + bound * margins.norm(flat)
     sizes[name] = jax.lax.stop_gradient(size)
   return sizes
 
@@ -320,10 +332,16 @@ def _agreement(geometry, outputs, contributions, present, rounding) -> Array:
   total = bias + sum(terms.values())
   scale = sum(jnp.abs(value) for value in contributions.values())
   scale = jnp.max(scale + jnp.abs(bias), axis=-1)
-  difference = jnp.max(jnp.abs(total - outputs.logits), axis=-1)
-  # A margin is wrong by twice the difference; the default slack is
-  # at least twice the limit. NaN agrees: the certificate deals with it.
-  allowed = certificates.DEFAULT_SLACK
-  limit = allowed.margin * scale + allowed.rounding * rounding
-  eps = float(jnp.finfo(outputs.logits.dtype).eps)
-  return ~(difference > eps / 4 * limit)
+  return arrays.adds_up(total, outputs.logits, scale, rounding)
+
+
+def _inside(geometry, outputs, present) -> dict[str, Array]:
+  """Per modality, whether the embeddings keep the radius that is stated."""
+  found = {}
+  for name, radius in (geometry.embedding_radius or {}).items():
+    if radius is not None and name in present:
+      here = present[name][..., None]
+      size = margins.norm(jnp.where(here, outputs.embeddings[name], 0))
+      # NaN is inside: the certificate deals with it.
+      found[name] = ~(size > jnp.asarray(radius, size.dtype) * (1 + 1e-5))
+  return found

@@ -51,15 +51,24 @@ def abstract_geometry(model: Model, params: Params = None) -> Geometry:
   return jax.eval_shape(functools.partial(model_geometry, model), params)
 
 
-def missing_constants(geometry: Geometry) -> tuple[str, ...]:
+def missing_constants(
+  geometry: Geometry, *, bounded: bool = False
+) -> tuple[str, ...]:
   """The modalities whose encoders state no Lipschitz bound, sorted.
 
-  Nothing is certified, and no radius trained for, unless this is empty.
+  No radius is trained for unless this is empty.
+
+  Args:
+    geometry: of a model, or its shapes.
+    bounded: leave out those with an embedding radius, whose replacement can be
+      certified, as long as nothing less is asked; nothing else is certified
+      unless this is empty then.
   """
+  radii = (geometry.embedding_radius or {}) if bounded else {}
   return tuple(
     name
     for name in modalities.names(geometry.head)
-    if geometry.lipschitz.get(name) is None
+    if geometry.lipschitz.get(name) is None and radii.get(name) is None
   )
 
 

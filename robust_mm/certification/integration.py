@@ -22,6 +22,7 @@ from robust_mm import margins
 from robust_mm import modalities
 from robust_mm.certification import arrays
 from robust_mm.certification import geometries
+from robust_mm.certification import optimizers
 from robust_mm.certification import tables
 
 Factors = Mapping[str, Array]
@@ -55,7 +56,7 @@ def integration_parameters(
   # A factor of 0 has no finite parameter.
   safe = jnp.maximum(factors, 1e-6 * scale)
   if fidelity == "published":
-    return safe + jnp.log(-jnp.expm1(-safe)), scale
+    return optimizers.inverse_softplus(safe), scale
   return jnp.log(safe), scale
 
 
@@ -216,6 +217,10 @@ def fit_integration(
 ) -> tuple[dict[str, Array], Bool[Array, ""], dict[str, Any]]:
   r"""Fits the integration factors to a threat on cached scores.
 
+  What ``recipes.crmt`` does in its second phase, with the same
+  ``integration_loss``, ``integration_optimizer`` and ``accept_integration``, in
+  one call.
+
   Full-batch Adam from the current factors; the iterate with the smallest loss
   is the candidate, so the objective never ends above its start. Their mean is
   kept (corrected): the scale of the logits stays, only the direction moves.
@@ -307,26 +312,19 @@ def _fit(stacked, data, options, optimizer, num_steps, fidelity, reduction):
       factors, *data, fidelity=fidelity, reduction=reduction, **options
     )
 
-  def keep_best(best, best_loss, alpha, loss):
-    better = loss < best_loss
-    return jnp.where(better, alpha, best), jnp.where(better, loss, best_loss)
+  # One more, that goes back to the best.
+  number = num_steps + 1
+  tx = optimizers.integration_optimizer(optimizer, num_steps=number)
 
   def step(carry, _):
-    alpha, optimizer_state, best, best_loss = carry
+    alpha, state = carry
     loss, gradient = jax.value_and_grad(loss_fn)(alpha)
-    best, best_loss = keep_best(best, best_loss, alpha, loss)
-    updates, optimizer_state = optimizer.update(
-      gradient, optimizer_state, alpha
-    )
-    alpha = optax.apply_updates(alpha, updates)
-    return (alpha, optimizer_state, best, best_loss), loss
+    updates, state = tx.update(gradient, state, alpha, value=loss)
+    return (optax.apply_updates(alpha, updates), state), loss
 
-  carry = (start, optimizer.init(start), start, loss_fn(start))
-  (alpha, _, best, best_loss), losses = jax.lax.scan(
-    step, carry, length=num_steps
-  )
-  best, _ = keep_best(best, best_loss, alpha, loss_fn(alpha))
-  return integration_factors(best, scale, fidelity=fidelity), losses
+  carry = (start, tx.init(start))
+  (best, _), losses = jax.lax.scan(step, carry, length=number)
+  return integration_factors(best, scale, fidelity=fidelity), losses[:-1]
 
 
 def _reweighted(

@@ -153,6 +153,41 @@ def confirms(
   return jnp.all(jnp.where(rival, lowest > 0, True), axis=-1)
 
 
+def proves(
+  network: relaxation.Network,
+  problem: Problem,
+  moving: tuple[str, ...],
+  radius: Float[Array, " b"],
+  *,
+  norm: tuple,
+  sensitivity: Mapping[str, Array] | None = None,
+) -> Bool[Array, " b"]:
+  """Whether one method or the other certifies a given ball.
+
+  Args:
+    network: from ``network_of``.
+    problem: the batch.
+    moving: the modalities that move; the others stay.
+    radius: ``[b]``; an infinite one holds where none of them is present.
+    norm: ``((m, norm), ...)``.
+    sensitivity: as in ``balls``.
+  """
+  margin, _ = first_order(network, problem, norm)
+  chosen = margins.one_hot(problem.prediction, margin.shape[-1])
+  margin = jnp.where(chosen, jnp.inf, margin)
+  sizes = {
+    name: size if name in moving else jnp.zeros_like(size)
+    for name, size in _sizes(problem).items()
+  }
+  finite = jnp.where(jnp.isfinite(radius), radius, 1)
+  world = {name: sensitivity[name] for name in moving} if sensitivity else {}
+  reach = _local_reach(network, problem, sizes, norm, margin, world, finite)
+  found = confirms(network, problem, sizes, finite, norm=norm)
+  found = (found | (reach >= finite)) & jnp.isfinite(radius)
+  here = [problem.present[name] for name in moving]
+  return jnp.where(functools.reduce(jnp.logical_or, here), found, True)
+
+
 def first_order(
   network: relaxation.Network, problem: Problem, norm: tuple
 ) -> tuple[Array, dict[str, Array]]:
@@ -181,6 +216,18 @@ def _by_local_constants(network, problem, sizes, norm, margin, world, first):
   low, high, count = _GRID
   shares = jnp.geomspace(low, high, count, dtype=margin.dtype)
 
+  def best(share):
+    radius = share * first
+    reach = _local_reach(network, problem, sizes, norm, margin, world, radius)
+    return jnp.minimum(radius, reach)
+
+  found = jnp.max(jax.lax.map(best, shares), axis=0)
+  return jnp.where(jnp.isfinite(found), found, 0)
+
+
+def _local_reach(network, problem, sizes, norm, margin, world, radius):
+  """The radius that constants valid inside ``radius`` give."""
+
   def constants(bound, ball, rows):
     inside = relaxation.inside(bound, ball, intermediate="interval")
     found = relaxation.sensitivity(bound, rows, inside)
@@ -190,18 +237,12 @@ def _by_local_constants(network, problem, sizes, norm, margin, world, first):
       for (name, value), (_, kind) in zip(sorted(found.items()), norm)
     }
 
-  def best(share):
-    radius = share * first
-    local = _each(constants, network, problem, sizes, radius, norm)
-    smaller = {
-      name: jnp.minimum(value, world[name]) if name in world else value
-      for name, value in local.items()
-    }
-    reach = margins.radii(margins.joint_ratios(margin, smaller))
-    return jnp.minimum(radius, reach)
-
-  found = jnp.max(jax.lax.map(best, shares), axis=0)
-  return jnp.where(jnp.isfinite(found), found, 0)
+  local = _each(constants, network, problem, sizes, radius, norm)
+  smaller = {
+    name: jnp.minimum(value, world[name]) if name in world else value
+    for name, value in local.items()
+  }
+  return margins.radii(margins.joint_ratios(margin, smaller))
 
 
 def _each(fn: Callable, network, problem, sizes, radius, norm) -> Any:

@@ -108,7 +108,15 @@ def chain_table(
 
 def _smallest(geometry, name, distance):
   """The general form, or the chain bound where that is smaller."""
-  table = distance * _bound(geometry, name, distance.dtype)
+  bound = geometry.lipschitz.get(name)
+  capped = (geometry.embedding_radius or {}).get(name) is not None
+  if bound is None and capped:
+    # A bounded embedding costs its drop at most, however fast it gets there.
+    bound = jnp.asarray(jnp.inf, distance.dtype)
+  else:
+    bound = _bound(geometry, name, distance.dtype)
+  # Not inf * 0: what equal rows make of an embedding cannot differ.
+  table = jnp.where(distance == 0, 0, distance * bound)
   chain = chain_table(geometry, name)
   return table if chain is None else jnp.minimum(table, chain)
 
@@ -269,12 +277,15 @@ def gather(table: Float[Array, "k k"], reference, present) -> Array:
   A product with one-hot rows is exact at this precision and, unlike indexing,
   needs no output sharding on meshes with explicit axes.
   """
-  rows = jnp.einsum(
-    "...y,yj->...j",
-    jax.nn.one_hot(reference, table.shape[0], dtype=table.dtype),
-    table,
-    precision="highest",
-  )
+  chosen = jax.nn.one_hot(reference, table.shape[0], dtype=table.dtype)
+
+  def rows_of(values):
+    return jnp.einsum("...y,yj->...j", chosen, values, precision="highest")
+
+  # 0 * inf would be NaN in every row: the infinite entries go by themselves.
+  endless = jnp.isposinf(table)
+  rows = rows_of(jnp.where(endless, 0, table))
+  rows = jnp.where(rows_of(endless.astype(table.dtype)) > 0, jnp.inf, rows)
   return jnp.where(jnp.asarray(present)[..., None], rows, 0)
 
 

@@ -24,8 +24,8 @@ class Bounds:
     modality_radius: ``{m: [n]}``.
     nearest_class: ``[n]``, the rival that sets ``radius``.
     vulnerability: ``{m: [n]}`` shares.
-    margins: ``[n, k]``.
-    sensitivity: ``{m: [n, k]}``.
+    certificate: the certificates themselves, arrays ``[n, ...]``, to be asked
+      for other budgets; without units, which all sizes here are in.
     source: ``"global"`` or ``"empirical"``.
     sound: False: the numbers are estimates.
     norm: 2 or ``math.inf``, of every modality and of the joint ball.
@@ -36,8 +36,7 @@ class Bounds:
   modality_radius: Any
   nearest_class: Any
   vulnerability: Any
-  margins: Any
-  sensitivity: Any
+  certificate: certification.Certificate
   source: str
   sound: bool
   norm: float
@@ -80,11 +79,13 @@ def choose_source(
     if wanted != "auto":
       raise ValueError(f"certificate={wanted!r} cannot be had. {reason}")
     return None, reason
-  without = certification.missing_constants(
-    certification.abstract_geometry(model, params)
-  )
+  stated = certification.abstract_geometry(model, params)
+  without = certification.missing_constants(stated, bounded=True)
   if not without and wanted != "empirical":
-    return "global", "Every encoder states a sound Lipschitz constant."
+    what = "a sound Lipschitz constant"
+    if certification.missing_constants(stated):
+      what += " or the radius of its embeddings"
+    return "global", f"Every encoder states {what}."
   if wanted == "global":
     raise ValueError(
       "certificate='global' needs a sound Lipschitz constant of every "
@@ -146,8 +147,9 @@ def certified(
       "modality_radius": certificate.modality_radius,
       "nearest_class": nearest,
       "vulnerability": certificate.sensitivity_shares(nearest),
-      "margins": certificate.margins,
-      "sensitivity": certificate.sensitivity,
+      "certificate": dataclasses.replace(
+        certificate, contributions=None, units={}
+      ),
     }
 
   rows = np.arange(min(size, data.size))
@@ -171,7 +173,8 @@ def certified(
   start = time.perf_counter()
   run(rows)
   seconds["certify_chunk_seconds"] = time.perf_counter() - start
-  bounds = Bounds(**arrays, source=source, sound=tables.sound, norm=norm)
+  sound = arrays["certificate"].sound
+  bounds = Bounds(**arrays, source=source, sound=sound, norm=norm)
   return bounds, seconds
 
 

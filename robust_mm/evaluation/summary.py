@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from robust_mm import certification
@@ -143,9 +145,9 @@ def region(
 ) -> dict | None:
   r"""Certified accuracy against two separate budgets, for two modalities.
 
-  An example is held at :math:`(e_1, e_2)` when it is right and
-  :math:`M_j > S_{1,j} e_1 + S_{2,j} e_2` for every other class j, the sizes
-  measured in the norm of the bounds.
+  An example is held at :math:`(e_1, e_2)` when it is right and its certificate
+  covers both sizes at once, measured in the norm of the bounds: what
+  ``Certificate.covers`` says, bounded embeddings and balls included.
 
   Returns:
     ``{"modalities", "radii": [first, second], "accuracy": [[...]]}``, rows
@@ -155,18 +157,10 @@ def region(
     return None
   rows = np.flatnonzero(data.counted)
   first, second = data.names
-  grids = [_region_grid(bounds.modality_radius[m][rows]) for m in data.names]
-  margins = bounds.margins[rows].astype(np.float64)
-  slope_1 = bounds.sensitivity[first][rows].astype(np.float64)
-  slope_2 = bounds.sensitivity[second][rows].astype(np.float64)
-  accuracy = np.zeros((REGION_POINTS, REGION_POINTS))
-  for i, size in enumerate(grids[0]):
-    with np.errstate(divide="ignore", invalid="ignore"):
-      rest = margins - slope_1 * size
-      limit = np.where(rest > 0, rest / slope_2, -1.0)
-    limit = np.where((rest > 0) & (slope_2 == 0), np.inf, limit).min(axis=1)
-    held = correct[rows, None] & (limit[:, None] > grids[1][None, :])
-    accuracy[i] = held.mean(axis=0)
+  counted = jax.tree.map(lambda x: jnp.asarray(x[rows]), bounds.certificate)
+  grids = [_region_grid(counted, name) for name in data.names]
+  held = _held(counted, jnp.asarray(correct[rows]), *map(jnp.asarray, grids))
+  accuracy = np.asarray(held, np.float64) / max(len(rows), 1)
   return {
     "modalities": [first, second],
     "radii": [grid.tolist() for grid in grids],
@@ -177,7 +171,32 @@ def region(
   }
 
 
-def _region_grid(reach: np.ndarray) -> np.ndarray:
+@jax.jit
+def _held(certificate, correct, one, two):
+  """How many are right and covered, at each of ``one`` and ``two``."""
+  first, second = certificate.modalities
+
+  def count(sizes):
+    covered = certificate.covers({first: sizes[0], second: sizes[1]})
+    return jnp.sum(covered & correct)
+
+  pairs = jnp.stack(jnp.meshgrid(one, two, indexing="ij"), axis=-1)
+  # One pair at a time: all at once are as many margins of every class.
+  found = jax.lax.map(count, jnp.reshape(pairs, (-1, 2)))
+  return jnp.reshape(found, (len(one), len(two)))
+
+
+def _region_grid(
+  certificate: certification.Certificate, name: str
+) -> np.ndarray:
+  """Sizes up to where most examples fall, or have spent their whole drop."""
+  reach = np.asarray(certificate.modality_radius[name])
+  drops = (certificate.drops or {}).get(name)
+  if drops is not None:
+    slope = np.asarray(certificate.sensitivity[name])
+    spent = np.asarray(drops) / np.where(slope > 0, slope, np.inf)
+    # Beyond the largest such size more of this modality costs nothing more.
+    reach = np.where(np.isfinite(reach), reach, 1.25 * spent.max(axis=-1))
   finite = reach[np.isfinite(reach)]
   end = float(np.quantile(finite, 0.95)) if finite.size else 0.0
   return np.linspace(0.0, end or 1.0, REGION_POINTS)

@@ -191,6 +191,7 @@ class OrthogonalFusion:
       lipschitz=dict(constants),
       factors=factors if self.orthogonality == "polar" else None,
       integration=factors,
+      positivity=self.integration,
       reduction=self.reduction,
     )
 

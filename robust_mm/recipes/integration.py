@@ -9,6 +9,7 @@ from robust_mm import _validate
 from robust_mm import certification
 from robust_mm._types import Geometry
 from robust_mm._types import Model
+from robust_mm.certification import geometries
 from robust_mm.certification import tables
 from robust_mm.recipes import phases
 
@@ -36,7 +37,9 @@ def integration_phase(
 
   The encoders, the proxies, the bias and all statistics stay bit-identical.
 
-  Corrected: full-batch Adam, kept only if on validation certified accuracy at
+  Corrected: full-batch Adam on the direction of the factors (their mean stays,
+  see ``certification.integration_optimizer``); the last update goes back to the
+  smallest loss seen. Kept only if on validation certified accuracy at
   ``r0`` rises and accuracy falls by at most ``tolerance``, both by
   ``certification.accept_integration`` against the threat the factors were
   fitted to: ``lipschitz`` where given, and ``units``.
@@ -48,7 +51,8 @@ def integration_phase(
   Raises:
     ValueError: the head has no integration factors, or (corrected) no
       orthonormal rows; ``lipschitz``, ``units``, ``batch_size`` or
-      (published) ``steps_per_epoch`` are bad.
+      (published) ``steps_per_epoch`` are bad; (corrected) the geometry does not
+      say how the factors are made of the parameters.
   """
   published = fidelity == "published"
   geometry = abstract_geometry(model)
@@ -61,7 +65,7 @@ def integration_phase(
     how = _published(num_steps, steps_per_epoch, batch_size)
   else:
     need_orthonormal(geometry)
-    how = {"num_steps": num_steps or CORRECTED_STEPS, "tx": optax.adam(lr)}
+    how = _corrected(num_steps or CORRECTED_STEPS, lr, geometry.positivity)
   scale = tables.check_units(units, model.modalities)
   given = lipschitz is not None
   if given:
@@ -75,7 +79,7 @@ def integration_phase(
         model, params, reference, state=state
       )
     elif not given:
-      constants = model.geometry(params).lipschitz
+      constants = geometries.model_geometry(model, params).lipschitz
     return {name: value * scale[name] for name, value in constants.items()}
 
   def loss_fn(params, state, batch, *, key):
@@ -102,7 +106,8 @@ def integration_phase(
     }
 
   def judge(before, after, state, cached, reference):
-    old, new = model.geometry(before), model.geometry(after)
+    old = geometries.model_geometry(model, before)
+    new = geometries.model_geometry(model, after)
     accepted, metrics = certification.accept_integration(
       stated_factors(old),
       stated_factors(new),
@@ -133,6 +138,20 @@ def integration_phase(
     binding=not published,
     **how,
   )
+
+
+def _corrected(num_steps, lr, positivity) -> dict:
+  """How long the corrected step 2 is, and its optimiser."""
+  if positivity is None:
+    raise ValueError(
+      "geometry.positivity must say how the integration factors are made of "
+      "their parameters ('simplex' or 'softplus'), so that step 2 can keep "
+      "their mean; or set integration_steps=0."
+    )
+  tx = certification.integration_optimizer(
+    optax.adam(lr), num_steps=num_steps, positivity=positivity
+  )
+  return {"num_steps": num_steps, "tx": tx}
 
 
 def _published(num_steps, steps_per_epoch, batch_size) -> dict:

@@ -22,6 +22,8 @@ def make_train_step(phase: Phase) -> Callable:
   Args:
     phase: loss, optimiser, trainable parameters and interventions.
   """
+  # Those that keep the best parameters are told the loss.
+  tx = optax.with_extra_args_support(phase.tx)
 
   def train_step(state: state_lib.TrainState, batch, run_key):
     key = jax.random.fold_in(run_key, state.step)
@@ -36,7 +38,7 @@ def make_train_step(phase: Phase) -> Callable:
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, (model_state, metrics)), grads = grad_fn(chosen)
-    updates, opt_state = phase.tx.update(grads, state.opt_state, chosen)
+    updates, opt_state = tx.update(grads, state.opt_state, chosen, value=loss)
     chosen = optax.apply_updates(chosen, updates)
     new_state = state_lib.TrainState(
       step=state.step + 1,
@@ -96,9 +98,11 @@ def make_encode(model: Model) -> Callable:
   """
 
   def encode(params, model_state, batch):
-    outputs, _ = model.apply(
-      params, model_state, batch["inputs"], batch["present"]
-    )
+    # What is fitted to and judged is what will be certified.
+    with jax.default_matmul_precision("highest"):
+      outputs, _ = model.apply(
+        params, model_state, batch["inputs"], batch["present"]
+      )
     return {
       "scores": outputs.scores,
       "logits": outputs.logits,
