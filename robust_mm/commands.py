@@ -14,6 +14,7 @@ import ml_collections
 import tqdm
 
 from robust_mm import _validate
+from robust_mm import attacks
 from robust_mm import certificate_rows
 from robust_mm import config as config_lib
 from robust_mm import evaluation
@@ -173,15 +174,16 @@ def make_protocol(config, facts: dict, radii=None) -> evaluation.Protocol:
     valid_range=setup_lib.value_range(facts),
     batch_size=settings.batch_size,
     tightness=tuple(settings.tightness),
+    # Runs of earlier versions do not state it.
+    masking_examples=settings.get("masking_examples", 64),
   )
 
 
 def _attack(settings) -> dict:
-  attack = {"name": settings.attack, "loss": settings.loss}
-  if settings.attack != "fgm":
-    attack["num_steps"] = settings.num_steps
-    attack["num_restarts"] = settings.num_restarts
-  return attack
+  takes = attacks.arguments(settings.attack)
+  wanted = ("loss", "num_steps", "num_restarts", "num_queries", "strength")
+  chosen = {name: settings[name] for name in wanted if name in takes}
+  return {"name": settings.attack, **chosen}
 
 
 def _devices(count: int | None) -> None:

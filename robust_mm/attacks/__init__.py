@@ -9,7 +9,6 @@ move comes back bit-identical.
 from robust_mm.attacks import losses
 from robust_mm.attacks.ascent import apgd
 from robust_mm.attacks.base import Attack
-from robust_mm.attacks.blocks import square
 from robust_mm.attacks.boundaries import minimum_norm
 from robust_mm.attacks.ensemble import auto
 from robust_mm.attacks.gradient import fgm
@@ -18,6 +17,7 @@ from robust_mm.attacks.measures import distances
 from robust_mm.attacks.measures import logits_fn
 from robust_mm.attacks.measures import robust_accuracy
 from robust_mm.attacks.measures import survives
+from robust_mm.attacks.queries import square
 from robust_mm.attacks.registry import arguments
 from robust_mm.attacks.registry import make
 from robust_mm.attacks.registry import names

@@ -8,20 +8,21 @@ import jax
 from robust_mm import _validate
 from robust_mm.attacks import ascent
 from robust_mm.attacks import base
-from robust_mm.attacks import blocks
 from robust_mm.attacks import boundaries
 from robust_mm.attacks import gradient
 from robust_mm.attacks import losses
+from robust_mm.attacks import queries
+
+# Of a run of strength 1; Auto-PGD on the cross-entropy takes twice the steps.
+NUM_STEPS = 25
+NUM_QUERIES = 200
 
 
 def auto(
   *,
   norm: Any,
   budget: Any,
-  num_steps: int = 25,
-  num_targets: int = 9,
-  num_restarts: int = 1,
-  num_queries: int = 200,
+  strength: int = 1,
   valid_range: Any = None,
   units: Any = None,
 ) -> base.Attack:
@@ -51,10 +52,8 @@ def auto(
     norm: 2 or ``"l2"``; infinity or ``"linf"``.
     budget: a number, one joint ball over all float modalities; or a mapping,
       one ball for each modality it names. See :class:`attacks.Attack`.
-    num_steps: per run of an iterative member; ``apgd_ce`` takes twice as many.
-    num_targets: rival classes, at most.
-    num_restarts: multiplies the runs of every member but the first.
-    num_queries: of ``square``.
+    strength: multiplies the steps and queries of every member, 1 for one look
+      at a model, 4 and more for a number to publish.
     valid_range: ``(low, high)`` for all modalities or ``{m: (low, high)}``.
     units: ``{m: size of one unit}``, 1 where not named.
 
@@ -67,44 +66,25 @@ def auto(
   References:
     `Croce & Hein (2020) <https://arxiv.org/abs/2003.01690>`_, section 5.
   """
-  _validate.at_least(
-    1,
-    num_steps=num_steps,
-    num_targets=num_targets,
-    num_restarts=num_restarts,
-    num_queries=num_queries,
-  )
+  _validate.at_least(1, strength=strength)
+  num_steps = NUM_STEPS * int(strength)
   common = {
     "norm": norm,
     "budget": budget,
     "valid_range": valid_range,
     "units": units,
   }
-  aimed = {
-    "targets": "rivals",
-    "num_targets": num_targets,
-    "num_steps": num_steps,
-    "num_restarts": num_restarts,
-  }
+  aimed = {"targets": "rivals", "num_steps": num_steps, **common}
   members = {
-    "pgd": gradient.pgd(num_steps=num_steps, num_restarts=2, **common),
-    "apgd_ce": ascent.apgd(
-      num_steps=2 * num_steps, num_restarts=num_restarts, **common
-    ),
-    "apgd_dlr": ascent.apgd(loss="dlr", **aimed, **common),
-    "minimum_norm": boundaries.minimum_norm(**aimed, **common),
-    "pgd_margin": gradient.pgd(
-      num_steps=num_steps, num_restarts=num_targets * num_restarts, **common
-    ),
-    "square": blocks.square(
-      num_queries=num_queries, num_restarts=num_restarts, **common
-    ),
+    "pgd": gradient.pgd(num_restarts=2, num_steps=num_steps, **common),
+    "apgd_ce": ascent.apgd(num_steps=2 * num_steps, **common),
+    "apgd_dlr": ascent.apgd(loss="dlr", **aimed),
+    "minimum_norm": boundaries.minimum_norm(**aimed),
+    "pgd_margin": gradient.pgd(num_restarts=9, **aimed),
+    "square": queries.square(num_queries=NUM_QUERIES * int(strength), **common),
   }
   options = {
-    "num_steps": int(num_steps),
-    "num_targets": int(num_targets),
-    "num_restarts": int(num_restarts),
-    "num_queries": int(num_queries),
+    "strength": int(strength),
     "members": {name: _own(member) for name, member in members.items()},
   }
 

@@ -6,10 +6,10 @@ from typing import Any
 from robust_mm import _validate
 from robust_mm.attacks import ascent
 from robust_mm.attacks import base
-from robust_mm.attacks import blocks
 from robust_mm.attacks import boundaries
 from robust_mm.attacks import ensemble
 from robust_mm.attacks import gradient
+from robust_mm.attacks import queries
 
 ATTACKS = {
   "apgd": ascent.apgd,
@@ -17,7 +17,7 @@ ATTACKS = {
   "fgm": gradient.fgm,
   "minimum_norm": boundaries.minimum_norm,
   "pgd": gradient.pgd,
-  "square": blocks.square,
+  "square": queries.square,
 }
 
 
