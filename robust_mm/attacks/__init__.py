@@ -3,7 +3,22 @@
 ``attack = attacks.pgd(norm=2, budget=0.5)`` is a frozen object;
 ``attack(key, logits_fn, inputs, label)`` are adversarial inputs. A perturbation
 lives in one joint ball over all modalities or in a ball for each; what must not
-move comes back bit-identical.
+move comes back bit-identical. Report robust accuracy with :func:`auto`, on the
+survivors (:func:`attack_survivors`), and distances with :func:`minimum_norm`
+(:func:`distances`).
+
+To be judged by an attack suite for torch, a function ``fn`` from one array to
+logits becomes a torch function, gradient included::
+
+  class Logits(torch.autograd.Function):
+    def forward(ctx, x):
+      logits, ctx.vjp = jax.vjp(fn, x.detach().numpy())
+      return torch.tensor(np.asarray(logits))
+    def backward(ctx, slope):
+      return torch.tensor(np.asarray(ctx.vjp(slope.numpy())[0]))
+
+Give the suite ``Logits.apply`` in the place of a network. Modalities are joined
+outside and cut apart in ``fn``; ``jax.jit`` of ``fn`` makes it fast.
 """
 
 from robust_mm.attacks import losses

@@ -15,7 +15,7 @@ from robust_mm.attacks import queries
 
 # Of a run of strength 1; Auto-PGD on the cross-entropy takes twice the steps.
 NUM_STEPS = 25
-NUM_QUERIES = 200
+NUM_QUERIES = 400
 
 
 def auto(
