@@ -44,7 +44,7 @@ def square(
   A model whose gradients mislead is broken by this attack where PGD fails;
   against an honest one it is the weaker of the two.
 
-  Costs, for each restart, ``num_queries + 1`` forward passes.
+  Costs, for each restart, ``num_queries`` forward passes.
 
   >>> square(norm="linf", budget=0.1, num_queries=500).settings["share"]
   0.8
@@ -111,9 +111,9 @@ def _shares(num_queries, share):
 def _search(key, best, objective, shares):
   region = objective.region
   start_key, key = jax.random.split(key)
-  delta = region.project(_stripes(start_key, region))
-  evaluation = objective(delta)
-  own = objective.nothing_found().updated(delta, evaluation)
+  stripes = region.project(_stripes(start_key, region))
+  # The first query changes most of them, and is kept whatever it finds.
+  own = objective.nothing_found()._replace(delta=stripes)
   propose = _fill if region.norm == "linf" else _move_mass
 
   def query(own, xs):

@@ -28,8 +28,8 @@ SCALES = (1, 8, 128, 1024)
 # Shares of accuracy, as far as the number of examples can tell.
 TOLERANCE = 0.01
 SATURATED = 0.02
-NUM_STEPS = 20
-NUM_RESTARTS = 2
+# Aimed restarts would cost another forward pass to compile.
+STEPS = {"num_steps": 20, "num_restarts": 2, "targets": "any"}
 NUM_QUERIES = 200
 NUM_DRAWS = 10
 
@@ -50,22 +50,22 @@ def masking_report(
 ) -> dict[str, Any]:
   """Whether the gradients of a model can be believed by who attacks it.
 
-  All attacks change all modalities in one ball. White box means PGD of 20 steps
-  and two restarts on ``loss``. A check passes when
+  All attacks change all modalities in one ball. PGD means 20 steps and two
+  restarts on ``loss``. A check passes when
 
-  ======================= ==================================================
-  reaches_chance          at a radius that reaches an input of another class
-                          it leaves no more than chance, or than copying that
-                          input does
-  falls_with_radius       a larger radius leaves no more
-  many_steps_beat_one     it leaves no more than one step of full length
-  gradients_beat_queries  nor more than Square with 200 queries
-  attack_beats_noise      noise of that size costs at most half as much
-  margin_ignores_scale    logits divided by 8, 128, 1024: the same on the margin
-  cross_entropy_unsaturated  and no more than 2 points less on cross-entropy
-  ======================= ==================================================
+  - ``reaches_chance``: at a radius from which an input of another class can be
+    reached PGD leaves no more right than chance, or than copying that input;
+  - ``falls_with_radius``: a larger radius leaves no more;
+  - ``many_steps_beat_one``: it leaves no more than one step of full length;
+  - ``gradients_beat_queries``: nor more than Square with 200 queries;
+  - ``attack_beats_noise``: noise of that size costs at most half as much;
+  - ``margin_ignores_scale``: with logits divided by 8, 128 and 1024 PGD on the
+    margin leaves the same;
+  - ``cross_entropy_unsaturated``: and PGD on the cross-entropy at most 2 points
+    less,
 
-  each within one point or one example, whichever is more.
+  each within one point or one example, whichever is more. None of them proves
+  that no gradient is masked; each can show that one is.
 
   >>> found = masking_report(model, params, test, radius=0.5)  # doctest: +SKIP
   >>> [c["message"] for c in found["checks"] if not c["passed"]]
@@ -98,6 +98,11 @@ def masking_report(
   """
   _validate.positive(radius=radius)
   _validate.at_least(1, max_examples=max_examples)
+  if isinstance(units, str):
+    raise ValueError(
+      f"units must map modalities to sizes, got {units!r}; "
+      "certification.relative_units measures them."
+    )
   protocol = protocol_lib.standard(
     norm=norm,
     units=units,
@@ -107,6 +112,9 @@ def masking_report(
     masking_examples=max_examples,
   )
   data = batches.host_data(model, batch)
+  for argument, value in (("units", units), ("valid_range", valid_range)):
+    if isinstance(value, Mapping):
+      _validate.known(data.names, **{argument: value})
   if not data.counted.any():
     raise ValueError("batch has no example with a modality present.")
   device = batches.Device(params, {} if state is None else state)
@@ -171,8 +179,7 @@ def measure(
 
 def _report(probe, radius, loss, losses):
   def white(radius, scale=1, loss=loss):
-    steps = {"num_steps": NUM_STEPS, "num_restarts": NUM_RESTARTS}
-    return probe.left("pgd", radius, scale, loss=loss, **steps)
+    return probe.left("pgd", radius, scale, loss=loss, **STEPS)
 
   attacked = {
     "clean": float(np.mean(probe.right())),

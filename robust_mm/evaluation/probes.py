@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from robust_mm import attacks
-from robust_mm import modalities
 
 
 class Probe:
@@ -36,6 +35,7 @@ class Probe:
     self._range, self._key = valid_range, key
     self._rows = np.arange(data.size)
     self._compiled = {}
+    self._clean = self.right()
 
   def right(self, inputs: Mapping[str, Any] | None = None) -> np.ndarray:
     """Which examples are right, with these inputs instead of their own."""
@@ -58,17 +58,17 @@ class Probe:
         valid_range=self._range,
         **options,
       )
-      run = self._device.compile(_survives_fn(self._model, attack), once=True)
-      self._compiled[which] = run
+      run = _attack_fn(self._model, attack)
+      self._compiled[which] = self._device.compile(run, once=True)
     extra = (self._key, np.float32(radius), np.float32(scale))
-    survived = self._device.map(
+    moved = self._device.map(
       self._compiled[which],
       self._data,
       self._rows,
       self._device.chunk_size(self.num_examples),
       extra=lambda number: extra,
     )
-    return float(np.mean(survived))
+    return float(np.mean(self._clean & self.right(moved)))
 
   def left_by_noise(self, radius: float, *, num_draws: int) -> float:
     """The share left by noise of that size, a mean over draws.
@@ -77,7 +77,6 @@ class Probe:
     """
     seed = np.asarray(jax.random.key_data(self._key)).ravel()
     rng = np.random.default_rng(seed)
-    clean = self.right()
     shares = []
     for _ in range(num_draws):
       noise = {
@@ -94,7 +93,7 @@ class Probe:
         m: self._cut(m, x + radius * self._units[m] * noise[m], x)
         for m, x in self._floats().items()
       }
-      shares.append(np.mean(clean & self.right(moved)))
+      shares.append(np.mean(self._clean & self.right(moved)))
     return float(np.mean(shares))
 
   def _floats(self):
@@ -132,25 +131,26 @@ class Probe:
     distance = np.where(usable, distance, np.inf)
     nearest, reach = distance.argmin(axis=1), distance.min(axis=1)
     copies = {m: x[nearest] for m, x in self._floats().items()}
-    left = self.right() & (self.right(copies) | ~np.isfinite(reach))
+    left = self._clean & (self.right(copies) | ~np.isfinite(reach))
     reached = reach[np.isfinite(reach) & ~left]
     return float(reached.max(initial=0.0)), float(np.mean(left))
 
 
-def _survives_fn(model, attack):
+def _attack_fn(model, attack):
   def run(params, state, chunk, key, radius, scale):
+    # Traced once, however often the attack calls it.
+    @jax.jit
     def logits_fn(inputs):
       outputs, _ = model.apply(params, state, inputs, chunk["present"])
       return outputs.logits / scale
 
-    return attacks.survives(
+    return attack(
       key,
-      attack,
       logits_fn,
-      modalities.mask(chunk["inputs"], chunk["present"]),
+      chunk["inputs"],
       chunk["label"],
       present=chunk["present"],
-      budget=jnp.full(chunk["label"].shape, radius),
+      budget=radius,
     )
 
   return run
