@@ -78,13 +78,19 @@ def evaluate(
   split: str = "test",
   phase: str | None = None,
   radii: tuple[float, ...] | None = None,
+  attack: str | None = None,
   limit: int | None = None,
   device_count: int | None = None,
 ) -> int:
   """Evaluates a run into its folder and prints the table."""
   _devices(device_count)
   report = _evaluate_one(
-    pathlib.Path(workdir), split=split, phase=phase, radii=radii, limit=limit
+    pathlib.Path(workdir),
+    split=split,
+    phase=phase,
+    radii=radii,
+    attack=attack,
+    limit=limit,
   )
   _print_table([report.results])
   print(f"\nreport: {pathlib.Path(workdir) / 'report.html'}")
@@ -132,6 +138,7 @@ def _evaluate_one(
   split: str = "test",
   phase: str | None = None,
   radii: tuple[float, ...] | None = None,
+  attack: str | None = None,
   limit: int | None = None,
   config=None,
 ):
@@ -148,7 +155,7 @@ def _evaluate_one(
       params,
       source.batch(),
       state=state,
-      protocol=make_protocol(config, facts, radii),
+      protocol=make_protocol(config, facts, radii, attack),
       seed=config.seed,
       reference=reference,
       dataset=config.data.name,
@@ -160,13 +167,22 @@ def _evaluate_one(
   return found
 
 
-def make_protocol(config, facts: dict, radii=None) -> evaluation.Protocol:
-  """The evaluation protocol a configuration asks for."""
+def make_protocol(
+  config, facts: dict, radii=None, attack=None
+) -> evaluation.Protocol:
+  """The evaluation protocol a configuration asks for.
+
+  Args:
+    config: of the run.
+    facts: of the run, as ``runs.describe`` gives them.
+    radii: in place of those of the configuration.
+    attack: the name of one, likewise.
+  """
   settings = config.evaluation
   return evaluation.standard(
     radii=radii or tuple(settings.radii),
     norm=2 if settings.norm == "l2" else math.inf,
-    attack=_attack(settings),
+    attack=_attack(attack or settings.attack, settings),
     units=setup_lib.units(config, facts),
     certificate=None
     if settings.certificate == "none"
@@ -179,11 +195,12 @@ def make_protocol(config, facts: dict, radii=None) -> evaluation.Protocol:
   )
 
 
-def _attack(settings) -> dict:
-  takes = attacks.arguments(settings.attack)
-  wanted = ("loss", "num_steps", "num_restarts", "num_queries", "strength")
-  chosen = {name: settings[name] for name in wanted if name in takes}
-  return {"name": settings.attack, **chosen}
+def _attack(name: str, settings) -> dict:
+  takes = attacks.arguments(name)
+  # A run of an earlier version does not state all of them.
+  options = ("loss", "num_steps", "num_restarts", "num_queries", "strength")
+  chosen = [key for key in options if key in takes and key in settings]
+  return {"name": name, **{key: settings[key] for key in chosen}}
 
 
 def _devices(count: int | None) -> None:
