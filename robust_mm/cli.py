@@ -162,6 +162,9 @@ def _add_evaluate(commands) -> None:
     "--radius", type=arguments.radii, help="attack radii, such as 0.1,0.5"
   )
   command.add_argument(
+    "--attack", help="in place of the configuration's; auto: the strongest"
+  )
+  command.add_argument(
     "--limit", type=arguments.count, help="at most so many examples"
   )
   _add_devices(command)
@@ -316,6 +319,7 @@ def _train(options):
 def _evaluate(options):
   from robust_mm import preflight
 
+  preflight.check_attack(options.attack)
   preflight.check_run(options.workdir, options.split)
   from robust_mm import commands
 
@@ -324,6 +328,7 @@ def _evaluate(options):
     split=options.split,
     phase=options.phase,
     radii=options.radius,
+    attack=options.attack,
     limit=options.limit,
     device_count=options.device_count,
   )

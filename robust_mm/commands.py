@@ -14,6 +14,7 @@ import ml_collections
 import tqdm
 
 from robust_mm import _validate
+from robust_mm import attacks
 from robust_mm import certificate_rows
 from robust_mm import config as config_lib
 from robust_mm import evaluation
@@ -80,13 +81,19 @@ def evaluate(
   split: str = "test",
   phase: str | None = None,
   radii: tuple[float, ...] | None = None,
+  attack: str | None = None,
   limit: int | None = None,
   device_count: int | None = None,
 ) -> int:
   """Evaluates a run into its folder and prints the table."""
   _devices(device_count)
   report = _evaluate_one(
-    pathlib.Path(workdir), split=split, phase=phase, radii=radii, limit=limit
+    pathlib.Path(workdir),
+    split=split,
+    phase=phase,
+    radii=radii,
+    attack=attack,
+    limit=limit,
   )
   _print_table([report.results])
   print(f"\nreport: {pathlib.Path(workdir) / 'report.html'}")
@@ -135,6 +142,7 @@ def _evaluate_one(
   split: str = "test",
   phase: str | None = None,
   radii: tuple[float, ...] | None = None,
+  attack: str | None = None,
   limit: int | None = None,
   config=None,
 ):
@@ -152,7 +160,7 @@ def _evaluate_one(
       params,
       source.batch(),
       state=state,
-      protocol=make_protocol(config, facts, radii),
+      protocol=make_protocol(config, facts, radii, attack),
       seed=config.seed,
       reference=reference,
       dataset=config.data.name,
@@ -164,13 +172,22 @@ def _evaluate_one(
   return found
 
 
-def make_protocol(config, facts: dict, radii=None) -> evaluation.Protocol:
-  """The evaluation protocol a configuration asks for."""
+def make_protocol(
+  config, facts: dict, radii=None, attack=None
+) -> evaluation.Protocol:
+  """The evaluation protocol a configuration asks for.
+
+  Args:
+    config: of the run.
+    facts: of the run, as ``runs.describe`` gives them.
+    radii: in place of those of the configuration.
+    attack: the name of one, likewise.
+  """
   settings = config.evaluation
   return evaluation.standard(
     radii=radii or tuple(settings.radii),
     norm=2 if settings.norm == "l2" else math.inf,
-    attack=_attack(settings),
+    attack=_attack(attack or settings.attack, settings),
     units=setup_lib.units(config, facts),
     certificate=None
     if settings.certificate == "none"
@@ -178,15 +195,17 @@ def make_protocol(config, facts: dict, radii=None) -> evaluation.Protocol:
     valid_range=setup_lib.value_range(facts),
     batch_size=settings.batch_size,
     tightness=tuple(settings.tightness),
+    # Runs of earlier versions do not state it.
+    masking_examples=settings.get("masking_examples", 64),
   )
 
 
-def _attack(settings) -> dict:
-  attack = {"name": settings.attack, "loss": settings.loss}
-  if settings.attack != "fgm":
-    attack["num_steps"] = settings.num_steps
-    attack["num_restarts"] = settings.num_restarts
-  return attack
+def _attack(name: str, settings) -> dict:
+  takes = attacks.arguments(name)
+  # A run of an earlier version does not state all of them.
+  options = ("loss", "num_steps", "num_restarts", "num_queries", "strength")
+  chosen = [key for key in options if key in takes and key in settings]
+  return {"name": name, **{key: settings[key] for key in chosen}}
 
 
 def _devices(count: int | None) -> None:

@@ -18,7 +18,7 @@ from robust_mm import _validate
 
 RECIPES = ("joint", "crmt", "certified_radius")
 FUSIONS = ("concat", "orthogonal", "token")
-ATTACKS = ("fgm", "pgd")
+ATTACKS = ("apgd", "auto", "fgm", "minimum_norm", "pgd", "square")
 ATTACK_LOSSES = ("margin", "cross_entropy", "dlr")
 CERTIFICATES = ("auto", "global", "empirical", "none")
 SELECTION_METRICS = ("accuracy", "certified_accuracy", "loss", "last")
@@ -79,10 +79,15 @@ def default() -> ml_collections.ConfigDict:
   config.evaluation.units = "raw"  # or "relative"
   config.evaluation.norm = "l2"  # or "linf", of attacks and certificates
   config.evaluation.radii = (0.1, 0.25, 0.5, 0.75, 1.0)
-  config.evaluation.attack = "pgd"
+  config.evaluation.attack = "pgd"  # "auto": the ensemble
+  # What the attack has no use for is ignored.
   config.evaluation.loss = "margin"
   config.evaluation.num_steps = 50
   config.evaluation.num_restarts = 5
+  config.evaluation.num_queries = 1000  # of "square"
+  config.evaluation.strength = 1  # of "auto"
+  # Examples on which it is checked that gradients do not mislead; 0 = no check.
+  config.evaluation.masking_examples = 64
   config.evaluation.certificate = "auto"
   # Multiples of each example's own radius at which it is attacked; () = none.
   config.evaluation.tightness = (1.0, 1.2, 1.5, 2.0, 3.0)
@@ -135,6 +140,8 @@ def shrink(config: ml_collections.ConfigDict) -> None:
   config.evaluation.radii = (0.5,)
   config.evaluation.num_steps = 2
   config.evaluation.num_restarts = 1
+  config.evaluation.num_queries = 10
+  config.evaluation.masking_examples = 0
   config.evaluation.tightness = ()
   config.evaluation.batch_size = 32
 
@@ -313,6 +320,8 @@ def _check(config: ml_collections.ConfigDict) -> None:
     **{
       "config.evaluation.num_steps": settings.num_steps,
       "config.evaluation.num_restarts": settings.num_restarts,
+      "config.evaluation.num_queries": settings.num_queries,
+      "config.evaluation.strength": settings.strength,
       "config.evaluation.batch_size": settings.batch_size,
       "config.data.batch_size": config.data.batch_size,
       "config.training.log_every": config.training.log_every,
@@ -320,6 +329,9 @@ def _check(config: ml_collections.ConfigDict) -> None:
       "config.training.checkpoint_every": config.training.checkpoint_every,
       "config.training.keep_checkpoints": config.training.keep_checkpoints,
     },
+  )
+  _validate.at_least(
+    0, **{"config.evaluation.masking_examples": settings.masking_examples}
   )
   _check_length(config)
   _validate.positive(**{"config.optimizer.lr": config.optimizer.lr})

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import ml_collections
 
 from robust_mm import _validate
+from robust_mm import config as config_lib
 from robust_mm import data
 from robust_mm.training import runs
 
@@ -49,6 +50,13 @@ def check_run(workdir: str, split: str | None = None) -> None:
     )
   if split and data.registry.get(config.data.name).kind == "folder":
     data.arrays.check_split(config.data.path, split)
+
+
+def check_attack(name: str | None) -> None:
+  """Refuses an attack that does not exist; None is the configuration's."""
+  if name is not None:
+    with _validate.user_errors():
+      _validate.one_of(config_lib.ATTACKS, **{"--attack": name})
 
 
 def check_certify(

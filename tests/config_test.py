@@ -3,6 +3,8 @@
 import pytest
 
 from robust_mm import _validate
+from robust_mm import attacks
+from robust_mm import commands
 from robust_mm import config as config_lib
 
 
@@ -122,3 +124,17 @@ def test_unknown_key_in_a_file_is_refused(tmp_path):
     _validate.UserError, match=r"config\.optimiser.*optimizer"
   ):
     load(str(path))
+
+
+def test_every_attack_can_be_asked_for_and_takes_what_it_knows():
+  assert tuple(sorted(config_lib.ATTACKS)) == attacks.names()
+  config = config_lib.load("configs/joint.py:digits")
+  facts = {"value_range": {}, "units": {}}
+  for name in config_lib.ATTACKS:
+    (given,) = commands.make_protocol(config, facts, None, name).attacks
+    known = attacks.arguments(name)
+    assert set(given) - {"name"} <= known
+    for key in ("loss", "num_steps", "num_restarts", "num_queries", "strength"):
+      assert (key in given) == (key in known)
+    made = attacks.make(norm=2, budget=1.0, **given)
+    assert made.settings["name"] == name

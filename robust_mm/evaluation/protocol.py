@@ -42,6 +42,7 @@ class Protocol:
     survivors_only: attack an example only until a smaller or contained
       perturbation has broken it; it counts as broken from there on.
     tightness: multiples of each example's own joint radius to attack at.
+    masking_examples: so many examples for :func:`evaluation.masking_report`.
   """
 
   radii: tuple[float, ...]
@@ -56,6 +57,7 @@ class Protocol:
   max_examples: int | None
   survivors_only: bool
   tightness: tuple[float, ...]
+  masking_examples: int
 
   def modality_grid(self, modality: str) -> tuple[float, ...]:
     """The radii at which ``modality`` alone is attacked."""
@@ -104,6 +106,7 @@ def standard(
   max_examples: int | None = None,
   survivors_only: bool = True,
   tightness: Sequence[float] = DEFAULT_TIGHTNESS,
+  masking_examples: int = 64,
 ) -> Protocol:
   """Clean, every subset of modalities, attacked and certified accuracy.
 
@@ -132,6 +135,9 @@ def standard(
     tightness: with an attack and a certificate, also attack each example at
       these multiples of its own joint radius, the first attack only. At most 1
       nothing may flip. Empty for none.
+    masking_examples: with an attack and a joint radius, check on so many
+      examples that gradients do not mislead it: :func:`masking_report` at the
+      middle one of the radii. 0 for no check.
 
   Returns:
     A frozen :class:`Protocol`.
@@ -153,6 +159,7 @@ def standard(
   _validate.at_least(1, batch_size=batch_size)
   if max_examples is not None:
     _validate.at_least(1, max_examples=max_examples)
+  _validate.at_least(0, masking_examples=masking_examples)
   _check_units(units)
   return Protocol(
     radii=radii,
@@ -167,6 +174,7 @@ def standard(
     max_examples=max_examples,
     survivors_only=bool(survivors_only),
     tightness=_radii(tightness, "tightness"),
+    masking_examples=int(masking_examples),
   )
 
 

@@ -17,6 +17,7 @@ from robust_mm._types import Batch
 from robust_mm._types import Model
 from robust_mm.evaluation import batches
 from robust_mm.evaluation import bounds as bounds_lib
+from robust_mm.evaluation import masking as masking_lib
 from robust_mm.evaluation import matrix
 from robust_mm.evaluation import protocol as protocol_lib
 from robust_mm.evaluation import report as report_lib
@@ -108,6 +109,7 @@ def evaluate(
     cells = session.attack(key, correct, tick)
     bounds, reason = session.certify(source, reason, reference, tick)
     tightness = session.tightness(key, bounds, tick)
+    masking = session.masking(key, tick)
   session.timing["total_seconds"] = time.perf_counter() - started
   session.timing["peak_memory_mib"] = _peak_memory()
   columns = summary.example_columns(data, prediction, cells, bounds)
@@ -121,7 +123,9 @@ def evaluate(
     "checks": [
       *summary.checks(cells, bounds, correct, data),
       *summary.tightness_checks(tightness),
+      *([masking_lib.summary_check(masking)] if masking else []),
     ],
+    "masking": masking,
     "examples": summary.example_entry(data, columns),
     "timing": session.timing,
   }
@@ -171,6 +175,7 @@ class _Session:
     """How often the stages will report progress."""
     plan = matrix.attack_plan(self._protocol, self._data.names)
     ticks = 1 + len(self._protocol.attacks) * len(plan)
+    ticks += masking_lib.asked_for(self._protocol)
     return ticks if source is None else ticks + 1 + len(self._factors)
 
   def predict(self, tick) -> dict:
@@ -247,6 +252,24 @@ class _Session:
       return None
     norm = protocol_lib.jsonable(bounds.norm)
     return {**found, "attack": name, "sound": bounds.sound, "norm": norm}
+
+  def masking(self, key, tick) -> dict | None:
+    """Whether gradients mislead the first attack; None where not asked."""
+    if not masking_lib.asked_for(self._protocol):
+      return None
+    start = time.perf_counter()
+    found = masking_lib.measure(
+      self._model,
+      self._device,
+      self._forward,
+      self._data,
+      self._protocol,
+      units=self._units,
+      key=jax.random.fold_in(key, len(self._protocol.attacks) + 1),
+    )
+    tick("masked gradients")
+    self.timing["masking_seconds"] = time.perf_counter() - start
+    return found
 
   def certify(self, source, reason, reference, tick):
     """``(bounds of every example or None, the reason in words)``.

@@ -135,6 +135,7 @@ def attacked_rows(
       "modalities": list(cell.modalities),
       **share(cell.robust, data.counted),
       "largest_size": cell.size,
+      **({"broken_by": dict(cell.broken_by)} if cell.broken_by else {}),
     }
     for cell in cells
   ]
