@@ -32,6 +32,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
     "modalities",
     "models",
     "recipes",
+    "smoothing",
     "training",
   ),
 )

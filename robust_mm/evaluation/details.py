@@ -10,6 +10,7 @@ _SECONDS = {
   "predict_seconds": "clean and missing modalities",
   "attack_seconds": "attacks",
   "certify_seconds": "certificates",
+  "smoothing_seconds": "smoothed certificates",
   "table_seconds": "certificates: tables of constants",
   "tightness_seconds": "attacks at multiples of the radius",
   "total_seconds": "everything",
@@ -31,6 +32,8 @@ def details(result: Mapping) -> dict:
   tables += [_attack(result, name) for name in result["settings"]["attacks"]]
   if result["certified"]:
     tables += [_bound(result), _certificate(result)]
+  if result.get("smoothed"):
+    tables.append(_smoothed(result))
   if result["tightness"]:
     tables.append(_tightness(result))
   if result["vulnerability"]:
@@ -128,6 +131,18 @@ def _bound(result: Mapping) -> dict:
     if row["radius"] in rows_lib.grid(result, row["modalities"])
   ]
   return _accuracies(result, word.capitalize(), note, _changed(rows, result))
+
+
+def _smoothed(result: Mapping) -> dict:
+  found = result["smoothed"]
+  note = (
+    f"The smoothed classifier, {found['kind']} for each example; it abstains "
+    f"on {wording.percent(found['abstained'])}. "
+    f"{wording.settings_line(found['settings'])}. Sizes of norm l0 are numbers "
+    "of modified elements."
+  )
+  rows = [("all present", found), *_changed(found["rows"], result)]
+  return _accuracies(result, "Smoothed", note, rows)
 
 
 def _certificate(result: Mapping) -> dict:
