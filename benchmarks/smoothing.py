@@ -6,7 +6,7 @@ Trains the token fusion on digits with Gaussian noise, without any (the
 control), and with sub-sampling, smooths each by the noise it was trained for
 (the control by the Gaussian one), and certifies all 360 test images. Last, the
 smoothed classifier is attacked inside and outside its radii: PGD on the mean
-probability of the prediction over fixed noisy copies, then a vote of fresh ones.
+probability of the prediction over noisy copies, then a vote of fresh ones.
 """
 
 import argparse
@@ -50,15 +50,16 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--num-samples", type=int, default=1000)
+  parser.add_argument("--recipe", choices=RECIPES, action="append")
+  parser.add_argument("--no-attack", action="store_true")
   options = parser.parse_args()
   print(
     f"jax {jax.__version__}, {jax.devices()[0].device_kind}, 360 test images, "
     f"{options.num_samples} samples, alpha 1e-3, seeds 0..{options.seeds - 1}"
   )
-  for name, (spec, overrides, noise) in RECIPES.items():
+  for name in options.recipe or RECIPES:
     rows = [
-      measure(spec, overrides, noise, seed, options.num_samples)
-      for seed in range(options.seeds)
+      measure(*RECIPES[name], seed, options) for seed in range(options.seeds)
     ]
     print(f"\n{name}: mean, standard deviation over seeds")
     for key in rows[0]:
@@ -66,7 +67,7 @@ def main():
       print(f"  {key:44s} {values.mean():8.4f} {values.std():8.4f}", flush=True)
 
 
-def measure(spec, overrides, noise, seed, num_samples) -> dict:
+def measure(spec, overrides, noise, seed, options) -> dict:
   config = config_lib.load(spec, [f"--config.seed={seed}", *overrides])
   with tempfile.TemporaryDirectory() as workdir:
     training.train(config, workdir, say=lambda line: None)
@@ -80,7 +81,7 @@ def measure(spec, overrides, noise, seed, num_samples) -> dict:
     batch,
     noise,
     jax.random.key(seed),
-    num_estimation=num_samples,
+    num_estimation=options.num_samples,
   )
   seconds = time.perf_counter() - began
   right = found.prediction == batch["label"]
@@ -100,6 +101,8 @@ def measure(spec, overrides, noise, seed, num_samples) -> dict:
     row[f"certified, joint l2 {radius}"] = np.mean(
       right & (found.radius > radius)
     )
+  if options.no_attack:
+    return row
   return row | attacked(predict, batch, found, noise, seed)
 
 

@@ -117,7 +117,8 @@ def add_smoothing(command: argparse.ArgumentParser) -> None:
     type=keep,
     metavar="NAME=K,...",
     help="of these modalities only K random pixels, frames or tokens are seen; "
-    "budgets and radii then count modified ones",
+    "their budgets and radii count modified ones. Without --sigma the others "
+    "have no noise and must not change",
   )
   group.add_argument(
     "--votes",

@@ -108,7 +108,6 @@ def write(
       found = counter.certificate(alpha=question.alpha, units=sizes)
     covers = [found.covers(budget) for budget in budgets]
   if jax.process_index() == 0:
-    radii = () if _is_counted(found, None) else radii
     columns = _columns(found, question, data, radii, budgets, covers)
     _files.write_columns(target, columns)
     if not question.votes:
@@ -137,18 +136,14 @@ def _complete(question: Question, config) -> Question:
 
 
 def _counter(model, params, state, data, question, units) -> smoothed.Counter:
-  return smoothed.Counter(
+  return smoothed.make_counter(
     model,
     params,
     state,
     data,
-    noise=smoothing.from_settings(
-      data.names, sigma=question.sigma, keep=question.keep, units=units
-    ),
+    dataclasses.asdict(question),
+    units=units,
     key=jax.random.key(question.seed),
-    num_selection=question.num_selection,
-    num_estimation=question.num_estimation,
-    chunk_size=question.chunk_size,
     sharding=sharding.batch_sharding(sharding.make_mesh()),
   )
 
@@ -231,12 +226,10 @@ def _digest(tree) -> str:
   return found.hexdigest()[:16]
 
 
-def _is_counted(found, name: str | None) -> bool:
-  """Whether a radius is a number of elements or modalities, no l2 size."""
+def _is_counted(found, name: str) -> bool:
+  """Whether its radius is a number of elements or modalities, no l2 size."""
   if found.noise.kind == "votes":
     return True
-  if name is None:
-    return found.noise.kind != "gaussian"
   return found.noise.kept(name) is not None
 
 
@@ -261,7 +254,12 @@ def _columns(found, question, data, radii, budgets, covers) -> dict:
   for name in data.names:
     columns[f"smoothed_radius_{name}"] = alone[name]
   for radius in radii:
-    columns[f"smoothed_stable_at_{radius:g}"] = found.radius > radius
+    word = f"smoothed_stable_at_{radius:g}"
+    if found.noise.kind == "gaussian":
+      columns[word] = found.radius > radius
+    for name in data.names:
+      if not _is_counted(found, name):
+        columns[f"{word}_{name}"] = alone[name] > radius
   for budget, covered in zip(budgets, covers):
     words = "+".join(f"{name}={value:.9g}" for name, value in budget.items())
     columns[f"smoothed_covers_{words}"] = covered
@@ -316,9 +314,10 @@ def _lines(found, data, radii, budgets, covers) -> list[str]:
   abstained = np.mean(found.prediction[data.counted] < 0)
   lines = [f"  smoothed: {share()}, abstained: {abstained:.4f}"]
   alone = found.modality_radius
-  lines += [
-    f"  radius {size:g}: {share(found.radius > size)}" for size in radii
-  ]
+  if found.noise.kind == "gaussian":
+    lines += [
+      f"  all by {size:g}: {share(found.radius > size)}" for size in radii
+    ]
   for name in data.names:
     if found.noise.kind == "votes":
       lines.append(f"  {name} replaced: {share(np.isinf(alone[name]))}")

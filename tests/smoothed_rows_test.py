@@ -104,7 +104,7 @@ def test_rows_are_those_of_the_library_on_eight_devices(
   right = found.prediction == label
   assert 0 < np.mean(right & covered) < 1
   assert f"budget left=0.1,right=0.05: {np.mean(right & covered):.4f}" in out
-  assert f"radius 0.2: {np.mean(right & (found.radius > 0.2)):.4f}" in out
+  assert f"all by 0.2: {np.mean(right & (found.radius > 0.2)):.4f}" in out
   assert "certified with probability 1 - alpha = 0.999 for each example" in out
   assert set(columns["alpha"]) == {"0.001"}
   claims = [c for c in columns if re.search("radius|stable|covers", c)]
@@ -135,6 +135,34 @@ def test_sub_sampling_counts_elements(capsys, tmp_path, workdir):
   assert "left: median of" in out
   assert set(columns["keep_left"]) == {"28"}
   assert not any("stable" in name for name in columns)
+
+
+def test_mixed_noise_has_both_kinds_and_no_joint_radius(
+  capsys, tmp_path, workdir
+):
+  out, columns = certify(
+    capsys,
+    workdir,
+    tmp_path / "rows.csv",
+    *JOB,
+    "--keep=left=28",
+    "--radius=0.1",
+    "--budget=left=1,right=0.05",
+  )
+  noise = smoothing.mixed(sigma={"right": 0.25}, keep={"left": 28})
+  found, label = reference(workdir, noise)
+  alone = found.modality_radius["right"]
+  np.testing.assert_array_equal(
+    numbers(columns, "smoothed_stable_at_0.1_right"), alone > 0.1
+  )
+  held = (found.prediction == label) & (alone > 0.1)
+  assert f"only right by 0.1: {np.mean(held):.4f}" in out
+  assert "smoothed_radius" not in columns
+  assert "smoothed_stable_at_0.1" not in columns
+  np.testing.assert_array_equal(
+    numbers(columns, "smoothed_covers_left=1+right=0.05"),
+    found.covers({"left": 1, "right": 0.05}),
+  )
 
 
 def test_votes_are_certified_without_a_probability(capsys, tmp_path, workdir):

@@ -131,16 +131,16 @@ def test_attack_inside_the_radius_never_flips_and_beyond_it_does():
 
 
 def test_counts_do_not_depend_on_batching():
-  vectors, batch = linear.weights(), linear.batch(13)
+  vectors, batch = linear.weights(), linear.batch(11)
   whole = certify(vectors, batch)
-  for size in (1, 4, 5):
-    for start in range(0, 13, size):
+  for size in (1, 5):
+    for start in range(0, 11, size):
       rows = slice(start, start + size)
       part = jax.tree.map(lambda x, rows=rows: x[rows], batch)
       found = certify(vectors, part)
       np.testing.assert_array_equal(found.counts, whole.counts[rows])
       np.testing.assert_array_equal(found.selection, whole.selection[rows])
-  order = np.random.default_rng(0).permutation(13)
+  order = np.random.default_rng(0).permutation(11)
   moved = certify(vectors, jax.tree.map(lambda x: x[order], batch))
   np.testing.assert_array_equal(moved.counts, whole.counts[order])
   other = certify(vectors, {**batch, "id": batch["id"] + 1})

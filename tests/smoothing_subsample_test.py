@@ -223,3 +223,10 @@ def test_settings_are_in_units():
   assert noise.deviation("b") == 0.25
   assert noise.deviation("c") == 0
   assert noise.kept("c") == 2
+
+
+def test_gaussian_noise_is_float32_for_a_coarser_input():
+  inputs = {"a": jnp.zeros((200, 50), jnp.bfloat16)}
+  seen = smoothing.apply(smoothing.gaussian(sigma=1.0), KEY, inputs)["a"]
+  assert seen.dtype == jnp.float32
+  assert len(np.unique(seen)) > 9_900

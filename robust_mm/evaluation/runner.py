@@ -13,7 +13,6 @@ import numpy as np
 from robust_mm import __version__
 from robust_mm import _validate
 from robust_mm import certification
-from robust_mm import smoothing
 from robust_mm._types import Batch
 from robust_mm._types import Model
 from robust_mm.evaluation import batches
@@ -261,27 +260,18 @@ class _Session:
 
   def prepare_smoothing(self, key) -> None:
     """Refuses noise that does not fit before anything is measured."""
-    asked = self._protocol.smoothing
-    if asked is None:
-      return
-    self._counter = smoothed_lib.Counter(
-      self._model,
-      self._params,
-      self._state,
-      self._data,
-      noise=smoothing.from_settings(
-        self._data.names,
-        sigma=asked["sigma"],
-        keep=asked["keep"],
+    if self._protocol.smoothing is not None:
+      self._counter = smoothed_lib.make_counter(
+        self._model,
+        self._params,
+        self._state,
+        self._data,
+        self._protocol.smoothing,
         units=self._units,
-      ),
-      # The attacks have the numbers before these.
-      key=jax.random.fold_in(key, len(self._protocol.attacks) + 1),
-      num_selection=asked["num_selection"],
-      num_estimation=asked["num_estimation"],
-      chunk_size=asked["chunk_size"],
-      sharding=self._sharding,
-    )
+        # The attacks have the numbers before this one.
+        key=jax.random.fold_in(key, len(self._protocol.attacks) + 1),
+        sharding=self._sharding,
+      )
 
   def smooth(self, tick):
     """The smoothed certificate of every example, or None."""

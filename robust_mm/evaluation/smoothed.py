@@ -181,6 +181,27 @@ class Counter:
     return jax.jit(mapped, out_shardings=NamedSharding(mesh, whole))
 
 
+def make_counter(
+  model, params, state, data, settings, *, units, key, sharding
+) -> Counter:
+  """The counter of ``settings`` as in a protocol, sigma in units."""
+  noise = smoothing.from_settings(
+    data.names, sigma=settings["sigma"], keep=settings["keep"], units=units
+  )
+  return Counter(
+    model,
+    params,
+    state,
+    data,
+    noise=noise,
+    key=key,
+    num_selection=settings["num_selection"],
+    num_estimation=settings["num_estimation"],
+    chunk_size=settings["chunk_size"],
+    sharding=sharding,
+  )
+
+
 def entry(found, protocol, data: batches.Data) -> dict | None:
   """The ``"smoothed"`` entry of the results, None without a certificate.
 

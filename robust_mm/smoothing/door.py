@@ -71,8 +71,11 @@ def certify(
 
   Counts depend on ``key``, ``batch["id"]`` and ``chunk_size`` only, not on how
   examples are batched or sharded. Not for use inside jit: the quantiles are
-  taken on the host. Long jobs add up ``count_classes`` and call
-  ``from_counts``; ``robust-mm certify --source=smoothing`` does.
+  taken on the host. Examples are visited one after the other; long jobs spread
+  ``count_classes`` over devices by ``jax.shard_map``, add up its counts and
+  call ``from_counts``, as ``robust-mm certify --source=smoothing`` does.
+
+  The base classifier is ``predict`` as computed, at the precision in force.
 
   Args:
     predict: a model, with ``params`` and ``state``; or any function
