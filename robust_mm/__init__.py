@@ -33,6 +33,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
     "models",
     "recipes",
     "relaxation",
+    "smoothing",
     "training",
   ),
 )

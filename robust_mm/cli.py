@@ -184,9 +184,10 @@ def _add_certify(commands) -> None:
   _add_sizes(command)
   command.add_argument(
     "--source",
-    choices=("global", "empirical"),
+    choices=("global", "empirical", "smoothing"),
     help="global: Lipschitz constants that the encoders guarantee (default); "
-    "empirical: the largest slopes on training data, an estimate, no guarantee",
+    "empirical: the largest slopes on training data, an estimate, no "
+    "guarantee; smoothing: see below",
   )
   command.add_argument(
     "--fidelity",
@@ -198,7 +199,8 @@ def _add_certify(commands) -> None:
   )
   command.add_argument(
     "--output",
-    help="the .csv file (default: certificates.csv in the work directory)",
+    help="the .csv file (default: certificates.csv, or smoothed.csv, in the "
+    "work directory)",
   )
   command.add_argument(
     "--split", default="test", choices=("train", "validation", "test")
@@ -207,6 +209,7 @@ def _add_certify(commands) -> None:
   command.add_argument(
     "--limit", type=arguments.count, help="at most so many examples"
   )
+  arguments.add_smoothing(command)
   _add_devices(command)
 
 
@@ -344,12 +347,15 @@ def _certify(options):
     "fidelity": options.fidelity,
     "output": options.output,
   }
+  smoothing = arguments.smoothing_options(options)
+  preflight.check_smoothing(smoothing, options.norm, options.workdir, **asked)
   preflight.check_certify(options.workdir, options.split, **asked)
   from robust_mm import commands
 
   return commands.certify(
     options.workdir,
     **asked,
+    smoothing=smoothing,
     radii=options.radius,
     norm=options.norm,
     units=options.units,

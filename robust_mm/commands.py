@@ -18,6 +18,7 @@ from robust_mm import attacks
 from robust_mm import certificate_rows
 from robust_mm import config as config_lib
 from robust_mm import evaluation
+from robust_mm import smoothed_rows
 from robust_mm import training
 from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
@@ -101,11 +102,38 @@ def evaluate(
 
 
 def certify(
-  workdir: str, *, device_count: int | None = None, **asked: Any
+  workdir: str,
+  *,
+  smoothing: dict | None = None,
+  device_count: int | None = None,
+  **asked: Any,
 ) -> int:
-  """Certificates of a run; ``asked`` as in ``certificate_rows.write``."""
+  """Certificates of a run; ``asked`` as in ``certificate_rows.write``.
+
+  With the source "smoothing", as in ``smoothed_rows.write``.
+  """
   _devices(device_count)
+  if asked["source"] == "smoothing":
+    return _smooth(pathlib.Path(workdir), smoothing or {}, **asked)
   certificate_rows.write(pathlib.Path(workdir), **asked)
+  return 0
+
+
+def _smooth(folder: pathlib.Path, smoothing: dict, **asked: Any) -> int:
+  for name in ("source", "fidelity", "max_missing", "norm"):
+    del asked[name]  # preflight has refused what they could ask
+  given = dict(smoothing)
+  resume = given.pop("resume", False)
+  if "num_samples" in given:
+    given["num_estimation"] = given.pop("num_samples")
+  with _bar() as progress:
+    smoothed_rows.write(
+      folder,
+      question=smoothed_rows.Question(**given),
+      resume=resume,
+      progress=progress,
+      **asked,
+    )
   return 0
 
 
@@ -192,6 +220,9 @@ def make_protocol(
     certificate=None
     if settings.certificate == "none"
     else settings.certificate,
+    smoothing=settings.smoothing.to_dict()
+    if settings.certificate == "smoothing"
+    else None,
     valid_range=setup_lib.value_range(facts),
     batch_size=settings.batch_size,
     tightness=tuple(settings.tightness),

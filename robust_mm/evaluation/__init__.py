@@ -53,6 +53,12 @@ SCHEMA = {
     "radii exactly; with sound false the numbers are estimates and must not be "
     "called certified"
   ),
+  "smoothed": (
+    "null, or {accuracy, interval, num_examples, abstained, kind, settings, "
+    "rows [{radius, modalities, accuracy, interval, num_examples, norm (2, or "
+    "0: the radius is a number of modified elements)}]} of the smoothed "
+    "classifier: certified with probability 1 - alpha for each example"
+  ),
   "region": (
     "null, or for two modalities {modalities [m1, m2], radii [grid1, grid2], "
     "accuracy [len(grid1)][len(grid2)], source, sound, norm}: both budgets at "
@@ -75,9 +81,9 @@ SCHEMA = {
   "examples": "{num_examples, num_left_out, columns {name: meaning}}",
   "timing": (
     "{predict_seconds, attack_seconds, certify_seconds, tightness_seconds, "
-    "masking_seconds, total_seconds}, compilation included; table_seconds; one "
-    "compiled call on a chunk: forward_chunk_seconds, certify_chunk_seconds; "
-    "peak_memory_mib"
+    "masking_seconds, smoothing_seconds, total_seconds}, compilation included; "
+    "table_seconds; one compiled call on a chunk: forward_chunk_seconds, "
+    "certify_chunk_seconds; peak_memory_mib"
   ),
 }
 

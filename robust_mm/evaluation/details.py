@@ -10,6 +10,7 @@ _SECONDS = {
   "predict_seconds": "clean and missing modalities",
   "attack_seconds": "attacks",
   "certify_seconds": "certificates",
+  "smoothing_seconds": "smoothed certificates",
   "table_seconds": "certificates: tables of constants",
   "tightness_seconds": "attacks at multiples of the radius",
   "masking_seconds": "checks of the gradients",
@@ -35,6 +36,8 @@ def details(result: Mapping) -> dict:
       tables.append(_members(result, name))
   if result["certified"]:
     tables += [_bound(result), _certificate(result)]
+  if result.get("smoothed"):
+    tables.append(_smoothed(result))
   if result["tightness"]:
     tables.append(_tightness(result))
   if result.get("masking"):
@@ -173,6 +176,18 @@ def _bound(result: Mapping) -> dict:
     if row["radius"] in rows_lib.grid(result, row["modalities"])
   ]
   return _accuracies(result, word.capitalize(), note, _changed(rows, result))
+
+
+def _smoothed(result: Mapping) -> dict:
+  found = result["smoothed"]
+  note = (
+    f"The smoothed classifier, {found['kind']} for each example; it abstains "
+    f"on {wording.percent(found['abstained'])}. "
+    f"{wording.settings_line(found['settings'])}. Sizes of norm l0 are numbers "
+    "of modified elements."
+  )
+  rows = [("all present", found), *_changed(found["rows"], result)]
+  return _accuracies(result, "Smoothed", note, rows)
 
 
 def _certificate(result: Mapping) -> dict:

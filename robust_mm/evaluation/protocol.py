@@ -17,7 +17,15 @@ DEFAULT_ATTACK = {
   "num_restarts": 5,
 }
 DEFAULT_TIGHTNESS = (1.0, 1.2, 1.5, 2.0, 3.0)
-CERTIFICATES = ("auto", "global", "empirical", None)
+CERTIFICATES = ("auto", "global", "empirical", "smoothing", None)
+DEFAULT_SMOOTHING = {
+  "sigma": 0.25,
+  "keep": {},
+  "num_selection": 100,
+  "num_estimation": 1000,
+  "chunk_size": 1000,
+  "alpha": 1e-3,
+}
 # Every subset of 6 modalities is 63 forward passes over the data.
 MAX_MODALITIES_ALL_SUBSETS = 6
 
@@ -34,7 +42,9 @@ class Protocol:
       is that norm of all modalities together, each divided by its unit.
     attacks: keyword arguments of each attack, its factory under ``"name"``.
     units: None (raw), ``"relative"`` or ``{m: size of one unit}``.
-    certificate: ``"auto"``, ``"global"``, ``"empirical"`` or None.
+    certificate: ``"auto"``, ``"global"``, ``"empirical"``, ``"smoothing"`` or
+      None.
+    smoothing: settings of the last one, or None.
     subsets: True for every non-empty subset, False for none, or the subsets.
     valid_range: ``{m: (low, high)}`` attacks stay in, or None.
     batch_size: examples a device call, at most.
@@ -51,6 +61,7 @@ class Protocol:
   attacks: tuple[Mapping[str, Any], ...]
   units: Any
   certificate: str | None
+  smoothing: Mapping[str, Any] | None
   subsets: Any
   valid_range: Any
   batch_size: int
@@ -100,6 +111,7 @@ def standard(
   attack: Any = DEFAULT_ATTACK,
   units: Any = None,
   certificate: str | None = "auto",
+  smoothing: Mapping[str, Any] | None = None,
   subsets: Any = True,
   valid_range: Any = None,
   batch_size: int = 512,
@@ -126,7 +138,12 @@ def standard(
     units: sizes are divided by these: None for raw, ``{m: size}``, or
       ``"relative"``, the median distance to the mean over the reference data.
     certificate: ``"global"`` (sound), ``"empirical"`` (estimated, never called
-      certified), None, or ``"auto"``: the soundest the model allows.
+      certified), ``"smoothing"`` (any model; the results have an entry of
+      their own for it), None, or ``"auto"``: the soundest margin certificate
+      the model allows.
+    smoothing: with that certificate, ``{"sigma", "keep", "num_selection",
+      "num_estimation", "chunk_size", "alpha"}`` of ``robust_mm.smoothing``,
+      sigma in units; 0.25, {}, 100, 1000, 1000 and 1e-3 where not named.
     subsets: True, False, or a sequence of sequences of modality names.
     valid_range: ``{m: (low, high)}`` or ``(low, high)`` attacks stay in.
     batch_size: examples a device call, at most.
@@ -161,13 +178,16 @@ def standard(
     _validate.at_least(1, max_examples=max_examples)
   _validate.at_least(0, masking_examples=masking_examples)
   _check_units(units)
+  norm = _norm(norm)
+  smoothing = _smoothing(smoothing, certificate, norm)
   return Protocol(
     radii=radii,
     modality_radii=modality_radii,
-    norm=_norm(norm),
+    norm=norm,
     attacks=_attacks(attack),
     units=units,
     certificate=certificate,
+    smoothing=smoothing,
     subsets=_subsets(subsets),
     valid_range=valid_range,
     batch_size=int(batch_size),
@@ -205,6 +225,25 @@ def _norm(norm):
     return math.inf
   _validate.one_of((2, math.inf), norm=norm)
   return 2
+
+
+def _smoothing(given, certificate, norm):
+  if certificate != "smoothing":
+    if given is not None:
+      raise ValueError("smoothing goes with certificate='smoothing'.")
+    return None
+  if norm != 2:
+    raise ValueError("norm must be 2 with certificate='smoothing'.")
+  for name in given or {}:
+    _validate.one_of(DEFAULT_SMOOTHING, smoothing=name)
+  chosen = {**DEFAULT_SMOOTHING, **(given or {})}
+  for name in ("num_selection", "num_estimation", "chunk_size"):
+    _validate.at_least(1, **{f"smoothing[{name!r}]": chosen[name]})
+  if not 0 < chosen["alpha"] < 1:
+    raise ValueError(
+      f"smoothing['alpha'] must lie in (0, 1), got {chosen['alpha']}."
+    )
+  return chosen
 
 
 def _attacks(attack) -> tuple[Mapping[str, Any], ...]:
