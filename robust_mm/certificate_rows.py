@@ -18,6 +18,9 @@ from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
 from robust_mm.training import sharding
 
+BALL_SOURCES = ("local", "relaxation", "best")
+_BALL_BATCH = 64
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
@@ -30,6 +33,7 @@ class Question:
     norm: ``"l2"``, ``"linf"`` or ``"l1"``, of a modality and of the joint ball.
     units: ``{m: raw size of one unit}``, or None for 1.
     fidelity: ``"corrected"`` or ``"published"``.
+    source: of ``certification.certify``.
   """
 
   radii: tuple[float, ...]
@@ -38,6 +42,7 @@ class Question:
   norm: str
   units: Any
   fidelity: str
+  source: str
 
 
 def write(
@@ -61,8 +66,8 @@ def write(
     folder: the run.
     radii: see ``Question``, as ``budgets``, ``max_missing`` and ``fidelity``.
     output: the CSV file; ``certificates.csv`` in the folder by default.
-    source: ``"global"`` or ``"empirical"`` constants; None for the former, or
-      with ``fidelity="published"`` the latter.
+    source: of ``certification.certify``; None for ``"global"``, or with
+      ``fidelity="published"`` for ``"empirical"``.
     units: ``"raw"`` or ``"relative"``; the run's evaluation units by default.
     norm: the run's evaluation norm by default.
     split: of the data.
@@ -85,14 +90,16 @@ def write(
     norm=norm or config.evaluation.norm,
     units=setup_lib.resolve_units(units, facts, "--units"),
     fidelity=fidelity,
+    source=source,
   )
   rows = setup_lib.open_split(config, split, limit=limit)
   setup_lib.check_same_data(rows, facts)
   with _validate.user_errors():
     tables = _tables(model, params, state, config, source, fidelity)
-    found = _certificates(
-      model, params, state, tables, question, rows, config.evaluation.batch_size
-    )
+    size = config.evaluation.batch_size
+    # Bounds inside balls take some hundred times the memory of a forward pass.
+    size = size if tables is not None else min(size, _BALL_BATCH)
+    found = _certificates(model, params, state, tables, question, rows, size)
   target = pathlib.Path(output) if output else folder / "certificates.csv"
   batch = rows.batch()
   sound = bool(found["sound"].all())
@@ -104,12 +111,16 @@ def write(
     f"{units} units"
   )
   right = found["prediction"] == batch["label"]
-  bounded = {name: batch["present"][name] for name in tables.reach or {}}
+  reach = {} if tables is None else tables.reach or {}
+  bounded = {name: batch["present"][name] for name in reach}
   print("\n".join(_lines(found, question, right, bounded)))
   print(f"rows: {target}")
 
 
 def _tables(model, params, state, config, source, fidelity):
+  """What holds for all rows; None where every row has bounds of its own."""
+  if source in BALL_SOURCES:
+    return None
   reference = None
   if source == "empirical":
     train = setup_lib.open_split(config, "train")
@@ -138,13 +149,16 @@ def _certificates(model, params, state, tables, question, rows, batch_size):
       units=question.units,
       norm=question.norm,
       fidelity=question.fidelity,
+      source=question.source,
     )
+    names = found.sources or (found.source,)
     return {
       "prediction": found.prediction,
       "radius": found.joint_radius(question.norm),
       "modality_radius": found.modality_radius,
       "nearest_class": found.joint_nearest_class(question.norm),
       "valid": found.valid,
+      "source": _codes(found, names),
       # The certificate's own word: sound tables do not make it sound.
       "sound": jnp.full(found.valid.shape, found.sound),
       "covers": [
@@ -162,6 +176,14 @@ def _certificates(model, params, state, tables, question, rows, batch_size):
   )
 
 
+def _codes(found, names):
+  """Positions in ``certification.SOURCES`` of what gave each radius."""
+  codes = jnp.asarray([certification.SOURCES.index(name) for name in names])
+  if found.radius_source is None:
+    return jnp.full(found.valid.shape, codes[0])
+  return codes[found.radius_source]
+
+
 def _columns(found, question, batch, *, sound: bool) -> dict:
   """The CSV file; what is no guarantee says so in its name."""
   prefix = "" if sound else "estimated_"
@@ -177,6 +199,7 @@ def _columns(found, question, batch, *, sound: bool) -> dict:
     columns[f"{prefix}radius_{name}"] = reach
   columns["nearest_class"] = found["nearest_class"]
   columns["valid"] = found["valid"]
+  columns["source"] = [certification.SOURCES[i] for i in found["source"]]
   # About the prediction, right or wrong: "certified accuracy" needs both.
   for radius in question.radii:
     columns[f"{prefix}stable_at_{_written(radius)}"] = found["radius"] > radius

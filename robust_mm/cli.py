@@ -184,9 +184,13 @@ def _add_certify(commands) -> None:
   _add_sizes(command)
   command.add_argument(
     "--source",
-    choices=("global", "empirical", "smoothing"),
+    choices=(
+      *("global", "local", "relaxation", "best"),
+      *("empirical", "smoothing"),
+    ),
     help="global: Lipschitz constants that the encoders guarantee (default); "
-    "empirical: the largest slopes on training data, an estimate, no "
+    "local, relaxation: bounds inside a ball around each example, for ordinary "
+    "encoders too; best: the largest radius of these; empirical: the largest slopes on training data, an estimate, no "
     "guarantee; smoothing: see below",
   )
   command.add_argument(
