@@ -190,8 +190,8 @@ def _add_certify(commands) -> None:
     ),
     help="global: Lipschitz constants that the encoders guarantee (default); "
     "local, relaxation: bounds inside a ball around each example, for ordinary "
-    "encoders too; best: the largest radius of these; empirical: the largest slopes on training data, an estimate, no "
-    "guarantee; smoothing: see below",
+    "encoders too; best: the largest radius of these; empirical: the largest "
+    "slopes on training data, an estimate, no guarantee; smoothing: see below",
   )
   command.add_argument(
     "--fidelity",
