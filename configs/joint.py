@@ -4,7 +4,8 @@
 
 The argument names the data set (digits, av_digits, utd_mhad, mfeat, mosi,
 arrays) and, after a comma, a variant: dropout (random subsets of modalities),
-adversarial (joint l2 PGD), mixup, token (masked token transformer instead of
+adversarial (joint l2 PGD), mixup, noise (the base model of randomised
+smoothing, which then certifies it), token (masked token transformer instead of
 the linear head), smoke (a few steps of everything).
 
 Expect on the test set, clean: digits 0.98.
@@ -13,7 +14,7 @@ Expect on the test set, clean: digits 0.98.
 from robust_mm import config as base
 
 DATASETS = ("digits", "av_digits", "utd_mhad", "mfeat", "mosi", "arrays")
-VARIANTS = ("dropout", "adversarial", "mixup", "token", "smoke")
+VARIANTS = ("dropout", "adversarial", "mixup", "noise", "token", "smoke")
 
 MLP = {"name": "mlp", "hidden_sizes": (128,), "embedding_dim": 64}
 CNN = {"name": "cnn", "features": (16, 32), "embedding_dim": 64}
@@ -34,6 +35,7 @@ STEPS = {
   "mosi": 200,
   "arrays": 600,
 }
+SIGMA = 0.25  # in units of the evaluation
 BATCH = {"digits": 256, "utd_mhad": 64, "arrays": 64}
 
 
@@ -48,7 +50,8 @@ def get_config(argument: str = ""):
   config.model.fusion = "token" if "token" in variants else "concat"
   config.recipe.name = "joint"
   config.recipe.options.variant = next(
-    (v for v in ("dropout", "adversarial", "mixup") if v in variants), "plain"
+    (v for v in ("dropout", "adversarial", "mixup", "noise") if v in variants),
+    "plain",
   )
   config.optimizer.lr = 2e-3
   config.training.eval_every = 100
@@ -57,6 +60,10 @@ def get_config(argument: str = ""):
     config.selection.metric = "last"
   if "adversarial" in variants:
     config.recipe.options.budget = 0.3
+  if "noise" in variants:
+    config.recipe.options.sigma = SIGMA
+    config.evaluation.certificate = "smoothing"
+    config.evaluation.smoothing.sigma = SIGMA
   if dataset in ("mfeat", "mosi", "utd_mhad", "arrays"):
     config.evaluation.units = "relative"
     config.recipe.options.units = "relative"

@@ -32,6 +32,8 @@ __getattr__, __dir__, __all__ = _lazy.attach(
     "modalities",
     "models",
     "recipes",
+    "relaxation",
+    "smoothing",
     "training",
   ),
 )

@@ -46,3 +46,122 @@ def radii(text: str) -> tuple[float, ...]:
       f"must be positive numbers such as 0.1,0.5; got {text}"
     )
   return values
+
+
+def sigma(text: str) -> float | dict[str, float]:
+  """``0.25``, or ``left=0.25,right=0.1`` as ``{modality: sigma}``."""
+  if "=" in text:
+    sizes = budget(text)
+    if all(0 < size < float("inf") for size in sizes.values()):
+      return sizes
+  else:
+    (size, *rest) = radii(text)
+    if not rest:
+      return size
+  raise argparse.ArgumentTypeError(
+    f"must be one positive number, or one for each modality, got {text}"
+  )
+
+
+def keep(text: str) -> dict[str, int]:
+  """``left=16,right=8`` as ``{modality: 16, ...}``, whole numbers."""
+  sizes = budget(text)
+  if not all(size >= 1 and size == size // 1 for size in sizes.values()):
+    raise argparse.ArgumentTypeError(
+      f"must be a whole number of at least 1 for each modality, got {text}"
+    )
+  return {name: int(size) for name, size in sizes.items()}
+
+
+def chance(text: str) -> float:
+  """A number in (0, 1)."""
+  try:
+    value = float(text)
+  except ValueError:
+    value = float("nan")
+  if not 0 < value < 1:
+    raise argparse.ArgumentTypeError(f"must lie in (0, 1), got {text}")
+  return value
+
+
+SMOOTHING = (
+  "sigma",
+  "keep",
+  "votes",
+  "num_samples",
+  "num_selection",
+  "alpha",
+  "seed",
+  "chunk_size",
+  "resume",
+)
+
+
+def add_smoothing(command: argparse.ArgumentParser) -> None:
+  """The options of ``--source=smoothing``; None where they are not given."""
+  group = command.add_argument_group(
+    "randomised smoothing",
+    "with --source=smoothing: any model, thousands of noisy forward passes per "
+    "example; every certificate holds with probability 1 - alpha and is about "
+    "the smoothed classifier (default noise: that of the run's evaluation)",
+  )
+  group.add_argument(
+    "--sigma",
+    type=sigma,
+    metavar="S",
+    help="standard deviation of Gaussian noise in units: 0.25, or "
+    "left=0.25,right=0.1",
+  )
+  group.add_argument(
+    "--keep",
+    type=keep,
+    metavar="NAME=K,...",
+    help="of these modalities only K random pixels, frames or tokens are seen; "
+    "their budgets and radii count modified ones. Without --sigma the others "
+    "have no noise and must not change",
+  )
+  group.add_argument(
+    "--votes",
+    type=count,
+    metavar="K",
+    help="no noise: every choice of K modalities has one vote; exact, against "
+    "modalities that are replaced by anything",
+  )
+  group.add_argument(
+    "--num-samples",
+    type=count,
+    metavar="N",
+    help="noisy copies that estimate a class (default: 10000)",
+  )
+  group.add_argument(
+    "--num-selection",
+    type=count,
+    metavar="N",
+    help="other copies that choose it first (default: 100)",
+  )
+  group.add_argument(
+    "--alpha",
+    type=chance,
+    help="chance for each example of a wrong certificate (default: 0.001)",
+  )
+  group.add_argument("--seed", type=whole, help="of the noise (default: 0)")
+  group.add_argument(
+    "--chunk-size",
+    type=count,
+    metavar="N",
+    help="copies of an example in one forward pass: less needs less memory, "
+    "and draws other noise (default: 1000)",
+  )
+  group.add_argument(
+    "--resume",
+    action="store_true",
+    default=None,
+    help="go on with the counts of a job that was stopped; the same command "
+    "without it begins anew",
+  )
+
+
+def smoothing_options(options) -> dict:
+  """What was given of them, ``{name: value}``."""
+  given = {name: getattr(options, name) for name in SMOOTHING}
+  return {name: value for name, value in given.items() if value is not None}

@@ -24,6 +24,8 @@ RADII = {
   "linf": (0.01, 0.02, 0.05),
   "l1": (0.1, 0.25, 0.5),
 }
+BALL_SOURCES = ("local", "relaxation", "best")
+_BALL_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,7 @@ class Question:
     norm: ``"l2"``, ``"linf"`` or ``"l1"``, of a modality and of the joint ball.
     units: ``{m: raw size of one unit}``, or None for 1.
     fidelity: ``"corrected"`` or ``"published"``.
+    source: of ``certification.certify``.
   """
 
   radii: tuple[float, ...]
@@ -45,6 +48,7 @@ class Question:
   norm: str
   units: Any
   fidelity: str
+  source: str
 
 
 def write(
@@ -69,8 +73,8 @@ def write(
     radii: see ``Question``, as ``budgets``, ``max_missing`` and ``fidelity``;
       ``RADII`` of the norm by default.
     output: the CSV file; ``certificates.csv`` in the folder by default.
-    source: ``"global"`` or ``"empirical"`` constants; None for the former, or
-      with ``fidelity="published"`` the latter.
+    source: of ``certification.certify``; None for ``"global"``, or with
+      ``fidelity="published"`` for ``"empirical"``.
     units: ``"raw"`` or ``"relative"``; the run's evaluation units by default.
     norm: the run's evaluation norm by default.
     split: of the data.
@@ -95,14 +99,16 @@ def write(
     norm=norm,
     units=setup_lib.resolve_units(units, facts, "--units", norm),
     fidelity=fidelity,
+    source=source,
   )
   rows = setup_lib.open_split(config, split, limit=limit)
   setup_lib.check_same_data(rows, facts)
   with _validate.user_errors():
     tables = _tables(model, params, state, config, source, fidelity)
-    found = _certificates(
-      model, params, state, tables, question, rows, config.evaluation.batch_size
-    )
+    size = config.evaluation.batch_size
+    # Bounds inside balls take some hundred times the memory of a forward pass.
+    size = size if tables is not None else min(size, _BALL_BATCH)
+    found = _certificates(model, params, state, tables, question, rows, size)
   target = pathlib.Path(output) if output else folder / "certificates.csv"
   batch = rows.batch()
   sound = bool(found["sound"].all())
@@ -114,12 +120,16 @@ def write(
     f"{units} units"
   )
   right = found["prediction"] == batch["label"]
-  bounded = {name: batch["present"][name] for name in tables.reach or {}}
+  reach = {} if tables is None else tables.reach or {}
+  bounded = {name: batch["present"][name] for name in reach}
   print("\n".join(_lines(found, question, right, bounded)))
   print(f"rows: {target}")
 
 
 def _tables(model, params, state, config, source, fidelity):
+  """What holds for all rows; None where every row has bounds of its own."""
+  if source in BALL_SOURCES:
+    return None
   reference = None
   if source == "empirical":
     train = setup_lib.open_split(config, "train")
@@ -148,13 +158,16 @@ def _certificates(model, params, state, tables, question, rows, batch_size):
       units=question.units,
       norm=question.norm,
       fidelity=question.fidelity,
+      source=question.source,
     )
+    names = found.sources or (found.source,)
     return {
       "prediction": found.prediction,
       "radius": found.joint_radius(question.norm),
       "modality_radius": found.modality_radius,
       "nearest_class": found.joint_nearest_class(question.norm),
       "valid": found.valid,
+      "source": _codes(found, names),
       # The certificate's own word: sound tables do not make it sound.
       "sound": jnp.full(found.valid.shape, found.sound),
       "covers": [
@@ -172,6 +185,14 @@ def _certificates(model, params, state, tables, question, rows, batch_size):
   )
 
 
+def _codes(found, names):
+  """Positions in ``certification.SOURCES`` of what gave each radius."""
+  codes = jnp.asarray([certification.SOURCES.index(name) for name in names])
+  if found.radius_source is None:
+    return jnp.full(found.valid.shape, codes[0])
+  return codes[found.radius_source]
+
+
 def _columns(found, question, batch, *, sound: bool) -> dict:
   """The CSV file; what is no guarantee says so in its name."""
   prefix = "" if sound else "estimated_"
@@ -187,6 +208,7 @@ def _columns(found, question, batch, *, sound: bool) -> dict:
     columns[f"{prefix}radius_{name}"] = reach
   columns["nearest_class"] = found["nearest_class"]
   columns["valid"] = found["valid"]
+  columns["source"] = [certification.SOURCES[i] for i in found["source"]]
   # About the prediction, right or wrong: "certified accuracy" needs both.
   for radius in question.radii:
     columns[f"{prefix}stable_at_{_written(radius)}"] = found["radius"] > radius

@@ -162,6 +162,9 @@ def _add_evaluate(commands) -> None:
     "--radius", type=arguments.radii, help="attack radii, such as 0.1,0.5"
   )
   command.add_argument(
+    "--attack", help="in place of the configuration's; auto: the strongest"
+  )
+  command.add_argument(
     "--limit", type=arguments.count, help="at most so many examples"
   )
   _add_devices(command)
@@ -181,9 +184,14 @@ def _add_certify(commands) -> None:
   _add_sizes(command)
   command.add_argument(
     "--source",
-    choices=("global", "empirical"),
+    choices=(
+      *("global", "local", "relaxation", "best"),
+      *("empirical", "smoothing"),
+    ),
     help="global: Lipschitz constants that the encoders guarantee (default); "
-    "empirical: the largest slopes on training data, an estimate, no guarantee",
+    "local, relaxation: bounds inside a ball around each example, for ordinary "
+    "encoders too; best: the largest radius of these; empirical: the largest "
+    "slopes on training data, an estimate, no guarantee; smoothing: see below",
   )
   command.add_argument(
     "--fidelity",
@@ -195,7 +203,8 @@ def _add_certify(commands) -> None:
   )
   command.add_argument(
     "--output",
-    help="the .csv file (default: certificates.csv in the work directory)",
+    help="the .csv file (default: certificates.csv, or smoothed.csv, in the "
+    "work directory)",
   )
   command.add_argument(
     "--split", default="test", choices=("train", "validation", "test")
@@ -204,6 +213,7 @@ def _add_certify(commands) -> None:
   command.add_argument(
     "--limit", type=arguments.count, help="at most so many examples"
   )
+  arguments.add_smoothing(command)
   _add_devices(command)
 
 
@@ -315,6 +325,7 @@ def _train(options):
 def _evaluate(options):
   from robust_mm import preflight
 
+  preflight.check_attack(options.attack)
   preflight.check_run(options.workdir, options.split)
   from robust_mm import commands
 
@@ -323,6 +334,7 @@ def _evaluate(options):
     split=options.split,
     phase=options.phase,
     radii=options.radius,
+    attack=options.attack,
     limit=options.limit,
     device_count=options.device_count,
   )
@@ -338,12 +350,15 @@ def _certify(options):
     "fidelity": options.fidelity,
     "output": options.output,
   }
+  smoothing = arguments.smoothing_options(options)
+  preflight.check_smoothing(smoothing, options.norm, options.workdir, **asked)
   preflight.check_certify(options.workdir, options.split, **asked)
   from robust_mm import commands
 
   return commands.certify(
     options.workdir,
     **asked,
+    smoothing=smoothing,
     radii=options.radius,
     norm=options.norm,
     units=options.units,

@@ -14,9 +14,11 @@ import ml_collections
 import tqdm
 
 from robust_mm import _validate
+from robust_mm import attacks
 from robust_mm import certificate_rows
 from robust_mm import config as config_lib
 from robust_mm import evaluation
+from robust_mm import smoothed_rows
 from robust_mm import training
 from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
@@ -27,6 +29,9 @@ QUICKSTART = {
   "joint": "configs/joint.py:digits",
   "certified": "configs/crmt.py:digits",
 }
+
+
+_SAY_EVERY = 30.0  # seconds
 
 
 def quickstart(workdir: str, *, seed: int = 0) -> int:
@@ -77,13 +82,19 @@ def evaluate(
   split: str = "test",
   phase: str | None = None,
   radii: tuple[float, ...] | None = None,
+  attack: str | None = None,
   limit: int | None = None,
   device_count: int | None = None,
 ) -> int:
   """Evaluates a run into its folder and prints the table."""
   _devices(device_count)
   report = _evaluate_one(
-    pathlib.Path(workdir), split=split, phase=phase, radii=radii, limit=limit
+    pathlib.Path(workdir),
+    split=split,
+    phase=phase,
+    radii=radii,
+    attack=attack,
+    limit=limit,
   )
   _print_table([report.results])
   print(f"\nreport: {pathlib.Path(workdir) / 'report.html'}")
@@ -91,11 +102,38 @@ def evaluate(
 
 
 def certify(
-  workdir: str, *, device_count: int | None = None, **asked: Any
+  workdir: str,
+  *,
+  smoothing: dict | None = None,
+  device_count: int | None = None,
+  **asked: Any,
 ) -> int:
-  """Certificates of a run; ``asked`` as in ``certificate_rows.write``."""
+  """Certificates of a run; ``asked`` as in ``certificate_rows.write``.
+
+  With the source "smoothing", as in ``smoothed_rows.write``.
+  """
   _devices(device_count)
+  if asked["source"] == "smoothing":
+    return _smooth(pathlib.Path(workdir), smoothing or {}, **asked)
   certificate_rows.write(pathlib.Path(workdir), **asked)
+  return 0
+
+
+def _smooth(folder: pathlib.Path, smoothing: dict, **asked: Any) -> int:
+  for name in ("source", "fidelity", "max_missing", "norm"):
+    del asked[name]  # preflight has refused what they could ask
+  given = dict(smoothing)
+  resume = given.pop("resume", False)
+  if "num_samples" in given:
+    given["num_estimation"] = given.pop("num_samples")
+  with _bar() as progress:
+    smoothed_rows.write(
+      folder,
+      question=smoothed_rows.Question(**given),
+      resume=resume,
+      progress=progress,
+      **asked,
+    )
   return 0
 
 
@@ -120,7 +158,8 @@ def _train_one(config, folder: pathlib.Path) -> training.Result:
   timing = result.timing
   _say(
     f"trained {result.step} steps in {timing.get('train', 0):.1f} s "
-    f"(set up {timing['setup']:.1f} s, compiled {timing['compile']:.1f} s)"
+    f"(set up {timing['setup']:.1f} s, compiled {timing['compile']:.1f} s; "
+    f"{timing['total']:.1f} s in all)"
   )
   return result
 
@@ -131,6 +170,7 @@ def _evaluate_one(
   split: str = "test",
   phase: str | None = None,
   radii: tuple[float, ...] | None = None,
+  attack: str | None = None,
   limit: int | None = None,
   config=None,
 ):
@@ -141,13 +181,14 @@ def _evaluate_one(
   setup_lib.check_same_data(source, facts)
   reference = setup_lib.reference_batch(setup_lib.open_split(config, "train"))
   mesh = sharding.make_mesh()
+  _say(f"evaluating {len(source)} {split} examples of {config.data.name}")
   with _bar() as progress, _validate.user_errors():
     found = evaluation.evaluate(
       model,
       params,
       source.batch(),
       state=state,
-      protocol=make_protocol(config, facts, radii),
+      protocol=make_protocol(config, facts, radii, attack),
       seed=config.seed,
       reference=reference,
       dataset=config.data.name,
@@ -159,29 +200,43 @@ def _evaluate_one(
   return found
 
 
-def make_protocol(config, facts: dict, radii=None) -> evaluation.Protocol:
-  """The evaluation protocol a configuration asks for."""
+def make_protocol(
+  config, facts: dict, radii=None, attack=None
+) -> evaluation.Protocol:
+  """The evaluation protocol a configuration asks for.
+
+  Args:
+    config: of the run.
+    facts: of the run, as ``runs.describe`` gives them.
+    radii: in place of those of the configuration.
+    attack: the name of one, likewise.
+  """
   settings = config.evaluation
   return evaluation.standard(
     radii=radii or tuple(settings.radii),
     norm=2 if settings.norm == "l2" else math.inf,
-    attack=_attack(settings),
+    attack=_attack(attack or settings.attack, settings),
     units=setup_lib.units(config, facts, settings.norm),
     certificate=None
     if settings.certificate == "none"
     else settings.certificate,
+    smoothing=settings.smoothing.to_dict()
+    if settings.certificate == "smoothing"
+    else None,
     valid_range=setup_lib.value_range(facts),
     batch_size=settings.batch_size,
     tightness=tuple(settings.tightness),
+    # Runs of earlier versions do not state it.
+    masking_examples=settings.get("masking_examples", 64),
   )
 
 
-def _attack(settings) -> dict:
-  attack = {"name": settings.attack, "loss": settings.loss}
-  if settings.attack != "fgm":
-    attack["num_steps"] = settings.num_steps
-    attack["num_restarts"] = settings.num_restarts
-  return attack
+def _attack(name: str, settings) -> dict:
+  takes = attacks.arguments(name)
+  # A run of an earlier version does not state all of them.
+  options = ("loss", "num_steps", "num_restarts", "num_queries", "strength")
+  chosen = [key for key in options if key in takes and key in settings]
+  return {"name": name, **{key: settings[key] for key in chosen}}
 
 
 def _devices(count: int | None) -> None:
@@ -224,12 +279,19 @@ def _say(line: str) -> None:
 
 @contextlib.contextmanager
 def _bar():
-  """``progress(done, total, text)`` on a terminal, silent elsewhere."""
-  bar = tqdm.tqdm(
-    disable=not sys.stderr.isatty(), leave=False, dynamic_ncols=True
-  )
+  """``progress(done, total, text)``: a bar on a terminal.
+
+  Elsewhere a line every half minute, so that a log shows a long job is alive.
+  """
+  terminal = sys.stderr.isatty()
+  bar = tqdm.tqdm(disable=not terminal, leave=False, dynamic_ncols=True)
+  said = time.monotonic()
 
   def progress(done: int, total: int, text: str = "") -> None:
+    nonlocal said
+    if not terminal and time.monotonic() - said > _SAY_EVERY:
+      said = time.monotonic()
+      _say(f"{done}/{total} {text}".rstrip())
     bar.total = total
     bar.n = done
     bar.set_description_str(text, refresh=False)

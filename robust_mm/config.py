@@ -18,9 +18,9 @@ from robust_mm import _validate
 
 RECIPES = ("joint", "crmt", "certified_radius")
 FUSIONS = ("concat", "orthogonal", "token")
-ATTACKS = ("fgm", "pgd")
+ATTACKS = ("apgd", "auto", "fgm", "minimum_norm", "pgd", "square")
 ATTACK_LOSSES = ("margin", "cross_entropy", "dlr")
-CERTIFICATES = ("auto", "global", "empirical", "none")
+CERTIFICATES = ("auto", "global", "empirical", "smoothing", "none")
 LINF_RADII = (0.01, 0.02, 0.05, 0.1, 0.2)
 SELECTION_METRICS = ("accuracy", "certified_accuracy", "loss", "last")
 
@@ -83,11 +83,26 @@ def default() -> ml_collections.ConfigDict:
   # the radius r0 that recipes train for stay l2.
   config.evaluation.norm = "l2"
   config.evaluation.radii = (0.1, 0.25, 0.5, 0.75, 1.0)
-  config.evaluation.attack = "pgd"
+  config.evaluation.attack = "pgd"  # "auto": the ensemble
+  # What the attack has no use for is ignored.
   config.evaluation.loss = "margin"
   config.evaluation.num_steps = 50
   config.evaluation.num_restarts = 5
+  config.evaluation.num_queries = 1000  # of "square"
+  config.evaluation.strength = 1  # of "auto"
+  # Examples on which it is checked that gradients do not mislead; 0 = no check.
+  config.evaluation.masking_examples = 64
   config.evaluation.certificate = "auto"
+  # Certificate "smoothing" only; train with the same noise.
+  config.evaluation.smoothing = ml_collections.ConfigDict()
+  config.evaluation.smoothing.sigma = 0.25  # in units; 0 = none
+  # {modality: elements kept}; these have no Gaussian noise.
+  config.evaluation.smoothing.keep = ml_collections.ConfigDict()
+  config.evaluation.smoothing.num_selection = 100
+  config.evaluation.smoothing.num_estimation = 1000
+  # Copies of an example in one forward pass: less needs less memory.
+  config.evaluation.smoothing.chunk_size = 1000
+  config.evaluation.smoothing.alpha = 1e-3  # for each example
   # Multiples of each example's own radius at which it is attacked; () = none.
   config.evaluation.tightness = (1.0, 1.2, 1.5, 2.0, 3.0)
   config.evaluation.batch_size = 512
@@ -157,7 +172,11 @@ def shrink(config: ml_collections.ConfigDict) -> None:
   config.evaluation.radii = (0.5,)
   config.evaluation.num_steps = 2
   config.evaluation.num_restarts = 1
+  config.evaluation.num_queries = 10
+  config.evaluation.masking_examples = 0
   config.evaluation.tightness = ()
+  config.evaluation.smoothing.num_selection = 10
+  config.evaluation.smoothing.num_estimation = 50
   config.evaluation.batch_size = 32
 
 
@@ -342,6 +361,8 @@ def _check(config: ml_collections.ConfigDict) -> None:
     **{
       "config.evaluation.num_steps": settings.num_steps,
       "config.evaluation.num_restarts": settings.num_restarts,
+      "config.evaluation.num_queries": settings.num_queries,
+      "config.evaluation.strength": settings.strength,
       "config.evaluation.batch_size": settings.batch_size,
       "config.data.batch_size": config.data.batch_size,
       "config.training.log_every": config.training.log_every,
@@ -350,7 +371,11 @@ def _check(config: ml_collections.ConfigDict) -> None:
       "config.training.keep_checkpoints": config.training.keep_checkpoints,
     },
   )
+  _validate.at_least(
+    0, **{"config.evaluation.masking_examples": settings.masking_examples}
+  )
   _check_length(config)
+  _check_smoothing(settings.smoothing)
   _validate.positive(**{"config.optimizer.lr": config.optimizer.lr})
   _validate.non_negative(
     **{
@@ -385,6 +410,24 @@ def _check_length(config: ml_collections.ConfigDict) -> None:
     )
 
 
+def _check_smoothing(settings: ml_collections.ConfigDict) -> None:
+  path = "config.evaluation.smoothing"
+  _validate.non_negative(**{f"{path}.sigma": settings.sigma})
+  _validate.at_least(
+    1,
+    **{
+      f"{path}.num_selection": settings.num_selection,
+      f"{path}.num_estimation": settings.num_estimation,
+      f"{path}.chunk_size": settings.chunk_size,
+      **{f"{path}.keep.{name}": k for name, k in settings.keep.items()},
+    },
+  )
+  if not 0 < settings.alpha < 1:
+    raise _validate.UserError(
+      f"{path}.alpha must lie in (0, 1), got {settings.alpha}."
+    )
+
+
 def _check_rules(rules) -> None:
   for rule in rules:
     if (
@@ -410,6 +453,7 @@ _FREE = (
   "config.model.encoders",
   "config.model.fusion_options",
   "config.recipe.options",
+  "config.evaluation.smoothing.keep",
 )
 
 

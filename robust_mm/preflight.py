@@ -1,5 +1,6 @@
 """What can be refused before jax is imported: within half a second."""
 
+import math
 import pathlib
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 import ml_collections
 
 from robust_mm import _validate
+from robust_mm import config as config_lib
 from robust_mm import data
 from robust_mm.training import runs
 
@@ -51,6 +53,13 @@ def check_run(workdir: str, split: str | None = None) -> None:
     data.arrays.check_split(config.data.path, split)
 
 
+def check_attack(name: str | None) -> None:
+  """Refuses an attack that does not exist; None is the configuration's."""
+  if name is not None:
+    with _validate.user_errors():
+      _validate.one_of(config_lib.ATTACKS, **{"--attack": name})
+
+
 def check_certify(
   workdir: str,
   split: str,
@@ -85,6 +94,63 @@ def check_certify(
     raise _validate.UserError(
       f"--output: {output} is a folder; name a file in it, such as rows.csv."
     )
+
+
+def check_smoothing(
+  given: Mapping,
+  norm: str | None,
+  workdir: str,
+  *,
+  source: str,
+  budgets: Sequence[Mapping[str, float]],
+  max_missing: int,
+  fidelity: str,
+  **_,
+) -> None:
+  """Refuses options that have nothing to say to each other."""
+  if source != "smoothing":
+    for name in given:
+      raise _validate.UserError(
+        f"--{name.replace('_', '-')} goes with --source=smoothing."
+      )
+    return
+  if fidelity == "published":
+    raise _validate.UserError("--fidelity=published: leave --source out.")
+  if max_missing:
+    raise _validate.UserError(
+      "--max-missing does not go with --source=smoothing; --votes asks for "
+      "modalities that are replaced."
+    )
+  if norm not in (None, "l2"):
+    raise _validate.UserError(
+      f"--norm={norm}: --source=smoothing certifies in l2 only."
+    )
+  if "votes" in given and len(given) > 1:
+    other = min(set(given) - {"votes"}).replace("_", "-")
+    raise _validate.UserError(f"--votes draws nothing: leave --{other} out.")
+  check_run(workdir)
+  names = tuple(sorted(runs.describe(pathlib.Path(workdir))["input_shapes"]))
+  sigma, keep = given.get("sigma"), given.get("keep", {})
+  sigma = sigma if isinstance(sigma, Mapping) else {}
+  with _validate.user_errors():
+    _validate.known(names, **{"--sigma": sigma, "--keep": keep})
+  for name in sorted(set(sigma) & set(keep)):
+    raise _validate.UserError(f"--sigma and --keep both name {name!r}.")
+  if given.get("votes", 0) > len(names):
+    raise _validate.UserError(
+      f"--votes must be at most {len(names)}, the number of modalities."
+    )
+  _check_elements(budgets, keep)
+
+
+def _check_elements(budgets, keep) -> None:
+  for budget in budgets:
+    for name, size in budget.items():
+      if name in keep and not (math.isinf(size) or size == int(size)):
+        raise _validate.UserError(
+          f"--budget: {name}={size:g} must be a whole number of elements, "
+          "because --keep names it."
+        )
 
 
 def check_evaluated(workdir: str) -> None:

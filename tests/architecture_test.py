@@ -22,6 +22,7 @@ FLOORS = {
   "attacks": 3,
   "certification": 3,
   "losses": 3,
+  "smoothing": 3,
   "config": 4,
   "data": 4,
   "models": 4,
@@ -30,6 +31,7 @@ FLOORS = {
   "training": 6,
   "preflight": 7,
   "certificate_rows": 7,
+  "smoothed_rows": 7,
   "commands": 8,
   "cli": 9,
 }
@@ -43,7 +45,7 @@ ALLOWED = {
   "array_record": ("data",),
   "tensorflow_datasets": ("data",),
   "sklearn": ("data", "evaluation"),
-  "scipy": ("data", "certification", "lipschitz.py"),
+  "scipy": ("data", "certification", "lipschitz.py", "smoothing"),
   "orbax": ("training/checkpoints.py",),
   "tensorboardX": ("training/writers.py",),
   "ml_collections": (

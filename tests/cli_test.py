@@ -1,5 +1,6 @@
 """The command line: one sentence and exit code 2 for a user's mistake."""
 
+import json
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ TRAIN = ("train", "--config=configs/joint.py:digits,smoke")
       "config.data.path|folder",
     ),
     (("evaluate", "--workdir=nowhere"), "nowhere"),
+    (("evaluate", "--workdir=w", "--attack=autp"), "Did you mean 'auto'"),
     (("certify", "--workdir=nowhere"), "nowhere"),
     (("report", "--workdir=nowhere"), "nowhere"),
     (("certify", "--workdir=w", "--radius=0"), "positive"),
@@ -96,7 +98,11 @@ def test_certificate_that_cannot_be_had_is_one_sentence(capsys, tmp_path):
 def test_report_is_drawn_again_from_files_alone(capsys, tmp_path):
   workdir = tmp_path / "run"
   assert run(capsys, *TRAIN, f"--workdir={workdir}")[0] == 0
-  assert run(capsys, "evaluate", f"--workdir={workdir}")[0] == 0
+  asked = ("evaluate", f"--workdir={workdir}", "--attack=square")
+  assert run(capsys, *asked)[0] == 0
+  results = json.loads((workdir / "results.json").read_text())
+  # The configuration's own number of queries.
+  assert results["settings"]["attacks"]["square"]["num_queries"] == 10
   (workdir / "report.html").unlink()
   both = f"{workdir},{workdir}"
   code, _, err = run(

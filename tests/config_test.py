@@ -3,7 +3,9 @@
 import pytest
 
 from robust_mm import _validate
+from robust_mm import attacks
 from robust_mm import cli
+from robust_mm import commands
 from robust_mm import config as config_lib
 
 
@@ -178,3 +180,17 @@ def test_radii_that_are_no_numbers_are_one_sentence(text, capsys):
 def test_variants_that_exclude_each_other_are_named(words, pair):
   with pytest.raises(_validate.UserError, match=f"{pair} exclude each other"):
     load(f"configs/crmt.py:digits,{words}")
+
+
+def test_every_attack_can_be_asked_for_and_takes_what_it_knows():
+  assert tuple(sorted(config_lib.ATTACKS)) == attacks.names()
+  config = config_lib.load("configs/joint.py:digits")
+  facts = {"value_range": {}, "units": {}}
+  for name in config_lib.ATTACKS:
+    (given,) = commands.make_protocol(config, facts, None, name).attacks
+    known = attacks.arguments(name)
+    assert set(given) - {"name"} <= known
+    for key in ("loss", "num_steps", "num_restarts", "num_queries", "strength"):
+      assert (key in given) == (key in known)
+    made = attacks.make(norm=2, budget=1.0, **given)
+    assert made.settings["name"] == name

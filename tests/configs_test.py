@@ -22,7 +22,7 @@ def smoke(spec, workdir, path=""):
   assert 0 <= result.metrics["accuracy"] <= 1
 
 
-JOINT = ("dropout", "adversarial", "mixup", "token")
+JOINT = ("dropout", "adversarial", "mixup", "noise", "token", "noise,token")
 CRMT = ("AT", "Mix", "published", "published,Mix", "radius")
 
 

@@ -109,7 +109,7 @@ def test_attack_reaches_the_boundary_and_not_beyond(full, names):
 
 def test_all_checks_hold_and_linear_models_are_tight(full):
   results = full[0].results
-  assert [check["passed"] for check in results["checks"]] == [True] * 3
+  assert [check["passed"] for check in results["checks"]] == [True] * 4
   tightness = dict(
     zip(results["tightness"]["factors"], results["tightness"]["flipped"])
   )

@@ -7,6 +7,8 @@ import pytest
 import recipes_models as helpers
 
 from robust_mm import attacks
+from robust_mm import recipes
+from robust_mm import smoothing
 from robust_mm.recipes import interventions
 from robust_mm.recipes import objectives
 
@@ -80,3 +82,45 @@ def test_dropout_rate_zero_changes_nothing_and_one_keeps_a_modality():
   assert np.min(kept) == 1
   # {a}, {b}, {a, b} are equally likely.
   assert abs(np.mean(kept == 2) - 1 / 3) < 0.08
+
+
+def test_smoothing_noise_is_that_of_the_certificate():
+  batch = helpers.make_batch(size=512)
+  batch["present"]["b"] = batch["present"]["b"].at[:100].set(False)
+  noise = smoothing.mixed(sigma={"b": 0.5}, keep={"a": 2})
+  out = interventions.smoothing_noise(noise)(
+    jax.random.key(0), None, None, batch
+  )
+  change = np.asarray(out["inputs"]["b"] - batch["inputs"]["b"])[100:]
+  assert abs(np.std(change) - 0.5) < 0.02
+  # Every example has noise of its own.
+  assert abs(np.mean(change[:-1] * change[1:])) < 0.02
+  assert not np.any(out["inputs"]["b"][:100])
+  assert np.all(np.sum(out["inputs"]["a"] != 0, axis=-1) == 2)
+
+
+def test_smoothing_noise_that_does_not_fit_is_named():
+  batch = helpers.make_batch()
+  noise = smoothing.subsample(keep={"a": 99})
+  with pytest.raises(ValueError, match=r"keep\['a'\]"):
+    interventions.smoothing_noise(noise)(jax.random.key(0), None, None, batch)
+
+
+@pytest.mark.parametrize(
+  "options, words",
+  [
+    ({"sigma": -1.0}, "sigma"),
+    ({"sigma": {"c": 1.0}}, "sigma names the unknown modality 'c'"),
+    ({"sigma": 0.0}, "sigma or keep"),
+    ({"keep": {"c": 1}}, "keep names the unknown modality 'c'"),
+  ],
+)
+def test_bad_noise_of_the_joint_recipe_is_named(options, words):
+  with pytest.raises(ValueError, match=words):
+    recipes.joint(
+      helpers.concat_model(),
+      num_steps=1,
+      tx=helpers.TX,
+      variant="noise",
+      **options,
+    )

@@ -288,8 +288,8 @@ def test_lines_enclose_the_activation(low, width, kind):
   z = np.linspace(low, high, 401, dtype=np.float32)
   drawn = lines.of(*kind, jnp.asarray(low), jnp.asarray(high))
   value = np.asarray(lines.value(*kind, jnp.asarray(z)))
-  below = np.asarray(drawn.lower_slope) * z + np.asarray(drawn.lower_shift)
-  above = np.asarray(drawn.upper_slope) * z + np.asarray(drawn.upper_shift)
+  below = np.asarray(drawn.lower_slope) * z + float(drawn.lower_shift or 0)
+  above = np.asarray(drawn.upper_slope) * z + float(drawn.upper_shift or 0)
   tolerance = 2e-5
   assert np.all(below <= value + tolerance)
   assert np.all(above >= value - tolerance)

@@ -73,6 +73,19 @@ class Region:
     squares = {m: jnp.sum(_rows(d * d), axis=-1) for m, d in scaled.items()}
     return {m: jnp.sqrt(total) for m, total in self._joined(squares).items()}
 
+  def extent(self, delta: Mapping[str, Any]) -> Any:
+    """By what factor the ball must be scaled to hold ``delta``: ``[b]``."""
+    size = self.size(delta)
+    return jnp.max(
+      modalities.stack(
+        {
+          m: jnp.where(r > 0, size[m] / _nonzero(r), 0)
+          for m, r in self.radius.items()
+        }
+      ),
+      axis=0,
+    )
+
   def steepest(
     self, delta: Mapping, grad: Mapping, otherwise: Mapping
   ) -> dict[str, Any]:
@@ -93,7 +106,7 @@ class Region:
     inverse = {m: 1 / _nonzero(top) for m, top in largest.items()}
     direction = {
       m: jnp.where(
-        _like(largest[m] > 0, g), g * _like(inverse[m], g), otherwise[m]
+        like(largest[m] > 0, g), g * like(inverse[m], g), otherwise[m]
       )
       * self.units[m]
       for m, g in grad.items()
@@ -105,12 +118,12 @@ class Region:
       m: self.units[m] / jnp.sqrt(_nonzero(total))
       for m, total in self._joined(squares).items()
     }
-    return {m: d * _like(inverse[m], d) for m, d in direction.items()}
+    return {m: d * like(inverse[m], d) for m, d in direction.items()}
 
   def move(self, delta: Mapping, direction: Mapping, length: Mapping) -> dict:
     """``delta + length * direction``, projected; ``length`` is in units."""
     return self.project(
-      {m: d + _like(length[m], d) * direction[m] for m, d in delta.items()}
+      {m: d + like(length[m], d) * direction[m] for m, d in delta.items()}
     )
 
   def project(self, delta: Mapping[str, Any]) -> dict:
@@ -118,18 +131,30 @@ class Region:
 
     Always feasible; the nearest point where only one of the two is active.
     """
-    delta = {m: self._in_range(m, d) for m, d in delta.items()}
+    delta = self.in_range(delta)
     if self.norm == "linf":
       bound = {m: self.radius[m] * self.units[m] for m in delta}
       return {
-        m: jnp.clip(d, -_like(bound[m], d), _like(bound[m], d))
+        m: jnp.clip(d, -like(bound[m], d), like(bound[m], d))
         for m, d in delta.items()
       }
     size = self.size(delta)
     return {
-      m: d * _like(jnp.minimum(1, self.radius[m] / _nonzero(size[m])), d)
+      m: d * like(jnp.minimum(1, self.radius[m] / _nonzero(size[m])), d)
       for m, d in delta.items()
     }
+
+  def in_range(self, delta: Mapping[str, Any]) -> dict:
+    """The nearest perturbation that leaves every entry in the valid range."""
+    return {m: self._in_range(m, d) for m, d in delta.items()}
+
+  def inside(self, delta: Mapping[str, Any]) -> dict:
+    """Where an entry is strictly inside its valid range: ``{m: bool}``."""
+    flags = {m: jnp.ones_like(d, bool) for m, d in delta.items()}
+    for m, (low, high) in self.valid_range.items():
+      clean = self.clean[m].astype(self.dtype)
+      flags[m] = (delta[m] > low - clean) & (delta[m] < high - clean)
+    return flags
 
   def random(self, key: Any) -> dict:
     """A random direction: of size 1 in l2, entries in [-1, 1] in linf."""
@@ -140,13 +165,13 @@ class Region:
       for i, (m, x) in enumerate(sorted(self.clean.items()))
     }
     direction = {
-      m: jnp.where(_like(self.radius[m] > 0, d), d, 0)
+      m: jnp.where(like(self.radius[m] > 0, d), d, 0)
       for m, d in direction.items()
     }
     if self.norm == "linf":
       return direction
     size = self.size(direction)
-    return {m: d / _like(_nonzero(size[m]), d) for m, d in direction.items()}
+    return {m: d / like(_nonzero(size[m]), d) for m, d in direction.items()}
 
   def inputs(self, delta: Mapping[str, Any]) -> dict:
     """``clean + delta`` in the valid range and the dtype of ``clean``."""
@@ -180,8 +205,8 @@ class Region:
       shrink = {m: self.radius[m] / _nonzero(size[m]) for m in size}
       moved = {
         m: jnp.where(
-          _like(over[m], d),
-          self._toward_clean(m, d * _like(shrink[m], d)),
+          like(over[m], d),
+          self._toward_clean(m, d * like(shrink[m], d)),
           moved[m],
         )
         for m, d in actual.items()
@@ -192,7 +217,7 @@ class Region:
     """Rounds ``clean + delta`` so that no entry moves further than delta."""
     clean = self.clean[name]
     if self.norm == "linf":
-      bound = _like(self.radius[name] * self.units[name], delta)
+      bound = like(self.radius[name] * self.units[name], delta)
       delta = jnp.clip(delta, -bound, bound)
     moved = (clean + delta).astype(clean.dtype)
     for _ in range(2):  # the subtraction that measures it is rounded as well
@@ -215,7 +240,7 @@ class Region:
 
   def _free(self, name, delta, grad):
     grad = grad.astype(delta.dtype)
-    counts = jnp.isfinite(grad) & _like(self.radius[name] > 0, grad)
+    counts = jnp.isfinite(grad) & like(self.radius[name] > 0, grad)
     if name in self.valid_range:
       low, high = self.valid_range[name]
       inputs = self.clean[name] + delta
@@ -232,7 +257,7 @@ class Region:
 
 def choose(flag: Any, yes: Any, no: Any) -> Any:
   """``yes`` for the examples with ``flag`` [b], else ``no``; both [b, ...]."""
-  return jnp.where(_like(flag, yes), yes, no)
+  return jnp.where(like(flag, yes), yes, no)
 
 
 def _signed_uniform(key, shape, dtype):
@@ -258,7 +283,7 @@ def _nonzero(x):
   return jnp.where(x > 0, x, 1)
 
 
-def _like(values, x):
+def like(values: Any, x: Any) -> Any:
   """``[b]`` or a scalar, shaped to combine with ``x`` ``[b, ...]``."""
   values = jnp.asarray(values)
   return jnp.reshape(values, values.shape + (1,) * (x.ndim - values.ndim))

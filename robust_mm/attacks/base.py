@@ -24,6 +24,11 @@ class Evaluation(NamedTuple):
   broken: Any
 
 
+def select(flag: Any, yes: Any, no: Any) -> Any:
+  """Two trees of arrays ``[b, ...]``, example by example; ``flag`` is [b]."""
+  return jax.tree.map(lambda a, b: balls.choose(flag, a, b), yes, no)
+
+
 class Best(NamedTuple):
   """The best perturbation so far, example by example; a loop's carry."""
 
@@ -40,11 +45,8 @@ class Best(NamedTuple):
     better = (evaluation.broken & ~self.broken) | (
       same & (evaluation.loss > self.loss)
     )
-    return Best(
-      {m: balls.choose(better, delta[m], d) for m, d in self.delta.items()},
-      jnp.where(better, evaluation.loss, self.loss),
-      self.broken | evaluation.broken,
-    )
+    found = select(better, (delta, evaluation.loss), (self.delta, self.loss))
+    return Best(*found, self.broken | evaluation.broken)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,6 +85,28 @@ class Objective:
     )
     return jax.lax.stop_gradient((evaluation, grad))
 
+  def returned(self, delta: Mapping, target: Any = None) -> Evaluation:
+    """The loss of what the caller will get, rounded and inside the ball."""
+    _, evaluation = convolutions.canonical(
+      self._evaluate, self.region.finished(delta), target
+    )
+    return jax.lax.stop_gradient(evaluation)
+
+  def rivals(self, number: int) -> Any:
+    """Wrong classes, the best by clean logit first: ``int[number, b]``.
+
+    With fewer than ``number`` of them they come again from the first.
+    """
+    logits = jax.lax.stop_gradient(self.logits_fn(self.region.clean))
+    num_classes = logits.shape[-1]
+    label = jax.nn.one_hot(self.label, num_classes, dtype=bool)
+    ranked = jnp.argsort(jnp.where(label, -jnp.inf, logits), descending=True)
+    return jnp.transpose(ranked)[np.arange(number) % (num_classes - 1)]
+
+  def num_rivals(self) -> int:
+    """How many wrong classes there are."""
+    return jax.eval_shape(self.logits_fn, self.region.clean).shape[-1] - 1
+
   def nothing_found(self) -> Best:
     """Where the bookkeeping starts: no perturbation, nothing broken."""
     zeros = self.region.zeros()
@@ -114,6 +138,8 @@ class Attack:
     units: None or ``{m: number}``.
     options: what else the factory was given.
     search: ``search(key, objective) -> delta``, the algorithm.
+    members: of an ensemble, ``{name: attack}`` in the order they are tried;
+      empty for all others.
   """
 
   name: str
@@ -124,6 +150,7 @@ class Attack:
   units: Any
   options: Mapping[str, Any]
   search: Callable[..., Any]
+  members: Mapping[str, "Attack"] = dataclasses.field(default_factory=dict)
 
   @property
   def settings(self) -> dict[str, Any]:
@@ -216,6 +243,7 @@ def make_attack(
   units: Any,
   options: Mapping[str, Any],
   search: Callable[..., Any],
+  members: Mapping[str, Attack] | None = None,
 ) -> Attack:
   """The value of a factory, once the arguments common to all are checked."""
   losses.get(loss)
@@ -231,6 +259,7 @@ def make_attack(
     units=units,
     options=options,
     search=search,
+    members=members or {},
   )
 
 

@@ -59,21 +59,31 @@ def dlr(
   r"""The difference-of-logits ratio: a margin that ignores the logit scale.
 
   .. math:: \frac{\max_{j \ne y} z_j - z_y}{z_{(1)} - z_{(3)}}
-            \qquad \text{or} \qquad \frac{z_t - z_y}{z_{(1)} - z_{(3)}}
+            \qquad \text{or} \qquad
+            \frac{z_t - z_y}{z_{(1)} - (z_{(3)} + z_{(4)}) / 2}
 
-  where :math:`z_{(i)}` is the i-th largest logit. With two classes there is no
-  third logit and the loss is the plain :func:`margin`. Where the denominator is
-  0 the numerator is 0 as well unless the label is not among the best three; it
-  is kept from dividing by zero by a tiny number.
+  where :math:`z_{(i)}` is the i-th largest logit. Where there is no third
+  logit, or with a target no fourth, the loss is the plain :func:`margin`. Where
+  the denominator is 0 the numerator is 0 as well unless the label is not among
+  the best; it is kept from dividing by zero by a tiny number.
+
+  Its slope in the label's logit is 0 where the two largest wrong logits tie, so
+  do not rely on it alone.
 
   References:
-    `Croce & Hein (2020) <https://arxiv.org/abs/2003.01690>`_, eq. (6).
+    `Croce & Hein (2020) <https://arxiv.org/abs/2003.01690>`_, eq. (6) and (7).
   """
-  difference = margin(logits, label, target)
-  if logits.shape[-1] < 3:
-    return difference
-  top, _ = jax.lax.top_k(logits, 3)
-  return difference / (top[:, 0] - top[:, 2] + 1e-12)
+  num_classes = logits.shape[-1]
+  aimed = margin(logits, label, target)
+  if num_classes < 3:
+    return aimed
+  top, _ = jax.lax.top_k(logits, min(num_classes, 4))
+  ratio = margin(logits, label) / (top[:, 0] - top[:, 2] + 1e-12)
+  if target is None:
+    return ratio
+  if num_classes > 3:
+    aimed = aimed / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+  return jnp.where(target == ANY, ratio, aimed)
 
 
 LOSSES = {"margin": margin, "cross_entropy": cross_entropy, "dlr": dlr}

@@ -31,7 +31,8 @@ def need_geometry(model: Model) -> None:
     raise ValueError(
       f"the model over {', '.join(model.modalities)} has no geometry: its "
       "logits are no sum of per-modality terms, so it has no margin "
-      "certificate. Use a late-fusion head, or randomised smoothing."
+      "certificate. Use a late-fusion head, or randomised smoothing "
+      "(robust_mm.smoothing; robust-mm certify --source=smoothing)."
     )
 
 

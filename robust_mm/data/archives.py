@@ -61,7 +61,8 @@ def find_folder(path: str | os.PathLike | None) -> pathlib.Path:
   """The folder, which holds ``train.npz`` at least; UserError otherwise."""
   if not path:
     raise _validate.UserError(
-      "arrays needs a path: the folder that holds train.npz and test.npz."
+      "arrays needs a path, the folder that holds train.npz: "
+      "--config.data.path=DIR of train, --path=DIR of data inspect."
     )
   folder = pathlib.Path(path).expanduser()
   if not folder.is_dir():

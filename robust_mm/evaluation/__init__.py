@@ -15,6 +15,7 @@ renamed.
 from robust_mm.evaluation import plots
 from robust_mm.evaluation import protocol
 from robust_mm.evaluation import report
+from robust_mm.evaluation.masking import masking_report
 from robust_mm.evaluation.protocol import Protocol
 from robust_mm.evaluation.protocol import standard
 from robust_mm.evaluation.report import Report
@@ -43,13 +44,20 @@ SCHEMA = {
   "attacked": (
     "[{attack, norm (2 or 'inf'), radius, modalities [...], accuracy, "
     "interval, num_examples, largest_size}]: right and not broken by the "
-    "attack on these modalities inside one ball"
+    "attack on these modalities inside one ball; of an ensemble also broken_by "
+    "{member: examples it was the first to break}"
   ),
   "certified": (
     "[{radius, modalities [...], accuracy, interval, num_examples, source, "
     "sound, norm (2 or 'inf', the attacks')}]: a curve that holds the attack "
     "radii exactly; with sound false the numbers are estimates and must not be "
     "called certified"
+  ),
+  "smoothed": (
+    "null, or {accuracy, interval, num_examples, abstained, kind, settings, "
+    "rows [{radius, modalities, accuracy, interval, num_examples, norm (2, or "
+    "0: the radius is a number of modified elements)}]} of the smoothed "
+    "classifier: certified with probability 1 - alpha for each example"
   ),
   "region": (
     "null, or for two modalities {modalities [m1, m2], radii [grid1, grid2], "
@@ -64,14 +72,18 @@ SCHEMA = {
     "null, or {factors, flipped, num_examples, attack, sound, norm}: share of "
     "predictions flipped at multiples of each example's own joint radius"
   ),
+  "masking": (
+    "null, or what evaluation.masking_report returns for the first attack at "
+    "the middle joint radius"
+  ),
   "units": "{modality: raw size of one unit of radius}",
   "checks": "[{name, passed, required, message}]: relations between numbers",
   "examples": "{num_examples, num_left_out, columns {name: meaning}}",
   "timing": (
     "{predict_seconds, attack_seconds, certify_seconds, tightness_seconds, "
-    "total_seconds}, compilation included; table_seconds; one compiled call "
-    "on a chunk: forward_chunk_seconds, certify_chunk_seconds; "
-    "peak_memory_mib"
+    "masking_seconds, smoothing_seconds, total_seconds}, compilation included; "
+    "table_seconds; one compiled call on a chunk: forward_chunk_seconds, "
+    "certify_chunk_seconds; peak_memory_mib"
   ),
 }
 
@@ -80,6 +92,7 @@ __all__ = [
   "Protocol",
   "Report",
   "evaluate",
+  "masking_report",
   "plots",
   "protocol",
   "render",

@@ -46,6 +46,16 @@ class Data:
     """The modalities, sorted."""
     return modalities.names(self.inputs)
 
+  def take(self, rows: np.ndarray) -> "Data":
+    """Some of the rows."""
+    return Data(
+      inputs={name: x[rows] for name, x in self.inputs.items()},
+      present={name: x[rows] for name, x in self.present.items()},
+      label=self.label[rows],
+      id=self.id[rows],
+      counted=self.counted[rows],
+    )
+
   def chunk(self, indices: np.ndarray) -> dict:
     """The rows ``indices`` as a batch; ``id`` is the row number."""
     return {
@@ -147,13 +157,20 @@ class Device:
     mesh = self._sharding.mesh
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
-  def compile(self, function: Callable, *, moved: bool = False) -> Callable:
+  def compile(
+    self, function: Callable, *, moved: bool = False, once: bool = False
+  ) -> Callable:
     """``jax.jit``; results are replicated so that any host can read them.
 
     Args:
       function: ``function(params, state, chunk, *extra)``.
       moved: its result is a pair, and the first is a batch that stays sharded.
+      once: it is called a few times on little data, so that on a CPU optimising
+        it would cost more than it saves.
     """
+    options = None
+    if once and jax.default_backend() == "cpu":
+      options = {"xla_backend_optimization_level": 0}
 
     def run(*arguments):
       # A certificate is about full precision; so is what is held against it.
@@ -161,10 +178,10 @@ class Device:
         return function(*arguments)
 
     if not isinstance(self._sharding, NamedSharding):
-      return jax.jit(run)
+      return jax.jit(run, compiler_options=options)
     replicated = NamedSharding(self._sharding.mesh, PartitionSpec())
     out = (self._sharding, replicated) if moved else replicated
-    return jax.jit(run, out_shardings=out)
+    return jax.jit(run, out_shardings=out, compiler_options=options)
 
   def chunk_size(self, wanted: int) -> int:
     """``wanted``, rounded up to a multiple of the number of devices."""

@@ -71,6 +71,10 @@ def choose_source(
   """
   if wanted is None:
     return None, "The protocol asks for no certificate."
+  if wanted == "smoothing":
+    return None, (
+      "The smoothed classifier is certified instead, in rows of its own."
+    )
   if mixed or model.geometry is None:
     reason = (
       "The fusion mixes modalities, so there is no margin certificate; "

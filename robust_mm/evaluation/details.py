@@ -10,8 +10,10 @@ _SECONDS = {
   "predict_seconds": "clean and missing modalities",
   "attack_seconds": "attacks",
   "certify_seconds": "certificates",
+  "smoothing_seconds": "smoothed certificates",
   "table_seconds": "certificates: tables of constants",
   "tightness_seconds": "attacks at multiples of the radius",
+  "masking_seconds": "checks of the gradients",
   "total_seconds": "everything",
 }
 _CHUNKS = {
@@ -28,11 +30,18 @@ def details(result: Mapping) -> dict:
     ``(heading, whether it holds numbers)``, a row a tuple of texts.
   """
   tables = [_clean(result)]
-  tables += [_attack(result, name) for name in result["settings"]["attacks"]]
+  for name in result["settings"]["attacks"]:
+    tables.append(_attack(result, name))
+    if any(row.get("broken_by") for row in _rows_of(result, name)):
+      tables.append(_members(result, name))
   if result["certified"]:
     tables += [_bound(result), _certificate(result)]
+  if result.get("smoothed"):
+    tables.append(_smoothed(result))
   if result["tightness"]:
     tables.append(_tightness(result))
+  if result.get("masking"):
+    tables.append(_masking(result["masking"]))
   if result["vulnerability"]:
     tables.append(_vulnerability(result))
   tables += [_units(result), _settings(result), _timing(result)]
@@ -112,8 +121,47 @@ def _attack(result: Mapping, name: str) -> dict:
       "; an example broken by a smaller attack inside the same budget counts "
       "as broken"
     )
-  rows = [row for row in result["attacked"] if row["attack"] == name]
-  return _accuracies(result, f"Attacked: {name}", note, _changed(rows, result))
+  rows = _changed(_rows_of(result, name), result)
+  return _accuracies(result, f"Attacked: {name}", note, rows)
+
+
+def _rows_of(result: Mapping, name: str) -> list[Mapping]:
+  return [row for row in result["attacked"] if row["attack"] == name]
+
+
+def _members(result: Mapping, name: str) -> dict:
+  rows = _changed(_rows_of(result, name), result)
+  members = list(rows[0][1]["broken_by"])
+  return _table(
+    f"Members of {name}",
+    "Examples broken by each member, on what those to its left have left.",
+    [("modalities", False), ("size", True), *((m, True) for m in members)],
+    [
+      (
+        what,
+        f"l{row['norm']} {row['radius']:g}",
+        *(str(row["broken_by"][member]) for member in members),
+      )
+      for what, row in rows
+    ],
+  )
+
+
+def _masking(found: Mapping) -> dict:
+  return _table(
+    "Do gradients mislead the attacks?",
+    f"{found['num_examples']} examples, all modalities changed by l"
+    f"{found['norm']} {found['radius']:g}, PGD on the {found['loss']} loss.",
+    [("check", False), ("passed", False), ("what was found", False)],
+    [
+      (check["name"].replace("_", " "), _yes(check), check["message"])
+      for check in found["checks"]
+    ],
+  )
+
+
+def _yes(check: Mapping) -> str:
+  return "yes" if check["passed"] else "no"
 
 
 def _bound(result: Mapping) -> dict:
@@ -128,6 +176,18 @@ def _bound(result: Mapping) -> dict:
     if row["radius"] in rows_lib.grid(result, row["modalities"])
   ]
   return _accuracies(result, word.capitalize(), note, _changed(rows, result))
+
+
+def _smoothed(result: Mapping) -> dict:
+  found = result["smoothed"]
+  note = (
+    f"The smoothed classifier, {found['kind']} for each example; it abstains "
+    f"on {wording.percent(found['abstained'])}. "
+    f"{wording.settings_line(found['settings'])}. Sizes of norm l0 are numbers "
+    "of modified elements."
+  )
+  rows = [("all present", found), *_changed(found["rows"], result)]
+  return _accuracies(result, "Smoothed", note, rows)
 
 
 def _certificate(result: Mapping) -> dict:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ class Cell:
     radius: in the protocol's units.
     robust: ``bool[n]``, right and not broken.
     size: the largest perturbation made, in the protocol's units.
+    broken_by: ``{member: examples it broke}`` of an ensemble, else None.
   """
 
   attack: str
@@ -37,6 +39,21 @@ class Cell:
   radius: float
   robust: Any
   size: float
+  broken_by: Mapping[str, int] | None = None
+
+
+class Struck(NamedTuple):
+  """What an attack did to some rows.
+
+  Attributes:
+    broken: ``bool[r]``.
+    ratio: the largest size of a perturbation over its radius.
+    broken_by: ``{member: examples it broke}`` of an ensemble, else None.
+  """
+
+  broken: np.ndarray
+  ratio: float
+  broken_by: dict[str, int] | None = None
 
 
 class Forward:
@@ -122,11 +139,22 @@ class Attacker:
   """Runs one attack, radius after radius, with one compilation for all.
 
   Radii, labels and the choice of modalities are data of the compiled function.
+  The members of an ensemble run one after the other on the rows left over, in
+  chunks of the whole or, for few rows, a quarter of the size.
   """
 
   def __init__(self, model, device, attack, forward, *, units, norm, size):
-    self._device, self._size = device, size
-    search = device.compile(_attack_fn(model, attack, units, norm), moved=True)
+    self._device, self._forward = device, forward
+    self._size, self._small = size, device.chunk_size(-(-size // 4))
+    self._ensemble = bool(attack.members)
+    members = attack.members or {attack.name: attack}
+    self._runs = {
+      name: self._judged(_attack_fn(model, member, units, norm))
+      for name, member in members.items()
+    }
+
+  def _judged(self, attack_fn):
+    search = self._device.compile(attack_fn, moved=True)
 
     def run(params, state, chunk, key, chosen):
       inputs, ratio = search(params, state, chunk, key, chosen)
@@ -134,11 +162,12 @@ class Attacker:
       del attacked["radius"]
       every = keep_only(inputs, inputs)
       # The clean pass is compiled already, and judges clean and attacked alike.
-      return forward.compiled(params, state, attacked, every), ratio
+      compiled = self._forward.compiled
+      return compiled(params, state, attacked, every), ratio
 
-    self._run = run
+    return run
 
-  def __call__(self, key, data, rows, names, radii) -> tuple[np.ndarray, float]:
+  def __call__(self, key, data, rows, names, radii) -> Struck:
     """Attacks some modalities of some rows, in one ball each example.
 
     Args:
@@ -147,20 +176,31 @@ class Attacker:
       rows: ``[r]`` row numbers.
       names: the modalities that may change.
       radii: a number, or ``[r]``.
-
-    Returns:
-      ``(broken bool[r], largest size of a perturbation over its radius)``.
     """
-    if not len(rows):
-      return np.zeros(0, bool), 0.0
+    radii = np.broadcast_to(np.float32(radii), rows.shape)
+    broken, ratio, counts = np.zeros(len(rows), bool), 0.0, {}
+    for number, (name, run) in enumerate(self._runs.items()):
+      own = jax.random.fold_in(key, number) if self._ensemble else key
+      left = np.flatnonzero(~broken)
+      counts[name] = 0
+      if len(left):
+        lost, reach = self._struck(
+          run, own, data, rows[left], names, radii[left]
+        )
+        broken[left[lost]] = True
+        ratio, counts[name] = max(ratio, reach), int(lost.sum())
+    return Struck(broken, ratio, counts if self._ensemble else None)
+
+  def _struck(self, run, key, data, rows, names, radii):
     chosen = keep_only(data.names, names)
+    few = self._ensemble and len(rows) <= self._size // 2
     prediction, ratio = self._device.map(
-      self._run,
+      run,
       data,
       rows,
-      self._size,
+      self._small if few else self._size,
       extra=lambda number: (jax.random.fold_in(key, number), chosen),
-      aligned={"radius": np.broadcast_to(np.float32(radii), rows.shape)},
+      aligned={"radius": radii},
     )
     return prediction != data.label[rows], float(ratio.max())
 
@@ -249,15 +289,16 @@ def attacked(
     reachable = np.any([data.present[m] for m in names], axis=0)
     rows = np.flatnonzero(robust & reachable)
     cell_key = jax.random.fold_in(key, number)
-    broken, ratio = run(cell_key, data, rows, names, radius)
-    robust[rows[broken]] = False
+    struck = run(cell_key, data, rows, names, radius)
+    robust[rows[struck.broken]] = False
     cells.append(
       Cell(
         attack=name,
         modalities=names,
         radius=radius,
         robust=robust,
-        size=ratio * radius,
+        size=struck.ratio * radius,
+        broken_by=struck.broken_by,
       )
     )
     tick(f"{name} {modalities.subset_name(names)} {radius:g}")
@@ -291,8 +332,8 @@ def tightness(
     rows = np.flatnonzero(left)
     factor_key = jax.random.fold_in(key, number)
     radii = factor * bounds.radius[rows]
-    broken, _ = run(factor_key, target, rows, data.names, radii)
-    left[rows[broken]] = False
+    struck = run(factor_key, target, rows, data.names, radii)
+    left[rows[struck.broken]] = False
     flipped.append(1 - float(left.sum() / usable.sum()))
     tick(f"{factor:g} times the radius")
   return {

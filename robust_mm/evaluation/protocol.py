@@ -20,7 +20,15 @@ DEFAULT_ATTACK = {
   "num_restarts": 5,
 }
 DEFAULT_TIGHTNESS = (1.0, 1.2, 1.5, 2.0, 3.0)
-CERTIFICATES = ("auto", "global", "empirical", None)
+CERTIFICATES = ("auto", "global", "empirical", "smoothing", None)
+DEFAULT_SMOOTHING = {
+  "sigma": 0.25,
+  "keep": {},
+  "num_selection": 100,
+  "num_estimation": 1000,
+  "chunk_size": 1000,
+  "alpha": 1e-3,
+}
 # Every subset of 6 modalities is 63 forward passes over the data.
 MAX_MODALITIES_ALL_SUBSETS = 6
 
@@ -37,7 +45,9 @@ class Protocol:
       is that norm of all modalities together, each divided by its unit.
     attacks: keyword arguments of each attack, its factory under ``"name"``.
     units: None (raw), ``"relative"`` or ``{m: size of one unit}``.
-    certificate: ``"auto"``, ``"global"``, ``"empirical"`` or None.
+    certificate: ``"auto"``, ``"global"``, ``"empirical"``, ``"smoothing"`` or
+      None.
+    smoothing: settings of the last one, or None.
     subsets: True for every non-empty subset, False for none, or the subsets.
     valid_range: ``{m: (low, high)}`` attacks stay in, or None.
     batch_size: examples a device call, at most.
@@ -45,6 +55,7 @@ class Protocol:
     survivors_only: attack an example only until a smaller or contained
       perturbation has broken it; it counts as broken from there on.
     tightness: multiples of each example's own joint radius to attack at.
+    masking_examples: so many examples for :func:`evaluation.masking_report`.
   """
 
   radii: tuple[float, ...]
@@ -53,12 +64,14 @@ class Protocol:
   attacks: tuple[Mapping[str, Any], ...]
   units: Any
   certificate: str | None
+  smoothing: Mapping[str, Any] | None
   subsets: Any
   valid_range: Any
   batch_size: int
   max_examples: int | None
   survivors_only: bool
   tightness: tuple[float, ...]
+  masking_examples: int
 
   def modality_grid(self, modality: str) -> tuple[float, ...]:
     """The radii at which ``modality`` alone is attacked."""
@@ -101,12 +114,14 @@ def standard(
   attack: Any = DEFAULT_ATTACK,
   units: Any = None,
   certificate: str | None = "auto",
+  smoothing: Mapping[str, Any] | None = None,
   subsets: Any = True,
   valid_range: Any = None,
   batch_size: int = 512,
   max_examples: int | None = None,
   survivors_only: bool = True,
   tightness: Sequence[float] = DEFAULT_TIGHTNESS,
+  masking_examples: int = 64,
 ) -> Protocol:
   """Clean, every subset of modalities, attacked and certified accuracy.
 
@@ -128,7 +143,12 @@ def standard(
       ``"relative"``, the median distance to the mean over the reference data,
       in ``norm``.
     certificate: ``"global"`` (sound), ``"empirical"`` (estimated, never called
-      certified), None, or ``"auto"``: the soundest the model allows.
+      certified), ``"smoothing"`` (any model; the results have an entry of
+      their own for it), None, or ``"auto"``: the soundest margin certificate
+      the model allows.
+    smoothing: with that certificate, ``{"sigma", "keep", "num_selection",
+      "num_estimation", "chunk_size", "alpha"}`` of ``robust_mm.smoothing``,
+      sigma in units; 0.25, {}, 100, 1000, 1000 and 1e-3 where not named.
     subsets: True, False, or a sequence of sequences of modality names.
     valid_range: ``{m: (low, high)}`` or ``(low, high)`` attacks stay in.
     batch_size: examples a device call, at most.
@@ -137,6 +157,9 @@ def standard(
     tightness: with an attack and a certificate, also attack each example at
       these multiples of its own joint radius, the first attack only. At most 1
       nothing may flip. Empty for none.
+    masking_examples: with an attack and a joint radius, check on so many
+      examples that gradients do not mislead it: :func:`masking_report` at the
+      middle one of the radii. 0 for no check.
 
   Returns:
     A frozen :class:`Protocol`.
@@ -159,7 +182,10 @@ def standard(
   _validate.at_least(1, batch_size=batch_size)
   if max_examples is not None:
     _validate.at_least(1, max_examples=max_examples)
+  _validate.at_least(0, masking_examples=masking_examples)
   _check_units(units)
+  norm = _norm(norm)
+  smoothing = _smoothing(smoothing, certificate, norm)
   return Protocol(
     radii=radii,
     modality_radii=modality_radii,
@@ -167,12 +193,14 @@ def standard(
     attacks=_attacks(attack),
     units=units,
     certificate=certificate,
+    smoothing=smoothing,
     subsets=_subsets(subsets),
     valid_range=valid_range,
     batch_size=int(batch_size),
     max_examples=max_examples,
     survivors_only=bool(survivors_only),
     tightness=_radii(tightness, "tightness"),
+    masking_examples=int(masking_examples),
   )
 
 
@@ -203,6 +231,25 @@ def _norm(norm):
     return math.inf
   _validate.one_of((2, math.inf), norm=norm)
   return 2
+
+
+def _smoothing(given, certificate, norm):
+  if certificate != "smoothing":
+    if given is not None:
+      raise ValueError("smoothing goes with certificate='smoothing'.")
+    return None
+  if norm != 2:
+    raise ValueError("norm must be 2 with certificate='smoothing'.")
+  for name in given or {}:
+    _validate.one_of(DEFAULT_SMOOTHING, smoothing=name)
+  chosen = {**DEFAULT_SMOOTHING, **(given or {})}
+  for name in ("num_selection", "num_estimation", "chunk_size"):
+    _validate.at_least(1, **{f"smoothing[{name!r}]": chosen[name]})
+  if not 0 < chosen["alpha"] < 1:
+    raise ValueError(
+      f"smoothing['alpha'] must lie in (0, 1), got {chosen['alpha']}."
+    )
+  return chosen
 
 
 def _attacks(attack) -> tuple[Mapping[str, Any], ...]:

@@ -18,9 +18,11 @@ from robust_mm._types import Batch
 from robust_mm._types import Model
 from robust_mm.evaluation import batches
 from robust_mm.evaluation import bounds as bounds_lib
+from robust_mm.evaluation import masking as masking_lib
 from robust_mm.evaluation import matrix
 from robust_mm.evaluation import protocol as protocol_lib
 from robust_mm.evaluation import report as report_lib
+from robust_mm.evaluation import smoothed as smoothed_lib
 from robust_mm.evaluation import summary
 
 try:
@@ -102,6 +104,7 @@ def evaluate(
   )
   key = jax.random.key(seed) if key is None else key
   session = _Session(model, params, state, data, protocol, units, sharding)
+  session.prepare_smoothing(key)
   with _Ticker(progress, session.num_ticks(source)) as tick:
     predictions = session.predict(tick)
     prediction = predictions.pop(None)
@@ -109,20 +112,27 @@ def evaluate(
     cells = session.attack(key, correct, tick)
     bounds, reason = session.certify(source, reason, reference, tick)
     tightness = session.tightness(key, bounds, tick)
+    masking = session.masking(key, tick)
+    smoothed = session.smooth(tick)
   session.timing["total_seconds"] = time.perf_counter() - started
   session.timing["peak_memory_mib"] = _peak_memory()
   columns = summary.example_columns(data, prediction, cells, bounds)
+  if smoothed is not None:
+    columns |= smoothed_lib.columns(smoothed, data.names)
   found = {
     "clean": summary.share(correct, data.counted),
     "subsets": summary.subset_rows(predictions, data),
     "attacked": summary.attacked_rows(cells, protocol, data),
     **summary.bound_entries(bounds, protocol, correct, data),
+    "smoothed": smoothed_lib.entry(smoothed, protocol, data),
     "tightness": tightness,
     "units": units,
     "checks": [
       *summary.checks(cells, bounds, correct, data),
       *summary.tightness_checks(tightness),
+      *([masking_lib.summary_check(masking)] if masking else []),
     ],
+    "masking": masking,
     "examples": summary.example_entry(data, columns),
     "timing": session.timing,
   }
@@ -158,6 +168,7 @@ class _Session:
   def __init__(self, model, params, state, data, protocol, units, sharding):
     self._model, self._params, self._state = model, params, state
     self._data, self._protocol, self._units = data, protocol, units
+    self._sharding = sharding
     self._device = batches.Device(params, state, sharding=sharding)
     size = min(protocol.batch_size, data.size)
     self._size = self._device.chunk_size(size)
@@ -167,11 +178,15 @@ class _Session:
     self.attack_settings, self._attackers = {}, {}
     self._forward = matrix.Forward(model, self._device, size=self._size)
     self._make_attackers()
+    self._counter = None
 
   def num_ticks(self, source) -> int:
     """How often the stages will report progress."""
     plan = matrix.attack_plan(self._protocol, self._data.names)
     ticks = 1 + len(self._protocol.attacks) * len(plan)
+    ticks += masking_lib.asked_for(self._protocol)
+    if self._counter is not None:
+      ticks += self._counter.num_blocks
     return ticks if source is None else ticks + 1 + len(self._factors)
 
   def predict(self, tick) -> dict:
@@ -248,6 +263,52 @@ class _Session:
       return None
     norm = protocol_lib.jsonable(bounds.norm)
     return {**found, "attack": name, "sound": bounds.sound, "norm": norm}
+
+  def masking(self, key, tick) -> dict | None:
+    """Whether gradients mislead the first attack; None where not asked."""
+    if not masking_lib.asked_for(self._protocol):
+      return None
+    start = time.perf_counter()
+    found = masking_lib.measure(
+      self._model,
+      self._device,
+      self._forward,
+      self._data,
+      self._protocol,
+      units=self._units,
+      key=jax.random.fold_in(key, len(self._protocol.attacks) + 1),
+    )
+    tick("masked gradients")
+    self.timing["masking_seconds"] = time.perf_counter() - start
+    return found
+
+  def prepare_smoothing(self, key) -> None:
+    """Refuses noise that does not fit before anything is measured."""
+    if self._protocol.smoothing is not None:
+      self._counter = smoothed_lib.make_counter(
+        self._model,
+        self._params,
+        self._state,
+        self._data,
+        self._protocol.smoothing,
+        units=self._units,
+        # The attacks have the numbers before this one and the masking report.
+        key=jax.random.fold_in(key, len(self._protocol.attacks) + 2),
+        sharding=self._sharding,
+      )
+
+  def smooth(self, tick):
+    """The smoothed certificate of every example, or None."""
+    if self._counter is None:
+      return None
+    start = time.perf_counter()
+    while self._counter.done < self._counter.num_blocks:
+      self._counter.advance()
+      tick("smoothing")
+    self.timing["smoothing_seconds"] = time.perf_counter() - start
+    return self._counter.certificate(
+      alpha=self._protocol.smoothing["alpha"], units=self._units
+    )
 
   def certify(self, source, reason, reference, tick):
     """``(bounds of every example or None, the reason in words)``.

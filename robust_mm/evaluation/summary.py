@@ -135,6 +135,7 @@ def attacked_rows(
       "modalities": list(cell.modalities),
       **share(cell.robust, data.counted),
       "largest_size": cell.size,
+      **({"broken_by": dict(cell.broken_by)} if cell.broken_by else {}),
     }
     for cell in cells
   ]
@@ -271,6 +272,15 @@ def column_help(columns: Sequence[str]) -> dict[str, str]:
     ),
     "estimated_radius": (
       "an estimate of that size from slopes seen on data: no guarantee"
+    ),
+    "smoothed_prediction": (
+      "the class of the smoothed classifier; -1 where it abstains"
+    ),
+    "smoothed_p_lower": "lower bound of how often the base classifier says so",
+    "smoothed_radius": (
+      "no change below this size alters the smoothed prediction, with "
+      "probability 1 - alpha for each example: in l2 and units, or the number "
+      "of modified elements; of all modalities, or of the named one alone"
     ),
     "nearest_class": "the class whose boundary the radius belongs to",
     "vulnerability": "this modality's share of the squared sensitivity there",

@@ -68,6 +68,9 @@ _RECIPES = {
   ),
   "joint-adversarial": "cross-entropy on inputs that an attack has changed",
   "joint-mixup": "cross-entropy on mixtures of two examples",
+  "joint-noise": (
+    "cross-entropy on noisy inputs, the base model of randomised smoothing"
+  ),
   "certified_radius": "trained for a large certified radius",
 }
 _CRMT = (
@@ -131,6 +134,17 @@ def glossary(results: Sequence[dict]) -> list[tuple[str, str]]:
         "estimated accuracy",
         "The same formula with constants estimated from data. It is no lower "
         "limit of anything and proves nothing.",
+      )
+    )
+  if any(result.get("smoothed") for result in results):
+    terms.append(
+      (
+        "smoothed classifier, certified with probability",
+        "It answers with the class that the model gives most often when noise "
+        "is added to its inputs, or abstains. Its accuracies are about it and "
+        "not about the model itself. Each example's radius is wrong with at "
+        "most the probability that is missing to 1, because the noise is "
+        "drawn.",
       )
     )
   return [

@@ -19,6 +19,7 @@ GROUPS = (
   "attacked one",
   "certified one",
   "estimated one",
+  "smoothed",
 )
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 
@@ -135,6 +136,29 @@ def _cells(result: Mapping):
     group = f"{group} {'all' if part == 'all' else 'one'}"
     size = f"{row['radius']:g}"
     yield (group, kind, f"{part} changed", size), row["accuracy"]
+  yield from _smoothed_cells(result)
+
+
+def _smoothed_cells(result: Mapping):
+  """Of the smoothed classifier: never in a row with the model itself."""
+  found = result.get("smoothed")
+  if found is None:
+    return
+  first = ("smoothed", "smoothed classifier", "all present", "")
+  yield first, found["accuracy"]
+  for row in found["rows"]:
+    same = [
+      other["radius"]
+      for other in found["rows"]
+      if other["modalities"] == row["modalities"]
+    ]
+    joint = where(row["modalities"], result) == "all"
+    middle = same[len(same) // 2]
+    if row["radius"] in ({same[0], middle, same[-1]} if joint else {middle}):
+      kind = f"{found['kind']} (l{row['norm']})"
+      part = f"{where(row['modalities'], result)} changed"
+      group = ("smoothed", kind, part, f"{row['radius']:g}")
+      yield group, row["accuracy"]
 
 
 def headlines(results: Sequence[dict]) -> dict:
@@ -222,12 +246,38 @@ def _sentence(result: Mapping) -> str:
       f"({size_words(result)}), {', and '.join(parts)}."
     )
   alone = rows_lib.alone(result)
+  text += _smoothed_sentence(result)
   if len(alone) > 1:
     text += (
       f" With one modality only it is right on {_named_share(alone, min)} to "
       f"{_named_share(alone, max)}."
     )
   return text
+
+
+def _smoothed_sentence(result: Mapping) -> str:
+  found = result.get("smoothed")
+  if found is None:
+    return ""
+  text = (
+    f" Smoothed by noise, it is right on {percent(found['accuracy'])} and "
+    f"abstains on {percent(found['abstained'])}"
+  )
+  rows = [
+    row for row in found["rows"] if where(row["modalities"], result) == "all"
+  ]
+  if not rows:
+    return f"{text}."
+  row = rows[len(rows) // 2]
+  size = (
+    f"{row['radius']:g} changed elements"
+    if row["norm"] == 0
+    else f"changes of up to {row['radius']:g}"
+  )
+  return (
+    f"{text}; {percent(row['accuracy'])} are {found['kind']} for each example "
+    f"to stay right under {size}."
+  )
 
 
 def warnings(results: Sequence[dict]) -> list[str]:

@@ -22,6 +22,7 @@ from robust_mm.models.multimodal import late_fusion
 from robust_mm.models.multimodal import token_fusion
 from robust_mm.models.normalization import Normalization
 from robust_mm.models.normalization import fit_normalization
+from robust_mm.models.plain import from_function
 
 __all__ = [
   "ConcatFusion",
@@ -34,6 +35,7 @@ __all__ = [
   "custom",
   "encoders",
   "fit_normalization",
+  "from_function",
   "from_parts",
   "functional",
   "fusion",

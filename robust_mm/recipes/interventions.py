@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from robust_mm import _validate
 from robust_mm import modalities
+from robust_mm import smoothing
 from robust_mm._types import Model
 
 
@@ -114,6 +115,25 @@ def gaussian_noise(*, sigma: float) -> Callable[..., Any]:
       if jnp.issubdtype(value.dtype, jnp.floating):
         noise = jax.random.normal(subkey, value.shape, value.dtype)
         inputs[name] = value + sigma * noise
+    return {**batch, "inputs": modalities.mask(inputs, batch["present"])}
+
+  return intervene
+
+
+def smoothing_noise(noise: smoothing.Noise) -> Callable[..., Any]:
+  """The noise that a smoothed classifier will see, drawn once an example.
+
+  Args:
+    noise: of ``robust_mm.smoothing``, Gaussian, sub-sampling or mixed.
+
+  Raises:
+    ValueError: (when traced) noise that does not fit the inputs.
+  """
+
+  def intervene(key, params, state, batch):
+    del params, state
+    smoothing.check(noise, batch["inputs"])
+    inputs = smoothing.apply(noise, key, batch["inputs"])
     return {**batch, "inputs": modalities.mask(inputs, batch["present"])}
 
   return intervene

@@ -1,4 +1,4 @@
-"""The joint baseline and its relatives: dropout, adversarial, mixup."""
+"""The joint baseline and its relatives: dropout, adversarial, mixup, noise."""
 
 from collections.abc import Mapping
 
@@ -6,13 +6,14 @@ import optax
 
 from robust_mm import _validate
 from robust_mm import attacks
+from robust_mm import smoothing
 from robust_mm._types import Model
 from robust_mm.certification import tables
 from robust_mm.recipes import interventions
 from robust_mm.recipes import objectives
 from robust_mm.recipes import phases
 
-VARIANTS = ("plain", "dropout", "adversarial", "mixup")
+VARIANTS = ("plain", "dropout", "adversarial", "mixup", "noise")
 
 
 def joint(
@@ -27,6 +28,8 @@ def joint(
   clean_weight: float = 0.0,
   dropout_rate: float = 1.0,
   mixup_alpha: float = 1.0,
+  sigma: float | Mapping = 0.25,
+  keep: Mapping | None = None,
   valid_range=None,
   units=None,
 ) -> phases.Recipe:
@@ -37,7 +40,8 @@ def joint(
     num_steps: optimiser updates.
     tx: the optimiser.
     variant: ``plain``; ``dropout``, a random subset of the modalities per
-      example; ``adversarial``, inputs replaced by l2 PGD; ``mixup``.
+      example; ``adversarial``, inputs replaced by l2 PGD; ``mixup``;
+      ``noise``, the base classifier of randomised smoothing.
     budget: joint l2 radius of the adversarial variant, in ``units``; a mapping
       gives each modality it names a ball of its own.
     attack_steps: steps of that attack, ``attacks.pgd`` with one restart: from a
@@ -47,8 +51,14 @@ def joint(
     clean_weight: share of the clean loss in the adversarial variant, in [0, 1].
     dropout_rate: share of examples touched by the dropout variant.
     mixup_alpha: parameter of the Beta distribution of the mixup variant.
+    sigma: standard deviation of the Gaussian noise of the noise variant, in
+      ``units``: a number for every modality that ``keep`` does not name, or a
+      mapping; 0 for none. Certify with the same.
+    keep: ``{modality: number of elements kept}`` of the noise variant; the rest
+      is dropped at random (``smoothing.subsample``).
     valid_range: ``{modality: (low, high)}`` the attack stays in.
-    units: ``{modality: size of one unit}`` of the budget, 1 where not named.
+    units: ``{modality: size of one unit}`` of the budget and of sigma, 1
+      where not named.
 
   Raises:
     ValueError: an unknown variant or a number out of range, naming it.
@@ -76,6 +86,11 @@ def joint(
     before = (interventions.modality_dropout(rate=dropout_rate),)
   elif variant == "mixup":
     before = (interventions.mixup(alpha=mixup_alpha),)
+  elif variant == "noise":
+    noise = smoothing.from_settings(
+      model.modalities, sigma=sigma, keep=keep, units=units
+    )
+    before = (interventions.smoothing_noise(noise),)
   else:
     before = ()
   phase = phases.Phase(

@@ -10,12 +10,15 @@ _TANGENT_STEPS = 16
 
 
 class Lines(NamedTuple):
-  """``lower_slope z + lower_shift <= f(z) <= upper_slope z + upper_shift``."""
+  """``lower_slope z + lower_shift <= f(z) <= upper_slope z + upper_shift``.
+
+  A shift of None is 0: the line goes through the origin.
+  """
 
   lower_slope: Array
-  lower_shift: Array
+  lower_shift: Array | None
   upper_slope: Array
-  upper_shift: Array
+  upper_shift: Array | None
 
 
 def of(
@@ -75,10 +78,9 @@ def _piecewise(slopes, low, high) -> Lines:
   chord = jnp.where(across, chord, only)
   shift = jnp.where(across, shift, 0)
   tangent = jnp.where(across, tangent, only)
-  zero = jnp.zeros_like(shift)
   if negative <= positive:
-    return Lines(tangent, zero, chord, shift)
-  return Lines(chord, shift, tangent, zero)
+    return Lines(tangent, None, chord, shift)
+  return Lines(chord, shift, tangent, None)
 
 
 def _tanh(low, high) -> Lines:

@@ -61,7 +61,8 @@ def check_config(
     return
   stored = _flatten(read_json(path))
   given = _flatten(json.loads(config.to_json()))
-  for key in sorted(stored.keys() | given.keys()):
+  keys = stored.keys() | given.keys()
+  for key in sorted(keys, key=lambda key: (key not in _SAID_FIRST, key)):
     if key.startswith(_MAY_CHANGE) and key not in _MAY_NOT_CHANGE:
       continue
     if stored.get(key) != given.get(key):
@@ -90,6 +91,7 @@ def save_facts(workdir: pathlib.Path, facts: dict) -> None:
 
 # What may differ between the parts of a resumed run. The units decide the
 # validation score, so they may not.
+_SAID_FIRST = ("data.name", "recipe.name")  # of several differences
 _MAY_CHANGE = ("evaluation.", "mesh.", "training.")
 _MAY_NOT_CHANGE = ("evaluation.units", "training.eval_every")
 

@@ -1,0 +1,236 @@
+"""Square attack: random search that reads nothing but the logits."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robust_mm import _validate
+from robust_mm import modalities
+from robust_mm.attacks import balls
+from robust_mm.attacks import base
+
+# Of 10,000 queries: after so many the changed share is halved.
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+
+
+def square(
+  *,
+  norm: Any,
+  budget: Any,
+  num_queries: int = 1000,
+  num_restarts: int = 1,
+  share: float = 0.8,
+  loss: str = "margin",
+  valid_range: Any = None,
+  units: Any = None,
+) -> base.Attack:
+  r"""Random search over blocks of the input; needs no gradient.
+
+  Each query changes one block of one modality, picked at random for each
+  example, and is kept where the loss grows. Inputs of rank 3 and more per
+  example (images, videos) are changed in squares of their first two axes, all
+  others (vectors, sequences) in contiguous blocks of their first axis; what
+  follows are channels, each with a sign of its own. The block covers ``share``
+  of the input at first, and half as much after 0.1 %, 0.5 %, 2 %, ... of the
+  queries.
+
+  linf: the block becomes :math:`\pm\epsilon`. l2: the squared size of another
+  block, in the same ball, is moved into it, together with what is left of the
+  budget, as a random bump on top of what was there.
+
+  A model whose gradients mislead is broken by this attack where PGD fails;
+  against an honest one it is the weaker of the two.
+
+  Costs, for each restart, ``num_queries`` forward passes.
+
+  >>> square(norm="linf", budget=0.1, num_queries=500).settings["share"]
+  0.8
+
+  Args:
+    norm: 2 or ``"l2"``; infinity or ``"linf"``.
+    budget: a number, one joint ball over all float modalities; or a mapping,
+      one ball for each modality it names. See :class:`attacks.Attack`.
+    num_queries: forward passes per restart.
+    num_restarts: the best of so many searches.
+    share: of a modality that the first blocks cover, in (0, 1].
+    loss: ``"margin"``, ``"cross_entropy"`` or ``"dlr"``.
+    valid_range: ``(low, high)`` for all modalities or ``{m: (low, high)}``.
+    units: ``{m: size of one unit}``, 1 where not named.
+
+  Returns:
+    A frozen :class:`attacks.Attack`.
+
+  Raises:
+    ValueError: a bad value, naming the argument.
+
+  References:
+    `Andriushchenko et al. (2020) <https://arxiv.org/abs/1912.00049>`_; there
+    for one image, with another bump.
+  """
+  _validate.at_least(1, num_queries=num_queries, num_restarts=num_restarts)
+  _validate.positive(share=share)
+  _validate.in_unit_interval(share=share)
+  options = {
+    "num_queries": int(num_queries),
+    "num_restarts": int(num_restarts),
+    "share": float(share),
+  }
+
+  def search(key, objective):
+    shares = jnp.asarray(_shares(num_queries, share))
+
+    def restart(best, key):
+      return _search(key, best, objective, shares), None
+
+    keys = jax.random.split(key, num_restarts)
+    best, _ = jax.lax.scan(restart, objective.nothing_found(), keys)
+    return best.delta
+
+  return base.make_attack(
+    "square",
+    norm=norm,
+    budget=budget,
+    loss=loss,
+    valid_range=valid_range,
+    units=units,
+    options=options,
+    search=search,
+  )
+
+
+def _shares(num_queries, share):
+  """What share of a modality each query changes, ``float32[num_queries]``."""
+  progress = np.arange(num_queries) * 10_000 / num_queries
+  halvings = np.searchsorted(HALVINGS, progress, side="left")
+  return (share / 2.0**halvings).astype(np.float32)
+
+
+def _search(key, best, objective, shares):
+  region = objective.region
+  start_key, key = jax.random.split(key)
+  stripes = region.project(_stripes(start_key, region))
+  # The first query changes most of them, and is kept whatever it finds.
+  own = objective.nothing_found()._replace(delta=stripes)
+  propose = _fill if region.norm == "linf" else _move_mass
+
+  def query(own, xs):
+    key, share = xs
+    place_key, propose_key = jax.random.split(key)
+    chosen = _chosen(place_key, region)
+    changed = propose(propose_key, region, own.delta, chosen, share)
+    changed = region.project(changed)
+    return own.updated(changed, objective(changed)), None
+
+  keys = jax.random.split(key, len(shares))
+  own, _ = jax.lax.scan(query, own, (keys, shares))
+  return best.updated(own.delta, base.Evaluation(own.loss, own.broken))
+
+
+def _stripes(key, region):
+  """Full size: a sign per channel and place of the last axis of a square."""
+  signs = {}
+  for number, (m, x) in enumerate(sorted(region.clean.items())):
+    shape = (
+      x.shape[0],
+      *(1 for _ in _space(x)[:-1]),
+      *x.shape[len(_space(x)) :],
+    )
+    sign = _signs(jax.random.fold_in(key, number), shape, region.dtype)
+    signs[m] = jnp.broadcast_to(sign, x.shape)
+  far = {m: r * region.units[m] for m, r in region.radius.items()}
+  if region.norm == "l2":
+    size = region.size(signs)
+    far = {m: r / jnp.maximum(size[m], 1e-30) for m, r in region.radius.items()}
+  return {m: balls.like(far[m], d) * d for m, d in signs.items()}
+
+
+def _fill(key, region, delta, chosen, share):
+  """A block of the chosen modality at the ends of the budget."""
+  changed = {}
+  for number, (m, d) in enumerate(sorted(delta.items())):
+    block_key, sign_key = jax.random.split(jax.random.fold_in(key, number))
+    block = _block(block_key, d, share) & balls.like(chosen[m], d)
+    sign = _signs(sign_key, _channels(d), d.dtype)
+    end = balls.like(region.radius[m] * region.units[m], d)
+    changed[m] = jnp.where(block, sign * end, d)
+  return changed
+
+
+def _move_mass(key, region, delta, chosen, share):
+  """Squared size of a second block, and what is unspent, into a first."""
+  scaled = {m: d / region.units[m] for m, d in delta.items()}
+  giver_key, key = jax.random.split(key)
+  # In a joint ball another modality can give.
+  giver = _chosen(giver_key, region) if region.joint else chosen
+  into, pattern, emptied, freed = {}, {}, {}, {}
+  for number, (m, d) in enumerate(sorted(scaled.items())):
+    keys = jax.random.split(jax.random.fold_in(key, number), 4)
+    into[m] = _block(keys[0], d, share) & balls.like(chosen[m], d)
+    other = _block(keys[1], d, share) & balls.like(giver[m], d)
+    bump = jnp.abs(jax.random.normal(keys[2], d.shape, d.dtype))
+    sign = _signs(keys[3], _channels(d), d.dtype)
+    kept = jnp.where(into[m], d, 0)
+    pattern[m] = jnp.where(into[m], sign * bump, 0)
+    pattern[m] = _normalised(pattern[m]) + _normalised(kept)
+    emptied[m] = jnp.where(into[m] | other, 0, d)
+    freed[m] = jnp.square(region.radius[m])
+  left = region.size({m: d * region.units[m] for m, d in emptied.items()})
+  room = {
+    m: jnp.sqrt(jnp.maximum(freed[m] - jnp.square(left[m]), 0)) for m in freed
+  }
+  return {
+    m: region.units[m]
+    * (emptied[m] + balls.like(room[m], d) * _normalised(pattern[m]))
+    for m, d in scaled.items()
+  }
+
+
+def _chosen(key, region):
+  """One modality per example among those that may move: ``{m: bool[b]}``."""
+  names = modalities.names(region.clean)
+  moving = modalities.stack(region.radius, axis=-1) > 0
+  index = jax.random.categorical(key, jnp.where(moving, 0.0, -jnp.inf))
+  return {m: index == i for i, m in enumerate(names)}
+
+
+def _space(x):
+  """The axes that blocks are cut from, by size."""
+  return x.shape[1 : 3 if x.ndim > 3 else 2]
+
+
+def _channels(x):
+  num = len(_space(x))
+  return (x.shape[0], *(1,) * num, *x.shape[1 + num :])
+
+
+def _block(key, x, share):
+  """A random block of about ``share`` of the input: ``bool[b, ...]``."""
+  space = _space(x)
+  keys = jax.random.split(key, max(1, len(space)))
+  inside = jnp.ones(x.shape[:1] + (1,) * (x.ndim - 1), bool)
+  side = share * math.prod(space)
+  side = jnp.sqrt(side) if len(space) == 2 else side
+  for axis, size in enumerate(space):
+    length = jnp.clip(jnp.round(side), 1, size)
+    start = jax.random.uniform(keys[axis], x.shape[:1]) * (size - length + 1)
+    start = balls.like(jnp.floor(start), x)
+    place = jnp.expand_dims(
+      jnp.arange(size, dtype=start.dtype),
+      [i for i in range(x.ndim) if i != axis + 1],
+    )
+    inside = inside & (place >= start) & (place < start + length)
+  return jnp.broadcast_to(inside, x.shape)
+
+
+def _signs(key, shape, dtype):
+  return jax.random.rademacher(key, shape).astype(dtype)
+
+
+def _normalised(x):
+  squares = jnp.sum(jnp.reshape(x * x, (x.shape[0], -1)), axis=-1)
+  return x * balls.like(
+    jnp.where(squares > 0, jax.lax.rsqrt(jnp.maximum(squares, 1e-30)), 0), x
+  )

@@ -1,0 +1,306 @@
+"""Do gradients mislead the attacks? Checks that need no second model.
+
+A model can hide its gradient (saturated, rounded, random) and look robust to
+attacks that follow it. Nothing here proves that none is hidden; each check can
+find that one is.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from robust_mm import _validate
+from robust_mm._types import Batch
+from robust_mm._types import Model
+from robust_mm.evaluation import batches
+from robust_mm.evaluation import matrix
+from robust_mm.evaluation import probes
+from robust_mm.evaluation import protocol as protocol_lib
+
+# Near 1, 10, 100, 1000, and powers of two: dividing by them rounds nothing, so
+# that a margin attack follows the very same path.
+SCALES = (1, 8, 128, 1024)
+# Shares of accuracy, as far as the number of examples can tell.
+TOLERANCE = 0.01
+SATURATED = 0.02
+# Aimed restarts would cost another forward pass to compile.
+STEPS = {"num_steps": 20, "num_restarts": 2, "targets": "any"}
+NUM_QUERIES = 200
+NUM_DRAWS = 10
+
+
+def masking_report(
+  model: Model,
+  params: Any,
+  batch: Batch,
+  *,
+  radius: float,
+  state: Any = None,
+  norm: Any = 2,
+  units: Any = None,
+  valid_range: Any = None,
+  loss: str = "margin",
+  max_examples: int = 64,
+  seed: int = 0,
+) -> dict[str, Any]:
+  """Whether the gradients of a model can be believed by who attacks it.
+
+  All attacks change all modalities in one ball. PGD means 20 steps and two
+  restarts on ``loss``. A check passes when
+
+  - ``reaches_chance``: at a radius from which an input of another class can be
+    reached PGD leaves no more right than chance, or than copying that input;
+  - ``falls_with_radius``: a larger radius leaves no more;
+  - ``many_steps_beat_one``: it leaves no more than one step of full length;
+  - ``gradients_beat_queries``: nor more than Square with 200 queries;
+  - ``attack_beats_noise``: noise of that size costs at most half as much;
+  - ``margin_ignores_scale``: with logits divided by 8, 128 and 1024 PGD on the
+    margin leaves the same;
+  - ``cross_entropy_unsaturated``: and PGD on the cross-entropy at most 2 points
+    less,
+
+  each within one point or one example, whichever is more. None of them proves
+  that no gradient is masked; each can show that one is.
+
+  >>> found = masking_report(model, params, test, radius=0.5)  # doctest: +SKIP
+  >>> [c["message"] for c in found["checks"] if not c["passed"]]
+  ...                                                          # doctest: +SKIP
+
+  Args:
+    model: any model that keeps the contract.
+    params: its parameters.
+    batch: host arrays, as for :func:`evaluation.evaluate`.
+    radius: in units, one at which the attack breaks something.
+    state: the model's state; None for an empty one.
+    norm: 2 or infinity.
+    units: None for raw, or ``{m: size of one unit}``.
+    valid_range: ``{m: (low, high)}`` or ``(low, high)`` to stay in.
+    loss: of the attack that is judged.
+    max_examples: evenly spaced examples.
+    seed: of the attacks.
+
+  Returns:
+    ``{"passed", "radius", "norm", "loss", "num_examples", "accuracy" {attack:
+    share left}, "curve" [[radius, share left]], "scales" {loss: [[divisor,
+    share left]]}, "checks" [{name, passed, message}]}``.
+
+  Raises:
+    ValueError: bad data or a bad argument, naming it.
+
+  References:
+    `Athalye et al. (2018) <https://arxiv.org/abs/1802.00420>`_;
+    `Carlini et al. (2019) <https://arxiv.org/abs/1902.06705>`_.
+  """
+  _validate.positive(radius=radius)
+  _validate.at_least(1, max_examples=max_examples)
+  if isinstance(units, str):
+    raise ValueError(
+      f"units must map modalities to sizes, got {units!r}; "
+      "certification.relative_units measures them."
+    )
+  protocol = protocol_lib.standard(
+    norm=norm,
+    units=units,
+    valid_range=valid_range,
+    radii=(radius,),
+    attack={"name": "pgd", "loss": loss},
+    masking_examples=max_examples,
+  )
+  data = batches.host_data(model, batch)
+  for argument, value in (("units", units), ("valid_range", valid_range)):
+    if isinstance(value, Mapping):
+      _validate.known(data.names, **{argument: value})
+  if not data.counted.any():
+    raise ValueError("batch has no example with a modality present.")
+  device = batches.Device(params, {} if state is None else state)
+  return measure(
+    model,
+    device,
+    matrix.Forward(model, device, size=min(max_examples, data.size)),
+    data,
+    protocol,
+    units={m: float((units or {}).get(m, 1.0)) for m in data.names},
+    key=jax.random.key(seed),
+    losses=("margin", "cross_entropy"),
+  )
+
+
+def asked_for(protocol: protocol_lib.Protocol) -> bool:
+  """Whether an evaluation has something to check, and is to check it."""
+  return bool(protocol.masking_examples and protocol.attacks and protocol.radii)
+
+
+def measure(
+  model: Model,
+  device: batches.Device,
+  forward: matrix.Forward,
+  data: batches.Data,
+  protocol: protocol_lib.Protocol,
+  *,
+  units: Mapping[str, float],
+  key: Any,
+  losses: Sequence[str] = (),
+) -> dict[str, Any]:
+  """The report on the first attack at the middle one of the joint radii.
+
+  Args:
+    model: the model.
+    device: where attacks run.
+    forward: predictions of the model.
+    data: the data set.
+    protocol: names the attack, the radii and the number of examples.
+    units: ``{m: size of one unit}``.
+    key: a JAX key.
+    losses: to divide logits under, beside the one of the attack.
+  """
+  rows = np.flatnonzero(data.counted)
+  if protocol.masking_examples < len(rows):
+    places = np.linspace(0, len(rows) - 1, protocol.masking_examples)
+    rows = rows[places.round().astype(int)]
+  probe = probes.Probe(
+    model,
+    forward,
+    device,
+    data.take(rows),
+    norm=protocol.norm,
+    units=units,
+    valid_range=protocol.valid_range,
+    key=key,
+  )
+  radius = protocol.radii[len(protocol.radii) // 2]
+  loss = protocol.attacks[0].get("loss", "margin")
+  return _report(probe, radius, loss, dict.fromkeys((loss, *losses)))
+
+
+def _report(probe, radius, loss, losses):
+  def white(radius, scale=1, loss=loss):
+    return probe.left("pgd", radius, scale, loss=loss, **STEPS)
+
+  attacked = {
+    "clean": float(np.mean(probe.right())),
+    "white box": white(radius),
+    "one step": probe.left("fgm", radius, loss=loss),
+    "queries": probe.left("square", radius, num_queries=NUM_QUERIES),
+    "noise": probe.left_by_noise(radius, num_draws=NUM_DRAWS),
+  }
+  far, copied = probe.copied()
+  curve = [(radius, attacked["white box"])]
+  if far > radius:
+    radii = (math.sqrt(radius * far), 1.001 * far)
+    curve += [(r, white(r)) for r in radii]
+  scales = {
+    name: [(s, white(radius, s, name)) for s in SCALES] for name in losses
+  }
+  least = max(TOLERANCE, 1 / probe.num_examples) + 1e-6
+  checks = [
+    *_curve_checks(curve, copied, probe.num_classes, least),
+    *_rival_checks(attacked, least),
+    *(_scale_check(name, found, least) for name, found in scales.items()),
+  ]
+  return {
+    "passed": all(check["passed"] for check in checks),
+    "radius": radius,
+    "norm": protocol_lib.jsonable(probe.norm),
+    "loss": loss,
+    "num_examples": probe.num_examples,
+    "accuracy": attacked,
+    "curve": [list(point) for point in curve],
+    "scales": {name: list(map(list, p)) for name, p in scales.items()},
+    "checks": checks,
+  }
+
+
+def summary_check(found: Mapping[str, Any]) -> dict[str, Any]:
+  """The one line of a report."""
+  failed = [check for check in found["checks"] if not check["passed"]]
+  where = f"{found['num_examples']} examples at size {found['radius']:g}"
+  if failed:
+    message = (
+      "Gradients may mislead the attacks, so attacked accuracies are too high: "
+      f"{' '.join(check['message'] for check in failed)} ({where})"
+    )
+  else:
+    message = (
+      f"No sign that gradients mislead the attacks: {where}, random search "
+      f"left {found['accuracy']['queries']:.0%}, noise "
+      f"{found['accuracy']['noise']:.0%}, PGD "
+      f"{found['accuracy']['white box']:.0%}."
+    )
+  return {
+    "name": "gradients_do_not_mislead",
+    "passed": not failed,
+    "required": False,
+    "message": message,
+  }
+
+
+def _check(name, passed, message):
+  return {"name": name, "passed": bool(passed), "message": message}
+
+
+def _curve_checks(curve, copied, num_classes, least):
+  (first, _), (last, left) = curve[0], curve[-1]
+  allowed = max(1 / num_classes, copied)
+  rises = [b - a for (_, a), (_, b) in itertools.pairwise(curve)]
+  points = ", ".join(f"{share:.0%} at {r:.3g}" for r, share in curve)
+  return [
+    _check(
+      "reaches_chance",
+      left <= allowed + least,
+      f"At size {last:.3g} the attack leaves {left:.0%} right; chance is "
+      f"{1 / num_classes:.0%}, copying another example leaves {copied:.0%}.",
+    ),
+    _check(
+      "falls_with_radius",
+      max(rises, default=0.0) <= least,
+      f"From size {first:.3g} on it leaves {points}.",
+    ),
+  ]
+
+
+def _rival_checks(attacked, least):
+  clean, white = attacked["clean"], attacked["white box"]
+  noise = attacked["noise"]
+  return [
+    _check(
+      "many_steps_beat_one",
+      white <= attacked["one step"] + least,
+      f"PGD leaves {white:.0%}, one step {attacked['one step']:.0%}.",
+    ),
+    _check(
+      "gradients_beat_queries",
+      white <= attacked["queries"] + least,
+      f"PGD leaves {white:.0%}, random search {attacked['queries']:.0%}.",
+    ),
+    _check(
+      "attack_beats_noise",
+      clean - noise <= (clean - white) / 2 + least,
+      f"Noise takes accuracy from {clean:.0%} to {noise:.0%}, PGD to "
+      f"{white:.0%}: where noise does as much, the size is too large or the "
+      "attack broken.",
+    ),
+  ]
+
+
+def _scale_check(loss, found, least):
+  whole, *divided = (share for _, share in found)
+  if loss != "cross_entropy":
+    spread = max(abs(share - whole) for share in divided)
+    return _check(
+      f"{loss}_ignores_scale",
+      spread <= least,
+      f"Divided logits change what PGD on the {loss} loss leaves by up to "
+      f"{spread:.0%}.",
+    )
+  best = min(divided)
+  return _check(
+    "cross_entropy_unsaturated",
+    whole - best <= max(SATURATED, least),
+    f"PGD on the cross-entropy leaves {whole:.0%}, with divided logits "
+    f"{best:.0%}: a loss with the margin sees more.",
+  )

@@ -1,0 +1,171 @@
+"""Attacks on a few examples, at any radius, for the checks of the gradients."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robust_mm import attacks
+
+
+class Probe:
+  """Attacks some examples of a data set, at any radius and logit scale.
+
+  Args:
+    model: the model.
+    forward: its predictions, compiled.
+    device: where attacks run.
+    data: the examples, each with a modality present.
+    norm: 2 or infinity.
+    units: ``{m: size of one unit}``.
+    valid_range: to stay in.
+    key: a JAX key, the same for all attacks.
+  """
+
+  def __init__(
+    self, model, forward, device, data, *, norm, units, valid_range, key
+  ):
+    self._model, self._forward, self._device = model, forward, device
+    self.num_classes, self.num_examples = model.num_classes, data.size
+    self.norm, self._data, self._units = norm, data, units
+    self._range, self._key = valid_range, key
+    self._rows = np.arange(data.size)
+    self._compiled = {}
+    self._clean = self.right()
+
+  def right(self, inputs: Mapping[str, Any] | None = None) -> np.ndarray:
+    """Which examples are right, with these inputs instead of their own."""
+    data = self._data
+    if inputs is not None:
+      data = dataclasses.replace(data, inputs={**data.inputs, **inputs})
+    return self._forward(data, self._rows, data.names) == data.label
+
+  def left(
+    self, name: str, radius: float, scale: float = 1, **options
+  ) -> float:
+    """The share left by an attack on logits divided by ``scale``."""
+    which = (name, *sorted(options.items()))
+    if which not in self._compiled:
+      attack = attacks.make(
+        name,
+        norm=self.norm,
+        budget=1.0,
+        units=self._units,
+        valid_range=self._range,
+        **options,
+      )
+      run = _attack_fn(self._model, attack)
+      self._compiled[which] = self._device.compile(run, once=True)
+    extra = (self._key, np.float32(radius), np.float32(scale))
+    moved = self._device.map(
+      self._compiled[which],
+      self._data,
+      self._rows,
+      self._device.chunk_size(self.num_examples),
+      extra=lambda number: extra,
+    )
+    return float(np.mean(self._clean & self.right(moved)))
+
+  def left_by_noise(self, radius: float, *, num_draws: int) -> float:
+    """The share left by noise of that size, a mean over draws.
+
+    A normal direction in l2, independent signs in linf, cut to the range.
+    """
+    seed = np.asarray(jax.random.key_data(self._key)).ravel()
+    rng = np.random.default_rng(seed)
+    shares = []
+    for _ in range(num_draws):
+      noise = {
+        m: rng.normal(size=x.shape) * _like(self._data.present[m], x)
+        for m, x in self._floats().items()
+      }
+      if self.norm == 2:
+        squares = sum(np.square(_flat(x)).sum(axis=1) for x in noise.values())
+        size = np.sqrt(np.maximum(squares, 1e-30))
+        noise = {m: x / _like(size, x) for m, x in noise.items()}
+      else:
+        noise = {m: np.sign(x) for m, x in noise.items()}
+      moved = {
+        m: self._cut(m, x + radius * self._units[m] * noise[m], x)
+        for m, x in self._floats().items()
+      }
+      shares.append(np.mean(self._clean & self.right(moved)))
+    return float(np.mean(shares))
+
+  def _floats(self):
+    inputs = self._data.inputs
+    return {
+      m: x for m, x in inputs.items() if jnp.issubdtype(x.dtype, jnp.floating)
+    }
+
+  def _cut(self, name, moved, clean):
+    pair = self._range
+    if isinstance(pair, Mapping):
+      pair = pair.get(name)
+    if pair is not None:
+      low, high = np.minimum(pair[0], clean), np.maximum(pair[1], clean)
+      moved = np.clip(moved, low, high)
+    return moved.astype(clean.dtype)
+
+  def copied(self) -> tuple[float, float]:
+    """``(radius, share left)`` of the attack that copies another example.
+
+    Each example becomes the nearest one with another label, where it has all
+    its modalities; the radius reaches the furthest of those that this breaks.
+    """
+    data = self._data
+    distance = np.zeros((data.size, data.size))
+    usable = data.label[:, None] != data.label[None]
+    for m in data.names:
+      here = data.present[m]
+      usable &= here[None] | ~here[:, None]
+    for m, x in self._floats().items():
+      apart = _distances(x / self._units[m], self.norm)
+      apart = np.where(data.present[m][:, None], apart, 0)
+      join = np.maximum if self.norm == math.inf else np.hypot
+      distance = join(distance, apart)
+    distance = np.where(usable, distance, np.inf)
+    nearest, reach = distance.argmin(axis=1), distance.min(axis=1)
+    copies = {m: x[nearest] for m, x in self._floats().items()}
+    left = self._clean & (self.right(copies) | ~np.isfinite(reach))
+    reached = reach[np.isfinite(reach) & ~left]
+    return float(reached.max(initial=0.0)), float(np.mean(left))
+
+
+def _attack_fn(model, attack):
+  def run(params, state, chunk, key, radius, scale):
+    # Traced once, however often the attack calls it.
+    @jax.jit
+    def logits_fn(inputs):
+      outputs, _ = model.apply(params, state, inputs, chunk["present"])
+      return outputs.logits / scale
+
+    return attack(
+      key,
+      logits_fn,
+      chunk["inputs"],
+      chunk["label"],
+      present=chunk["present"],
+      budget=radius,
+    )
+
+  return run
+
+
+def _distances(x, norm):
+  """Between all pairs of rows: ``[n, n]``."""
+  rows = _flat(np.asarray(x, np.float64))
+  order = 2 if norm == 2 else np.inf
+  return np.stack([np.linalg.norm(rows - row, order, axis=1) for row in rows])
+
+
+def _flat(x):
+  return np.reshape(x, (len(x), -1))
+
+
+def _like(values, x):
+  return np.reshape(values, (-1,) + (1,) * (x.ndim - 1))

@@ -1,0 +1,240 @@
+"""The masking report: honest models pass, each way of hiding is named."""
+
+import dataclasses
+
+import evaluation_models as toy
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from robust_mm import evaluation
+from robust_mm.evaluation import batches
+from robust_mm.evaluation import matrix
+from robust_mm.evaluation import probes
+
+RADIUS = 0.4
+CHECKS = {
+  "reaches_chance",
+  "falls_with_radius",
+  "many_steps_beat_one",
+  "gradients_beat_queries",
+  "attack_beats_noise",
+  "margin_ignores_scale",
+  "cross_entropy_unsaturated",
+}
+
+
+def _changed(*, inputs=lambda x: x, logits=lambda z: z):
+  """The linear model, its inputs or its logits passed through a function."""
+  model = toy.linear_model()
+
+  def encode(params, state, given, present, **options):
+    given = {m: inputs(x) for m, x in given.items()}
+    return model.encode(params, state, given, present, **options)
+
+  def fuse(params, embeddings, present):
+    outputs = model.fuse(params, embeddings, present)
+    return dataclasses.replace(outputs, logits=logits(outputs.logits))
+
+  return dataclasses.replace(model, encode=encode, fuse=fuse, geometry=None)
+
+
+def _rounded(x):
+  return jnp.round(32 * x) / 32
+
+
+def _report(model, **arguments):
+  params, _ = model.init(jax.random.key(0))
+  arguments = {"radius": RADIUS, **arguments}
+  return evaluation.masking_report(
+    model, params, toy.make_batch(60), **arguments
+  )
+
+
+def _failed(found):
+  return {check["name"] for check in found["checks"] if not check["passed"]}
+
+
+@pytest.mark.parametrize("norm", [2, "inf"])
+def test_an_honest_model_passes_every_check(norm):
+  found = _report(toy.linear_model(), norm=norm, radius=0.3)
+  assert {check["name"] for check in found["checks"]} == CHECKS
+  assert not _failed(found)
+  assert found["passed"]
+  # And the attack is the closed form: nothing is left out.
+  params, _ = toy.linear_model().init(jax.random.key(0))
+  batch = toy.make_batch(60)
+  exact = toy.exact_radii if norm == 2 else toy.exact_linf_radii
+  right = toy.logits(params, batch["inputs"]).argmax(-1) == batch["label"]
+  robust = right & (exact(params, batch["inputs"]) > 0.3)
+  assert found["accuracy"]["white box"] == pytest.approx(robust.mean())
+  assert found["accuracy"]["clean"] == pytest.approx(right.mean())
+
+
+def test_rounded_inputs_are_named():
+  """No slope anywhere: PGD wanders, random search does not care."""
+  found = _report(_changed(inputs=_rounded))
+  assert "gradients_beat_queries" in _failed(found)
+  assert not found["passed"]
+
+
+def test_large_logits_are_named_on_the_cross_entropy_only():
+  model = _changed(logits=lambda z: 1e4 * z)
+  found = _report(model, loss="cross_entropy")
+  assert "cross_entropy_unsaturated" in _failed(found)
+  assert "margin_ignores_scale" not in _failed(found)
+  margin = _report(model, loss="margin")
+  assert _failed(margin) == {"cross_entropy_unsaturated"}
+  honest = _report(toy.linear_model(), loss="cross_entropy")
+  assert "cross_entropy_unsaturated" not in _failed(honest)
+
+
+def test_a_gradient_that_points_the_wrong_way_is_named():
+  def flipped(x):
+    return x + 2 * (jax.lax.stop_gradient(x) - x)
+
+  failed = _failed(_report(_changed(inputs=flipped)))
+  assert {"reaches_chance", "gradients_beat_queries"} <= failed
+
+
+def test_copies_are_the_nearest_examples_of_another_label():
+  model = toy.linear_model()
+  params, state = model.init(jax.random.key(0))
+  batch = toy.without(toy.make_batch(30), [])
+  batch["present"]["left"][::4] = False
+  data = batches.host_data(model, batch)
+  device = batches.Device(params, state)
+  units = {"left": 2.0, "right": 0.5}
+  probe = probes.Probe(
+    model,
+    matrix.Forward(model, device, size=30),
+    device,
+    data,
+    norm=2,
+    units=units,
+    valid_range=None,
+    key=jax.random.key(0),
+  )
+  radius, left = probe.copied()
+  label, present = batch["label"], batch["present"]
+  reaches, robust = [], []
+  for i in range(30):
+    names = [m for m in toy.DIMS if present[m][i]]
+    own = {m: x[i : i + 1] for m, x in batch["inputs"].items()}
+    apart = {
+      j: np.sqrt(
+        sum(
+          np.sum(((x[i] - x[j]) / units[m]) ** 2)
+          for m, x in batch["inputs"].items()
+          if m in names
+        )
+      )
+      for j in range(30)
+      if label[j] != label[i] and all(present[m][j] for m in names)
+    }
+    nearest = min(apart, key=apart.get)
+    other = {m: x[nearest : nearest + 1] for m, x in batch["inputs"].items()}
+    kept = [
+      toy.logits(params, x, names).argmax() == label[i] for x in (own, other)
+    ]
+    robust.append(all(kept))
+    if not all(kept):
+      reaches.append(apart[nearest])
+  assert left == pytest.approx(np.mean(robust))
+  assert radius == pytest.approx(max(reaches), rel=1e-6)
+
+
+def test_noise_has_its_size_and_keeps_the_range():
+  seen = []
+  model = toy.linear_model()
+  params, state = model.init(jax.random.key(0))
+  data = batches.host_data(model, toy.make_batch(20))
+  device = batches.Device(params, state)
+
+  class Watched(matrix.Forward):
+    def __call__(self, data, rows, subset):
+      seen.append(data.inputs)
+      return super().__call__(data, rows, subset)
+
+  for norm in (2, np.inf):
+    probe = probes.Probe(
+      model,
+      Watched(model, device, size=20),
+      device,
+      data,
+      norm=norm,
+      units={"left": 2.0, "right": 0.5},
+      valid_range={"right": (-0.2, 0.2)} if norm == 2 else None,
+      key=jax.random.key(1),
+    )
+    seen.clear()
+    probe.left_by_noise(0.7, num_draws=1)
+    (moved,) = seen
+    change = {m: moved[m] - data.inputs[m] for m in toy.DIMS}
+    if norm == 2:
+      grown = np.abs(moved["right"]) > np.maximum(
+        0.2, np.abs(data.inputs["right"])
+      )
+      assert not grown.any()
+      size = np.sqrt(
+        np.sum((change["left"] / 2.0) ** 2, 1)
+        + np.sum((change["right"] / 0.5) ** 2, 1)
+      )
+      assert np.all(size <= 0.7 * (1 + 1e-6))
+      assert size.max() > 0.6
+    else:
+      np.testing.assert_allclose(np.abs(change["left"]), 1.4, rtol=1e-5)
+      np.testing.assert_allclose(np.abs(change["right"]), 0.35, rtol=1e-5)
+
+
+def _evaluated(model, **options):
+  params, state = model.init(jax.random.key(0))
+  attack = {"name": "pgd", "num_steps": 5, "num_restarts": 1, **options}
+  protocol = evaluation.standard(
+    radii=(RADIUS,), modality_radii=(), attack=attack, tightness=()
+  )
+  return evaluation.evaluate(
+    model, params, toy.make_batch(60), state=state, protocol=protocol
+  )
+
+
+def test_every_report_has_the_line(tmp_path):
+  report = _evaluated(toy.linear_model())
+  check = report.results["checks"][-1]
+  assert check["name"] == "gradients_do_not_mislead"
+  assert check["passed"]
+  assert report.results["masking"]["radius"] == RADIUS
+  assert report.results["timing"]["masking_seconds"] > 0
+  report.save(tmp_path)
+  page = (tmp_path / "report.html").read_text()
+  assert "No sign that gradients mislead the attacks" in page
+  assert "gradients beat queries" in page
+
+
+def test_a_report_says_when_gradients_mislead():
+  report = _evaluated(_changed(inputs=_rounded))
+  check = report.results["checks"][-1]
+  assert not check["passed"]
+  assert not check["required"]
+  assert "random search" in check["message"]
+  saturated = _evaluated(
+    _changed(logits=lambda z: 1e4 * z), loss="cross_entropy"
+  )
+  assert "cross-entropy" in saturated.results["checks"][-1]["message"]
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ({"radius": 0.0}, "radius must be positive"),
+    ({"norm": 3}, "norm must be one of"),
+    ({"loss": "hinge"}, "loss must be one of"),
+    ({"max_examples": 0}, "max_examples must be an integer of at least 1"),
+    ({"units": "relative"}, "units must map modalities to sizes"),
+    ({"units": {"up": 1.0}}, "unknown modality 'up'"),
+  ],
+)
+def test_bad_arguments_are_refused_by_name(arguments, message):
+  with pytest.raises(ValueError, match=message):
+    _report(toy.linear_model(), **arguments)
