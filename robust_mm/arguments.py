@@ -1,6 +1,7 @@
 """Values on the command line: parsed, or refused in one sentence."""
 
 import argparse
+import ast
 
 
 def count(text: str) -> int:
@@ -165,3 +166,40 @@ def smoothing_options(options) -> dict:
   """What was given of them, ``{name: value}``."""
   given = {name: getattr(options, name) for name in SMOOTHING}
   return {name: value for name, value in given.items() if value is not None}
+
+
+def like(text: str, old):
+  """``text`` as a value of the type of ``old``, a key of a configuration."""
+  if isinstance(old, str):
+    return text
+  value = literal(text)
+  if isinstance(old, tuple) and isinstance(value, str):
+    # left,right without quotes is what a shell user writes.
+    value = tuple(text.split(","))
+  if isinstance(old, tuple) and not isinstance(value, tuple):
+    value = tuple(value) if isinstance(value, list) else (value,)
+  if isinstance(old, float) and isinstance(value, int):
+    value = value if isinstance(value, bool) else float(value)
+  if old is not None and type(value) is not type(old):
+    kind = type(old).__name__
+    raise argparse.ArgumentTypeError(
+      f"must be {_KINDS.get(kind, kind)}, got {text!r}"
+    )
+  return value
+
+
+_KINDS = {
+  "bool": "true or false",
+  "int": "an integer",
+  "float": "a number",
+  "tuple": "a list such as 0.1,0.5",
+}
+
+
+def literal(text: str):
+  """A Python literal, or the text itself."""
+  lowered = {"true": "True", "false": "False", "none": "None"}
+  try:
+    return ast.literal_eval(lowered.get(text.lower(), text))
+  except (ValueError, SyntaxError):
+    return text

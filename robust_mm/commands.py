@@ -122,6 +122,7 @@ def certify(
 def _smooth(folder: pathlib.Path, smoothing: dict, **asked: Any) -> int:
   for name in ("source", "fidelity", "max_missing", "norm"):
     del asked[name]  # preflight has refused what they could ask
+  asked["radii"] = asked["radii"] or certificate_rows.RADII["l2"]
   given = dict(smoothing)
   resume = given.pop("resume", False)
   if "num_samples" in given:

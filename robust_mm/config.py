@@ -6,7 +6,7 @@ training loop's door sees one. jax is not imported here, so that a mistake is
 answered at once.
 """
 
-import ast
+import argparse
 import importlib.util
 import pathlib
 import re
@@ -15,6 +15,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from robust_mm import _validate
+from robust_mm import arguments
 
 RECIPES = ("joint", "crmt", "certified_radius")
 FUSIONS = ("concat", "orthogonal", "token")
@@ -271,7 +272,7 @@ def _apply(config: ml_collections.ConfigDict, override: str) -> None:
     if group.startswith(_FREE) and depth == len(parts) - 1 and part not in node:
       # An option the file leaves at the factory's default.
       with node.unlocked():
-        node[part] = _literal(text)
+        node[part] = arguments.literal(text)
       return
     if not isinstance(node, ml_collections.ConfigDict) or part not in node:
       known = list(node) if isinstance(node, ml_collections.ConfigDict) else []
@@ -285,45 +286,12 @@ def _apply(config: ml_collections.ConfigDict, override: str) -> None:
     raise _validate.UserError(
       f"--config.{key} is a group of keys ({', '.join(node)}), not a value."
     )
-  value = _parse(text, node, key)
+  try:
+    value = arguments.like(text, node)
+  except argparse.ArgumentTypeError as error:
+    raise _validate.UserError(f"--config.{key} {error}.") from error
   with parent.unlocked():
     parent[parts[-1]] = value
-
-
-def _parse(text: str, old, key: str):
-  if isinstance(old, str):
-    return text
-  value = _literal(text)
-  if isinstance(old, tuple) and isinstance(value, str):
-    # left,right without quotes is what a shell user writes.
-    value = tuple(text.split(","))
-  if isinstance(old, tuple) and not isinstance(value, tuple):
-    value = tuple(value) if isinstance(value, list) else (value,)
-  if isinstance(old, float) and isinstance(value, int):
-    value = value if isinstance(value, bool) else float(value)
-  if old is not None and type(value) is not type(old):
-    raise _validate.UserError(
-      f"--config.{key} must be {_article(old)}, got {text!r}."
-    )
-  return value
-
-
-def _literal(text: str):
-  lowered = {"true": "True", "false": "False", "none": "None"}
-  try:
-    return ast.literal_eval(lowered.get(text.lower(), text))
-  except (ValueError, SyntaxError):
-    return text
-
-
-def _article(value) -> str:
-  words = {
-    "bool": "true or false",
-    "int": "an integer",
-    "float": "a number",
-    "tuple": "a list such as 0.1,0.5",
-  }
-  return words.get(type(value).__name__, type(value).__name__)
 
 
 def check(config: ml_collections.ConfigDict) -> None:

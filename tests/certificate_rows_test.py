@@ -34,9 +34,10 @@ def run(capsys, *arguments):
   return code, out.out, out.err
 
 
-def train(folder, name):
+def train(folder, name, *options):
   config = f"--config=configs/crmt.py:{name}"
-  assert cli.main(["train", config, f"--workdir={folder}", *SHORT]) == 0
+  command = ["train", config, f"--workdir={folder}", *SHORT, *options]
+  assert cli.main(command) == 0
   return folder
 
 
@@ -47,7 +48,12 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-  return train(tmp_path_factory.mktemp("run"), "digits,published,smoke")
+  # Convolutions state no constant; perceptrons do.
+  return train(
+    tmp_path_factory.mktemp("run"),
+    "digits,published,smoke",
+    "--config.model.encoders.default.name=cnn",
+  )
 
 
 def certify(capsys, workdir, output, *options):
@@ -339,6 +345,7 @@ def test_replaced_is_asked_of_examples_that_have_the_modality():
     norm="l2",
     units=None,
     fidelity="corrected",
+    source="global",
   )
   here = {"a": np.array([True, True, True, False])}
   lines = certificate_rows._lines(found, question, np.ones(4, bool), here)
