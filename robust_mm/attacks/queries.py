@@ -37,8 +37,8 @@ def square(
   of the input at first, and half as much after 0.1 %, 0.5 %, 2 %, ... of the
   queries.
 
-  linf: the block becomes :math:`\pm\epsilon`. l2: the squared size of another
-  block, in the same ball, is moved into it, together with what is left of the
+  linf: the block becomes :math:`\pm\epsilon`. l2: a random share of another
+  block in the same ball is moved into it, together with what is left of the
   budget, as a random bump on top of what was there.
 
   A model whose gradients mislead is broken by this attack where PGD fails;
@@ -68,7 +68,7 @@ def square(
 
   References:
     `Andriushchenko et al. (2020) <https://arxiv.org/abs/1912.00049>`_; there
-    for one image, with another bump.
+    for one image, with another bump and all of the other block.
   """
   _validate.at_least(1, num_queries=num_queries, num_restarts=num_restarts)
   _validate.positive(share=share)
@@ -160,32 +160,39 @@ def _fill(key, region, delta, chosen, share):
 
 
 def _move_mass(key, region, delta, chosen, share):
-  """Squared size of a second block, and what is unspent, into a first."""
+  """Part of the size of a second block, and what is unspent, into a first."""
   scaled = {m: d / region.units[m] for m, d in delta.items()}
   giver_key, key = jax.random.split(key)
+  share_key, key = jax.random.split(key)
   # In a joint ball another modality can give.
   giver = _chosen(giver_key, region) if region.joint else chosen
   into, pattern, emptied, freed = {}, {}, {}, {}
   for number, (m, d) in enumerate(sorted(scaled.items())):
     keys = jax.random.split(jax.random.fold_in(key, number), 4)
+    given = balls.like(jax.random.uniform(share_key, d.shape[:1], d.dtype), d)
     into[m] = _block(keys[0], d, share) & balls.like(chosen[m], d)
     other = _block(keys[1], d, share) & balls.like(giver[m], d)
     bump = jnp.abs(jax.random.normal(keys[2], d.shape, d.dtype))
     sign = _signs(keys[3], _channels(d), d.dtype)
     kept = jnp.where(into[m], d, 0)
     pattern[m] = jnp.where(into[m], sign * bump, 0)
-    pattern[m] = _normalised(pattern[m]) + _normalised(kept)
-    emptied[m] = jnp.where(into[m] | other, 0, d)
+    # Half, or a block of one entry could cancel to nothing but rounding.
+    pattern[m] = _normalised(pattern[m]) + _normalised(kept) / 2
+    emptied[m] = jnp.where(into[m], 0, jnp.where(other, given * d, d))
     freed[m] = jnp.square(region.radius[m])
   left = region.size({m: d * region.units[m] for m, d in emptied.items()})
-  room = {
-    m: jnp.sqrt(jnp.maximum(freed[m] - jnp.square(left[m]), 0)) for m in freed
-  }
+  room = {m: jnp.sqrt(_free(freed[m], jnp.square(left[m]))) for m in freed}
   return {
     m: region.units[m]
     * (emptied[m] + balls.like(room[m], d) * _normalised(pattern[m]))
     for m, d in scaled.items()
   }
+
+
+def _free(whole, taken):
+  """What is left of a squared size; rounding errors of it count as nothing."""
+  free = whole - taken
+  return jnp.where(free > 1e-5 * whole, free, 0)
 
 
 def _chosen(key, region):
@@ -230,7 +237,7 @@ def _signs(key, shape, dtype):
 
 
 def _normalised(x):
-  squares = jnp.sum(jnp.reshape(x * x, (x.shape[0], -1)), axis=-1)
+  squares = jnp.sum(x * x, axis=tuple(range(1, x.ndim)))
   return x * balls.like(
     jnp.where(squares > 0, jax.lax.rsqrt(jnp.maximum(squares, 1e-30)), 0), x
   )
