@@ -101,7 +101,7 @@ def check_smoothing(
   norm: str | None,
   workdir: str,
   *,
-  source: str,
+  source: str | None,
   budgets: Sequence[Mapping[str, float]],
   max_missing: int,
   fidelity: str,
