@@ -25,15 +25,15 @@ from robust_mm import smoothing
 from robust_mm import training
 
 SIGMA = 0.25
-KEEP = {"left": 16, "right": 16}
+KEEP = {"left": 6, "right": 6}
 RADII = (0.1, 0.25, 0.5)
-ELEMENTS = (1, 2, 4)
+ELEMENTS = (1, 2, 3)
 GAUSSIAN = smoothing.gaussian(sigma=SIGMA)
 RECIPES = {
   "token, gaussian 0.25": ("configs/joint.py:digits,token,noise", [], GAUSSIAN),
   "token, trained clean": ("configs/joint.py:digits,token", [], GAUSSIAN),
   "late fusion, gaussian 0.25": ("configs/joint.py:digits,noise", [], GAUSSIAN),
-  "token, 16 of 32 pixels": (
+  "token, 6 of 32 pixels": (
     "configs/joint.py:digits,token,noise",
     [
       "--config.recipe.options.sigma=0.0",
@@ -94,8 +94,8 @@ def measure(spec, overrides, noise, seed, options) -> dict:
   }
   if noise is not GAUSSIAN:
     for size in ELEMENTS:
-      held = found.covers({"left": size, "right": size})
-      row[f"certified, {size} pixels of each half"] = np.mean(right & held)
+      held = found.radius >= size
+      row[f"certified, any {size} pixels modified"] = np.mean(right & held)
     return row
   for radius in RADII:
     row[f"certified, joint l2 {radius}"] = np.mean(

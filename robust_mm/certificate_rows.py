@@ -48,7 +48,7 @@ class Question:
   norm: str
   units: Any
   fidelity: str
-  source: str
+  source: str = "global"
 
 
 def write(

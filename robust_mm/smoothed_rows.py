@@ -104,6 +104,8 @@ def write(
       del told["alpha"]  # the counts are the same for any
       told["model"] = _digest([params, state])
       partial = target.with_suffix(".partial.npz")
+      for budget in budgets:  # a mistake there is better found before the job
+        counter.certificate(alpha=question.alpha, units=sizes).covers(budget)
       _count(counter, partial, told, resume=resume, progress=progress)
       found = counter.certificate(alpha=question.alpha, units=sizes)
     covers = [found.covers(budget) for budget in budgets]
@@ -167,20 +169,17 @@ def _count(counter, path: pathlib.Path, told: dict, *, resume, progress):
       if time.monotonic() - saved >= SAVE_SECONDS:
         _save(counter, path, told)
         saved = time.monotonic()
-  except BaseException:
-    _save(counter, path, told)
-    raise
+  finally:
+    # Also at the end: the rows are still to be written.
+    if any(tally.any() for tally in counter.tallies.values()):
+      _save(counter, path, told)
 
 
 def _save(counter, path: pathlib.Path, told: dict) -> None:
   if jax.process_index() != 0:
     return
   buffer = io.BytesIO()
-  arrays = {
-    **{f"counts/{stage}": x for stage, x in counter.counts.items()},
-    **{f"chunks/{stage}": x for stage, x in counter.chunks.items()},
-  }
-  np.savez(buffer, told=json.dumps(told), **arrays)
+  np.savez(buffer, told=json.dumps(told), **counter.tallies)
   _files.write_bytes(path, buffer.getvalue())
 
 
@@ -189,10 +188,7 @@ def _restore(counter, path: pathlib.Path, told: dict) -> None:
     with np.load(path, allow_pickle=False) as kept:
       arrays = {name: kept[name] for name in kept.files}
     before = json.loads(str(arrays["told"]))
-    kept = [
-      {stage: arrays[f"{kind}/{stage}"] for stage in smoothed.STAGES}
-      for kind in ("counts", "chunks")
-    ]
+    tallies = {stage: arrays[stage] for stage in smoothed.STAGES}
   except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
     raise _damaged(path, error) from error
   # Through JSON and back, as what was stored.
@@ -204,7 +200,7 @@ def _restore(counter, path: pathlib.Path, told: dict) -> None:
         "begins anew."
       )
   try:
-    counter.restore(*kept)
+    counter.restore(tallies)
   except ValueError as error:
     raise _damaged(path, error) from error
 

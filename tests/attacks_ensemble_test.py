@@ -207,6 +207,21 @@ def test_a_range_for_each_example_is_refused(problem):
     _run(attack, problem)
 
 
+@pytest.mark.parametrize(
+  "budget, message",
+  [
+    (-1.0, "budget must be non-negative"),
+    ({"up": 1.0}, "budget names the unknown modality 'up'"),
+    (np.ones(3), "budget has 3 numbers for 60 examples"),
+  ],
+)
+def test_bad_budgets_are_refused_though_the_device_would_not_see(
+  problem, attack, budget, message
+):
+  with pytest.raises(ValueError, match=message):
+    _run(attack, problem, budget=budget)
+
+
 def test_model_as_a_torch_function():
   torch = pytest.importorskip("torch")
 

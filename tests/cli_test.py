@@ -86,10 +86,9 @@ def test_data_list_and_inspect(capsys):
 def test_certificate_that_cannot_be_had_is_one_sentence(capsys, tmp_path):
   workdir = tmp_path / "run"
   wanted = "--config.evaluation.certificate=global"
-  # A convolution states no constant; a perceptron does.
-  encoder = "--config.model.encoders.default.name=cnn"
-  command = (*TRAIN, wanted, encoder, f"--workdir={workdir}")
-  assert run(capsys, *command)[0] == 0
+  # The perceptron would state constants, a convolutional network does not.
+  cnn = "--config.model.encoders.default={'name': 'cnn', 'features': (4,)}"
+  assert run(capsys, *TRAIN, cnn, wanted, f"--workdir={workdir}")[0] == 0
   before = sorted(workdir.iterdir())
   code, _, err = run(capsys, "evaluate", f"--workdir={workdir}")
   assert code == 2

@@ -72,10 +72,13 @@ def test_quickstart_holds_what_the_readme_says(tmp_path):
   assert at(certified, "certified", 0.5) > 0.62
   assert at(certified, "certified", 0.5) <= at(certified, "attacked", 0.5)
   assert all(row["sound"] for row in certified["certified"])
-  assert not any(row["sound"] for row in joint["certified"])
+  # The baseline has a certificate as well, from the chain of its dense layers,
+  # and it proves little.
+  assert all(row["sound"] for row in joint["certified"])
+  assert at(joint, "certified", 0.5) < 0.3
   page = (tmp_path / "report.html").read_text()
   assert "data:image/png;base64," in page
-  assert "estimated" in page
+  assert "certified" in page
 
 
 TRAIN = (

@@ -77,6 +77,7 @@ def make_result(name="crmt-JT", *, sound=True, norm=2, units=1.0, drop=0.4):
     "subsets": {label: share(value) for label, value in SUBSETS.items()},
     "attacked": attacked,
     "certified": certified if bounded else [],
+    "smoothed": None,
     "region": region if bounded else None,
     "vulnerability": {"left": 0.3, "right": 0.7} if bounded else None,
     "tightness": tightness if bounded else None,

@@ -110,7 +110,7 @@ def runs(objective, *, targets, num_targets, num_restarts, **_) -> Any:
   if targets == "any":
     return jnp.full((num_restarts, *objective.label.shape), base.losses.ANY)
   number = min(num_targets, objective.num_rivals())
-  return jnp.tile(objective.rivals(number), (num_restarts, 1))
+  return jnp.concatenate([objective.rivals(number)] * num_restarts)
 
 
 def windows(num_steps: int) -> np.ndarray:
@@ -156,9 +156,10 @@ def _climb(key, aim, best, objective, num_steps):
     previous=start,
     grad=grad,
     loss=loss,
-    step=jnp.full_like(loss, 2),
+    # Like the label, for its sharding.
+    step=jnp.full_like(objective.label, 2, region.dtype),
     top=(start, grad, loss),
-    num_raised=jnp.zeros_like(loss),
+    num_raised=jnp.zeros_like(objective.label),
     top_at_checkpoint=loss,
     halved=jnp.zeros_like(loss, bool),
   )
@@ -210,7 +211,7 @@ def _at_checkpoint(climb, window):
   """Halves the step where it is due; nothing changes where window is 0."""
   here = window > 0
   top_delta, top_grad, top_loss = climb.top
-  swings = climb.num_raised < ENOUGH * window
+  swings = climb.num_raised < ENOUGH * window.astype(jnp.float32)
   stuck = ~climb.halved & (top_loss <= climb.top_at_checkpoint)
   halve = here & (swings | stuck)
   delta, grad, loss = base.select(

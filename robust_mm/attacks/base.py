@@ -223,7 +223,7 @@ class Attack:
       region=region,
       logits_fn=_moving_only(logits_fn, inputs, region),
       loss=losses.get(self.loss),
-      label=_checked_label(label, logits_fn, inputs),
+      label=checked_label(label, logits_fn, inputs),
     )
     moved = region.finished(self.search(key, objective))
     changed = {
@@ -268,7 +268,8 @@ def _moving_only(logits_fn, inputs, region):
   return lambda moving: logits_fn({**still, **moving})
 
 
-def _checked_label(label, logits_fn, inputs):
+def checked_label(label: Any, logits_fn: Callable, inputs: Mapping) -> Any:
+  """The label as an array; ValueError where it is none of the classes."""
   logits = jax.eval_shape(logits_fn, dict(inputs))
   if logits.ndim != 2 or logits.shape[1] < 2:
     raise ValueError(

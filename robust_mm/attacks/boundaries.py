@@ -134,7 +134,8 @@ class _Nearest(NamedTuple):
 def _untouched(objective):
   zeros = objective.region.zeros()
   broken = objective(zeros).broken
-  return _Nearest(zeros, jnp.where(broken, 0, jnp.inf).astype(jnp.float32))
+  extent = jnp.where(broken, 0, jnp.inf).astype(objective.region.dtype)
+  return _Nearest(zeros, extent)
 
 
 def _approach(key, aim, away, nearest, objective, num_steps):
@@ -150,10 +151,10 @@ def _approach(key, aim, away, nearest, objective, num_steps):
     delta, nearest = carry
     evaluation, grad = objective.gradient(delta, aim)
     nearest = nearest.updated(delta, region.extent(delta), evaluation.broken)
-    here = _onto_boundary(region, delta, grad, -evaluation.loss, random)
-    slope = _inner(grad, delta)
-    clean = region.zeros()
-    there = _onto_boundary(region, clean, grad, slope - evaluation.loss, random)
+    need = -evaluation.loss.astype(region.dtype)
+    here = _onto_boundary(region, delta, grad, need, random)
+    need = need + _inner(grad, delta)
+    there = _onto_boundary(region, region.zeros(), grad, need, random)
     near, far = region.extent(here), region.extent(there)
     pull = jnp.minimum(near / jnp.maximum(near + far, 1e-30), MAX_PULL)
     delta = region.in_range(
@@ -225,7 +226,8 @@ def _drawn_in(delta, objective):
     low = jnp.where(broken, low, middle)
     return (low, jnp.where(broken, middle, high)), None
 
-  one = jnp.ones(objective.label.shape, jnp.float32)
+  # Like the label, for its sharding.
+  one = jnp.ones_like(objective.label, objective.region.dtype)
   carry = (jnp.zeros_like(one), one)
   (_, high), _ = jax.lax.scan(halve, carry, None, NUM_BISECTIONS)
   return {m: balls.like(high, d) * d for m, d in delta.items()}
@@ -234,7 +236,7 @@ def _drawn_in(delta, objective):
 def _inner(a, b):
   def total(x, y):
     product = jnp.where(jnp.isfinite(x), x, 0) * y
-    return jnp.sum(jnp.reshape(product, (x.shape[0], -1)), axis=-1)
+    return jnp.sum(product, axis=tuple(range(1, product.ndim)))
 
   return sum(total(a[m], b[m]) for m in sorted(a))
 

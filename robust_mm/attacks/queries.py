@@ -2,6 +2,7 @@
 
 import math
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +38,8 @@ def square(
   of the input at first, and half as much after 0.1 %, 0.5 %, 2 %, ... of the
   queries.
 
-  linf: the block becomes :math:`\pm\epsilon`. l2: the squared size of another
-  block, in the same ball, is moved into it, together with what is left of the
+  linf: the block becomes :math:`\pm\epsilon`. l2: a random share of another
+  block in the same ball is moved into it, together with what is left of the
   budget, as a random bump on top of what was there.
 
   A model whose gradients mislead is broken by this attack where PGD fails;
@@ -68,7 +69,7 @@ def square(
 
   References:
     `Andriushchenko et al. (2020) <https://arxiv.org/abs/1912.00049>`_; there
-    for one image, with another bump.
+    for one image, with another bump and all of the other block.
   """
   _validate.at_least(1, num_queries=num_queries, num_restarts=num_restarts)
   _validate.positive(share=share)
@@ -118,9 +119,7 @@ def _search(key, best, objective, shares):
 
   def query(own, xs):
     key, share = xs
-    place_key, propose_key = jax.random.split(key)
-    chosen = _chosen(place_key, region)
-    changed = propose(propose_key, region, own.delta, chosen, share)
+    changed = propose(_draws(key, region), region, own.delta, share)
     changed = region.project(changed)
     return own.updated(changed, objective(changed)), None
 
@@ -147,53 +146,90 @@ def _stripes(key, region):
   return {m: balls.like(far[m], d) * d for m, d in signs.items()}
 
 
-def _fill(key, region, delta, chosen, share):
+class _Draws(NamedTuple):
+  """The random numbers of a query, in as few draws as there are kinds.
+
+  Each draw inside the loop is a long program to compile.
+  """
+
+  chosen: Any  # {m: bool[b]}, the modality that changes
+  giver: Any  # {m: bool[b]}, the one that gives in a joint l2 ball
+  share: Any  # [b], what it keeps
+  places: Any  # {m: two blocks [2 axes, b]} in [0, 1)
+  bump: Any  # {m: [b, ...]}, positive; for channels only in linf
+  sign: Any  # {m: [b, 1, channels]}
+
+
+def _draws(key, region):
+  names = modalities.names(region.clean)
+  uniform_key, key = jax.random.split(key)
+  batch = region.clean[names[0]].shape[0]
+  numbers = jax.random.uniform(uniform_key, (3 + 4 * len(names), batch))
+  places, bump, sign = {}, {}, {}
+  for number, m in enumerate(names):
+    x = region.clean[m]
+    start = 3 + 4 * number
+    places[m] = (numbers[start : start + 2], numbers[start + 2 : start + 4])
+    shape = _channels(x) if region.norm == "linf" else x.shape
+    own = jax.random.fold_in(key, number)
+    normal = jax.random.normal(own, shape, region.dtype)
+    bump[m] = jnp.abs(normal)
+    first = (slice(None), *(slice(0, 1) for _ in _space(x)))
+    sign[m] = jnp.where(normal[first] < 0, -1, 1).astype(region.dtype)
+  chosen = _chosen(numbers[0], region)
+  giver = _chosen(numbers[1], region) if region.joint else chosen
+  return _Draws(chosen, giver, numbers[2], places, bump, sign)
+
+
+def _fill(draws, region, delta, share):
   """A block of the chosen modality at the ends of the budget."""
   changed = {}
-  for number, (m, d) in enumerate(sorted(delta.items())):
-    block_key, sign_key = jax.random.split(jax.random.fold_in(key, number))
-    block = _block(block_key, d, share) & balls.like(chosen[m], d)
-    sign = _signs(sign_key, _channels(d), d.dtype)
+  for m, d in delta.items():
+    block = _block(draws.places[m][0], d, share)
+    block &= balls.like(draws.chosen[m], d)
     end = balls.like(region.radius[m] * region.units[m], d)
-    changed[m] = jnp.where(block, sign * end, d)
+    changed[m] = jnp.where(block, draws.sign[m] * end, d)
   return changed
 
 
-def _move_mass(key, region, delta, chosen, share):
-  """Squared size of a second block, and what is unspent, into a first."""
+def _move_mass(draws, region, delta, share):
+  """Part of the size of a second block, and what is unspent, into a first."""
   scaled = {m: d / region.units[m] for m, d in delta.items()}
-  giver_key, key = jax.random.split(key)
-  # In a joint ball another modality can give.
-  giver = _chosen(giver_key, region) if region.joint else chosen
-  into, pattern, emptied, freed = {}, {}, {}, {}
-  for number, (m, d) in enumerate(sorted(scaled.items())):
-    keys = jax.random.split(jax.random.fold_in(key, number), 4)
-    into[m] = _block(keys[0], d, share) & balls.like(chosen[m], d)
-    other = _block(keys[1], d, share) & balls.like(giver[m], d)
-    bump = jnp.abs(jax.random.normal(keys[2], d.shape, d.dtype))
-    sign = _signs(keys[3], _channels(d), d.dtype)
-    kept = jnp.where(into[m], d, 0)
-    pattern[m] = jnp.where(into[m], sign * bump, 0)
-    pattern[m] = _normalised(pattern[m]) + _normalised(kept)
-    emptied[m] = jnp.where(into[m] | other, 0, d)
-    freed[m] = jnp.square(region.radius[m])
+  pattern, emptied = {}, {}
+  for m, d in scaled.items():
+    first, second = draws.places[m]
+    into = _block(first, d, share) & balls.like(draws.chosen[m], d)
+    other = _block(second, d, share) & balls.like(draws.giver[m], d)
+    bump = jnp.where(into, draws.sign[m] * draws.bump[m], 0)
+    kept = jnp.where(into, d, 0)
+    # Half, or a block of one entry could cancel to nothing but rounding.
+    pattern[m] = _normalised(_normalised(bump) + _normalised(kept) / 2)
+    left = balls.like(draws.share, d).astype(d.dtype) * d
+    emptied[m] = jnp.where(into, 0, jnp.where(other, left, d))
   left = region.size({m: d * region.units[m] for m, d in emptied.items()})
   room = {
-    m: jnp.sqrt(jnp.maximum(freed[m] - jnp.square(left[m]), 0)) for m in freed
+    m: jnp.sqrt(_free(jnp.square(r), jnp.square(left[m])))
+    for m, r in region.radius.items()
   }
   return {
-    m: region.units[m]
-    * (emptied[m] + balls.like(room[m], d) * _normalised(pattern[m]))
-    for m, d in scaled.items()
+    m: region.units[m] * (d + balls.like(room[m], d) * pattern[m])
+    for m, d in emptied.items()
   }
 
 
-def _chosen(key, region):
+def _free(whole, taken):
+  """What is left of a squared size; rounding errors of it count as nothing."""
+  free = whole - taken
+  return jnp.where(free > 1e-5 * whole, free, 0)
+
+
+def _chosen(number, region):
   """One modality per example among those that may move: ``{m: bool[b]}``."""
   names = modalities.names(region.clean)
   moving = modalities.stack(region.radius, axis=-1) > 0
-  index = jax.random.categorical(key, jnp.where(moving, 0.0, -jnp.inf))
-  return {m: index == i for i, m in enumerate(names)}
+  rank = jnp.cumsum(moving, axis=-1)
+  wanted = jnp.floor(number * rank[:, -1]).astype(rank.dtype) + 1
+  return {m: moving[:, i] & (rank[:, i] == wanted) for i, m in enumerate(names)}
 
 
 def _space(x):
@@ -206,17 +242,18 @@ def _channels(x):
   return (x.shape[0], *(1,) * num, *x.shape[1 + num :])
 
 
-def _block(key, x, share):
-  """A random block of about ``share`` of the input: ``bool[b, ...]``."""
+def _block(numbers, x, share):
+  """A block of about ``share`` of the input: ``bool[b, ...]``.
+
+  ``numbers`` in [0, 1) place it, ``[axes, b]``.
+  """
   space = _space(x)
-  keys = jax.random.split(key, max(1, len(space)))
   inside = jnp.ones(x.shape[:1] + (1,) * (x.ndim - 1), bool)
   side = share * math.prod(space)
   side = jnp.sqrt(side) if len(space) == 2 else side
   for axis, size in enumerate(space):
     length = jnp.clip(jnp.round(side), 1, size)
-    start = jax.random.uniform(keys[axis], x.shape[:1]) * (size - length + 1)
-    start = balls.like(jnp.floor(start), x)
+    start = balls.like(jnp.floor(numbers[axis] * (size - length + 1)), x)
     place = jnp.expand_dims(
       jnp.arange(size, dtype=start.dtype),
       [i for i in range(x.ndim) if i != axis + 1],
@@ -230,7 +267,7 @@ def _signs(key, shape, dtype):
 
 
 def _normalised(x):
-  squares = jnp.sum(jnp.reshape(x * x, (x.shape[0], -1)), axis=-1)
+  squares = jnp.sum(x * x, axis=tuple(range(1, x.ndim)))
   return x * balls.like(
     jnp.where(squares > 0, jax.lax.rsqrt(jnp.maximum(squares, 1e-30)), 0), x
   )

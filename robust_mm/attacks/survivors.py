@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from robust_mm.attacks import base
+from robust_mm.attacks import budgets
 from robust_mm.attacks import measures
 
 
@@ -79,8 +80,8 @@ def attack_survivors(
     ValueError: as the attack; a range with a row for each example.
   """
   members = attack.members or {attack.name: attack}
-  _check_range(attack.valid_range, inputs)
   budget = attack.budget if budget is None else budget
+  _check(attack, logits_fn, inputs, label, present, budget)
   batch = {
     "inputs": {m: np.asarray(x) for m, x in inputs.items()},
     "label": np.asarray(label),
@@ -88,7 +89,7 @@ def attack_survivors(
   }
   size = len(batch["label"])
   fn = _traceable(logits_fn)
-  right = np.asarray(_right(_rows(fn, None), inputs, label))
+  right = np.asarray(_right(fn, inputs, label))
   found = {m: x.copy() for m, x in batch["inputs"].items()}
   broken_by = np.where(right, -1, -2)
   counts = {}
@@ -155,9 +156,8 @@ def _traceable(logits_fn):
 
 
 def _rows(logits_fn, rows):
-  if rows is None or not isinstance(logits_fn, measures.LogitsFn):
-    return logits_fn
-  return logits_fn.take(rows)
+  known = isinstance(logits_fn, measures.LogitsFn)
+  return logits_fn.take(rows) if known else logits_fn
 
 
 def _taken(budget, rows):
@@ -167,7 +167,18 @@ def _taken(budget, rows):
   return budget[rows] if budget.ndim else budget
 
 
-def _check_range(valid_range, inputs):
+def _check(attack, logits_fn, inputs, label, present, budget):
+  # Here values are known; under jit a bad one would count as zero.
+  base.checked_label(label, logits_fn, inputs)
+  budgets.region(
+    inputs,
+    budget,
+    norm=attack.norm,
+    units=attack.units,
+    valid_range=attack.valid_range,
+    present=present,
+  )
+  valid_range = attack.valid_range
   if not isinstance(valid_range, Mapping):
     valid_range = dict.fromkeys(inputs, valid_range)
   for m, x in inputs.items():

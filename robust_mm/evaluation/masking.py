@@ -178,23 +178,27 @@ def measure(
 
 
 def _report(probe, radius, loss, losses):
-  def white(radius, scale=1, loss=loss):
-    return probe.left("pgd", radius, scale, loss=loss, **STEPS)
-
+  probe.compile(
+    {
+      **{name: {"name": "pgd", "loss": name, **STEPS} for name in losses},
+      "one step": {"name": "fgm", "loss": loss},
+      "queries": {"name": "square", "num_queries": NUM_QUERIES},
+    }
+  )
   attacked = {
     "clean": float(np.mean(probe.right())),
-    "white box": white(radius),
-    "one step": probe.left("fgm", radius, loss=loss),
-    "queries": probe.left("square", radius, num_queries=NUM_QUERIES),
+    "white box": probe.left(loss, radius),
+    "one step": probe.left("one step", radius),
+    "queries": probe.left("queries", radius),
     "noise": probe.left_by_noise(radius, num_draws=NUM_DRAWS),
   }
   far, copied = probe.copied()
   curve = [(radius, attacked["white box"])]
   if far > radius:
     radii = (math.sqrt(radius * far), 1.001 * far)
-    curve += [(r, white(r)) for r in radii]
+    curve += [(r, probe.left(loss, r)) for r in radii]
   scales = {
-    name: [(s, white(radius, s, name)) for s in SCALES] for name in losses
+    name: [(s, probe.left(name, radius, s)) for s in SCALES] for name in losses
   }
   least = max(TOLERANCE, 1 / probe.num_examples) + 1e-6
   checks = [

@@ -34,6 +34,7 @@ class Probe:
     self.norm, self._data, self._units = norm, data, units
     self._range, self._key = valid_range, key
     self._rows = np.arange(data.size)
+    self._size = device.chunk_size(data.size)
     self._compiled = {}
     self._clean = self.right()
 
@@ -44,31 +45,41 @@ class Probe:
       data = dataclasses.replace(data, inputs={**data.inputs, **inputs})
     return self._forward(data, self._rows, data.names) == data.label
 
-  def left(
-    self, name: str, radius: float, scale: float = 1, **options
-  ) -> float:
+  def compile(self, attacked_by: Mapping[str, Mapping[str, Any]]) -> None:
+    """Makes the attacks that :meth:`left` knows by their names here.
+
+    Args:
+      attacked_by: ``{name: {"name": of the factory, **its arguments}}``.
+    """
+    common = {
+      "norm": self.norm,
+      "budget": 1.0,
+      "units": self._units,
+      "valid_range": self._range,
+    }
+    functions = [
+      _attack_fn(self._model, attacks.make(**given, **common))
+      for given in attacked_by.values()
+    ]
+    compiled = self._device.compile_together(
+      functions, self._data, self._rows, self._size, self._extra(1.0, 1.0)
+    )
+    self._compiled = dict(zip(attacked_by, compiled, strict=True))
+
+  def left(self, name: str, radius: float, scale: float = 1) -> float:
     """The share left by an attack on logits divided by ``scale``."""
-    which = (name, *sorted(options.items()))
-    if which not in self._compiled:
-      attack = attacks.make(
-        name,
-        norm=self.norm,
-        budget=1.0,
-        units=self._units,
-        valid_range=self._range,
-        **options,
-      )
-      run = _attack_fn(self._model, attack)
-      self._compiled[which] = self._device.compile(run, once=True)
-    extra = (self._key, np.float32(radius), np.float32(scale))
+    extra = self._extra(radius, scale)
     moved = self._device.map(
-      self._compiled[which],
+      self._compiled[name],
       self._data,
       self._rows,
-      self._device.chunk_size(self.num_examples),
+      self._size,
       extra=lambda number: extra,
     )
     return float(np.mean(self._clean & self.right(moved)))
+
+  def _extra(self, radius, scale):
+    return self._key, np.float32(radius), np.float32(scale)
 
   def left_by_noise(self, radius: float, *, num_draws: int) -> float:
     """The share left by noise of that size, a mean over draws.

@@ -37,8 +37,8 @@ class Counter:
     sharding: of the leading axis, for several devices.
 
   Attributes:
-    counts: ``{stage: int32 [n, k]}`` so far.
-    chunks: ``{stage: int32 [n]}``, how many chunks they hold.
+    tallies: ``{stage: int32 [n, k + 1]}``, the counts so far and, last, of how
+      many chunks; in one array, so that an interruption cannot part them.
     done: blocks looked at so far.
     num_blocks: of the whole job.
   """
@@ -61,18 +61,14 @@ class Counter:
     self._noise, self._data = noise, data
     device = batches.Device({}, {}, sharding=sharding)
     self._sharding, self._largest = sharding, chunk_size
-    self._size = device.chunk_size(
-      EXAMPLES_PER_DEVICE
-      if sharding is None
-      else EXAMPLES_PER_DEVICE * len(sharding.device_set)
-    )
+    devices = 1 if sharding is None else len(sharding.device_set)
+    self._size = EXAMPLES_PER_DEVICE * devices
     self._predict = device.replicate(smoothing.predict_fn(model, params, state))
     self._keys = dict(zip(STAGES, smoothing.streams(key)))
     self._samples = dict(zip(STAGES, (num_selection, num_estimation)))
     self._compiled = {stage: self._compile(stage) for stage in STAGES}
-    shape = (data.size, model.num_classes)
-    self.counts = {stage: np.zeros(shape, np.int32) for stage in STAGES}
-    self.chunks = {s: np.zeros(data.size, np.int32) for s in STAGES}
+    shape = (data.size, model.num_classes + 1)
+    self.tallies = {stage: np.zeros(shape, np.int32) for stage in STAGES}
     self.done = 0
     self._blocks = [
       (stage, first, start)
@@ -82,24 +78,23 @@ class Counter:
     ]
     self.num_blocks = len(self._blocks)
 
-  def restore(self, counts, chunks) -> None:
-    """Goes on from the ``counts`` and ``chunks`` of another counter.
+  def restore(self, tallies) -> None:
+    """Goes on from the ``tallies`` of another counter.
 
     Raises:
-      ValueError: they are not of these examples and samples.
+      ValueError: they are not of so many examples, classes and chunks.
     """
     for stage in STAGES:
-      # int32, or sums would not be exact.
-      kept = np.asarray(counts[stage]), np.asarray(chunks[stage])
-      wanted = self.counts[stage], self.chunks[stage]
-      if any(
-        a.shape != b.shape or a.dtype != b.dtype for a, b in zip(kept, wanted)
-      ):
-        raise ValueError(f"{stage} has counts of shape {kept[0].shape}")
-      if not np.all((kept[1] >= 0) & (kept[1] <= self._num_chunks(stage))):
-        raise ValueError(f"{stage} has an impossible number of chunks")
-    self.counts = {s: np.array(counts[s]) for s in STAGES}
-    self.chunks = {s: np.array(chunks[s]) for s in STAGES}
+      kept, wanted = tallies[stage], self.tallies[stage]
+      if kept.shape != wanted.shape or kept.dtype != wanted.dtype:
+        raise ValueError(
+          f"{stage} has counts {kept.dtype} {kept.shape}, not {wanted.dtype} "
+          f"{wanted.shape}"
+        )
+      most = self._num_chunks(stage)
+      if kept.min() < 0 or kept[:, -1].max() > most:
+        raise ValueError(f"{stage} has counts that cannot be")
+    self.tallies = {stage: np.array(tallies[stage]) for stage in STAGES}
 
   def advance(self) -> bool:
     """Counts the next block; False where it was counted before."""
@@ -107,8 +102,8 @@ class Counter:
     self.done += 1
     rows = np.arange(first, min(first + self._size, self._data.size))
     # Other devices may have left some rows of it done.
-    rows_left = self.chunks[stage][rows] == start
-    if not rows_left.any():
+    left = self.tallies[stage][rows, -1] == start
+    if not left.any():
       return False
     # Filled up with the last row, so that there is one shape.
     padded = np.arange(first, first + self._size).clip(max=rows[-1])
@@ -121,16 +116,15 @@ class Counter:
     found = self._compiled[stage](
       self._predict, chunk, self._keys[stage], start, self._samples[stage]
     )
-    fresh = np.asarray(found)[: len(rows)][rows_left]
-    self.counts[stage][rows[rows_left]] += fresh
-    self.chunks[stage][rows[rows_left]] += 1
+    fresh = np.asarray(found)[: len(rows)][left]
+    one = np.ones((len(fresh), 1), np.int32)
+    self.tallies[stage][rows[left]] += np.concatenate([fresh, one], axis=-1)
     return True
 
   def certificate(self, *, alpha: float, units) -> Any:
     """The ``SmoothedCertificate`` of all counts."""
     return smoothing.from_counts(
-      self.counts["selection"],
-      self.counts["estimation"],
+      *(self.tallies[stage][:, :-1] for stage in STAGES),
       noise=self._noise,
       present=self._data.present,
       shapes={m: x.shape[1:] for m, x in self._data.inputs.items()},
