@@ -280,7 +280,7 @@ def test_bad_labels_and_logits_are_refused():
   ):
     attack(KEY, lambda x: logits_fn(x)[0], _inputs(), LABEL)
   with pytest.raises(
-    ValueError, match="name must be one of 'apgd'.*mean 'pgd'"
+    ValueError, match=r"name must be one of 'apgd'.*mean 'pgd'"
   ):
     attacks.make("pdg", norm=2, budget=1.0)
 
