@@ -182,7 +182,6 @@ def _evaluate_one(
   setup_lib.check_same_data(source, facts)
   reference = setup_lib.reference_batch(setup_lib.open_split(config, "train"))
   mesh = sharding.make_mesh()
-  _say(f"evaluating {len(source)} {split} examples of {config.data.name}")
   with _bar() as progress, _validate.user_errors():
     found = evaluation.evaluate(
       model,

@@ -11,3 +11,18 @@ def run(capsys, *arguments):
     code = stop.code
   out = capsys.readouterr()
   return code, out.out, out.err
+
+
+def without_constants(folder) -> str:
+  """``--config=`` of a few steps with encoders that state no constants."""
+  path = folder / "convolutional.py"
+  path.write_text(
+    "from robust_mm import config\n"
+    "def get_config(argument):\n"
+    "  found = config.load('configs/joint.py:digits,smoke')\n"
+    "  with found.unlocked():\n"
+    "    encoder = {'name': 'cnn', 'features': (4,)}\n"
+    "    found.model.encoders = {'default': encoder}\n"
+    "  return found\n"
+  )
+  return f"--config={path}"
