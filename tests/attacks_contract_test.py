@@ -95,14 +95,16 @@ def test_dtypes_are_kept_whatever_the_logits_have(name):
     assert all(x.dtype == dtype for x in moved.values())
 
 
-@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+@pytest.mark.parametrize(
+  "axis_type, norm", [("Auto", "l2"), ("Explicit", "l2"), ("Explicit", "linf")]
+)
 @pytest.mark.parametrize("name", SMALL)
-def test_eight_devices_agree_with_one(name, axis_type):
+def test_eight_devices_agree_with_one(name, axis_type, norm):
   rng = np.random.default_rng(0)
   weight = jnp.asarray(rng.normal(size=(6, 3)), "f4")
   inputs = {"x": jnp.asarray(rng.normal(size=(16, 6)), "f4")}
   label = jnp.argmax(inputs["x"] @ weight, axis=-1).astype(jnp.int32)
-  attack = _make(name, norm=2, budget=0.4, valid_range=(-3.0, 3.0))
+  attack = _make(name, norm=norm, budget=0.4, valid_range=(-3.0, 3.0))
   axis = getattr(jax.sharding.AxisType, axis_type)
   mesh = jax.make_mesh((8,), ("data",), (axis,))
   sharding = jax.NamedSharding(mesh, jax.P("data"))

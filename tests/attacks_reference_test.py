@@ -99,6 +99,41 @@ def test_as_strong_as_autoattack_on_late_fusion(late_fusion):
     _check(robust, outcomes, suffix, f"foolbox_l2_pgd50_eps{budget}")
 
 
+def _check_auto(problem, norm, budget):
+  outcomes, logits_fn, inputs = problem
+  attack = attacks.auto(norm=norm, budget=budget, valid_range=(0.0, 1.0))
+  found = attacks.attack_survivors(
+    jax.random.key(0), attack, logits_fn, inputs, outcomes["labels"]
+  )
+  strongest = outcomes[f"robust/autoattack_{norm}_eps{budget}"]
+  assert found.robust_accuracy <= strongest.mean() + SLACK
+  assert np.sum(found.robust & ~strongest) <= 1
+  # Nothing is claimed that the model does not confirm.
+  logits = np.asarray(logits_fn(found.inputs))
+  lost = np.argmax(logits, -1) != outcomes["labels"]
+  np.testing.assert_array_equal(lost, ~found.robust)
+
+
+def test_auto_misses_at_most_one_item_of_autoattack(mlp, late_fusion):
+  _check_auto(mlp, "linf", 0.1)
+  _check_auto(late_fusion, "l2", 0.4)
+
+
+def test_minimum_norm_is_within_two_percent_of_the_best_known(late_fusion):
+  outcomes, logits_fn, inputs = late_fusion
+  attack = attacks.minimum_norm(norm=2, valid_range=(0.0, 1.0))
+  found = jax.jit(
+    lambda key: attacks.distances(
+      key, attack, logits_fn, inputs, outcomes["labels"]
+    )
+  )(jax.random.key(0))
+  best = outcomes["min_l2/best"]
+  np.testing.assert_array_equal(np.asarray(found) == 0, best == 0)
+  assert np.mean(found) <= 1.02 * best.mean()
+  # A distance far below the best of five attacks would be a wrong one.
+  assert np.all(np.asarray(found) >= 0.97 * best)
+
+
 def test_nothing_flips_inside_the_certified_radius(shared_path, late_fusion):
   _, logits_fn, inputs = late_fusion
   path = shared_path / "reference" / "certificates" / "digits_plain.npz"

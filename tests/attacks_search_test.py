@@ -204,6 +204,34 @@ def test_distances_say_zero_wrong_and_nothing_found():
   assert still[0] == np.inf
 
 
+def test_distances_do_not_read_what_is_absent():
+  weights, _, logits_fn, inputs, _ = linear._problem(seed=5)
+  flag = jnp.arange(40) % 2 > 0
+  present = {"audio": flag}
+
+  def masked_fn(inputs):
+    audio = jnp.where(flag[:, None], inputs["audio"], 0)
+    return logits_fn({**inputs, "audio": audio})
+
+  poisoned = jnp.where(flag[:, None], inputs["audio"], jnp.nan)
+  poisoned = {**inputs, "audio": poisoned}
+  logits = np.asarray(masked_fn(poisoned), "f8")
+  label = logits.argmax(-1)
+  expected = linear._distance(
+    weights, logits, label, norm="l2", scale=ONE, joint=True
+  )
+  alone = linear._distance(
+    weights, logits, label, norm="l2", scale={**ONE, "audio": 0}, joint=True
+  )
+  attack = attacks.minimum_norm(norm=2)
+  found = jax.jit(
+    lambda k: attacks.distances(
+      k, attack, masked_fn, poisoned, label, present=present
+    )
+  )(KEY)
+  np.testing.assert_allclose(found, np.where(flag, expected, alone), rtol=3e-3)
+
+
 def test_minimum_norm_inside_a_ball_flips_what_lies_nearer():
   problem = linear._problem(seed=6)
   weights, logits, logits_fn, inputs, label = problem

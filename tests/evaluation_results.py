@@ -83,6 +83,7 @@ def make_result(name="crmt-JT", *, sound=True, norm=2, units=1.0, drop=0.4):
     "tightness": tightness if bounded else None,
     "units": dict.fromkeys(names, units),
     "checks": [],
+    "masking": None,
     "examples": {"num_examples": 200, "num_left_out": 0, "columns": {}},
     "timing": {
       "attack_seconds": 6.480123456789,

@@ -117,7 +117,7 @@ def windows(num_steps: int) -> np.ndarray:
   """For each step the steps since the last checkpoint, 0 if it is none.
 
   >>> windows(10).tolist()
-  [0, 0, 3, 0, 2, 0, 2, 1, 1, 0]
+  [0, 0, 3, 0, 2, 1, 1, 1, 1, 0]
   """
   shares = [0.0, 0.22]
   while shares[-1] < 1:

@@ -12,6 +12,7 @@ from robust_mm._types import Model
 from robust_mm._types import Params
 from robust_mm._types import Present
 from robust_mm._types import State
+from robust_mm.attacks import balls
 from robust_mm.attacks import base
 from robust_mm.attacks import budgets
 
@@ -130,11 +131,17 @@ def distances(
   right_clean = right(logits_fn(inputs), label)
   if not region.clean:
     return jnp.where(right_clean, jnp.inf, 0.0)
+  dtype = region.dtype
+  change = {
+    m: jnp.asarray(adversarial[m]).astype(dtype) - x.astype(dtype)
+    for m, x in region.clean.items()
+  }
+  # What is absent may hold NaN.
+  zeros = region.zeros()
   size = region.extent(
     {
-      m: jnp.asarray(adversarial[m]).astype(region.dtype)
-      - x.astype(region.dtype)
-      for m, x in region.clean.items()
+      m: balls.choose(region.radius[m] > 0, d, zeros[m])
+      for m, d in change.items()
     }
   )
   if not isinstance(budget, Mapping):

@@ -188,7 +188,8 @@ def _fill(draws, region, delta, share):
     block = _block(draws.places[m][0], d, share)
     block &= balls.like(draws.chosen[m], d)
     end = balls.like(region.radius[m] * region.units[m], d)
-    changed[m] = jnp.where(block, draws.sign[m] * end, d)
+    # Products, because a choice wants all its operands sharded alike.
+    changed[m] = block * (draws.sign[m] * end) + ~block * d
   return changed
 
 
@@ -200,12 +201,11 @@ def _move_mass(draws, region, delta, share):
     first, second = draws.places[m]
     into = _block(first, d, share) & balls.like(draws.chosen[m], d)
     other = _block(second, d, share) & balls.like(draws.giver[m], d)
-    bump = jnp.where(into, draws.sign[m] * draws.bump[m], 0)
-    kept = jnp.where(into, d, 0)
+    bump = into * (draws.sign[m] * draws.bump[m])
     # Half, or a block of one entry could cancel to nothing but rounding.
-    pattern[m] = _normalised(_normalised(bump) + _normalised(kept) / 2)
-    left = balls.like(draws.share, d).astype(d.dtype) * d
-    emptied[m] = jnp.where(into, 0, jnp.where(other, left, d))
+    pattern[m] = _normalised(_normalised(bump) + _normalised(into * d) / 2)
+    left = jnp.where(other, balls.like(draws.share, d), 1)
+    emptied[m] = (~into * left).astype(d.dtype) * d
   left = region.size({m: d * region.units[m] for m, d in emptied.items()})
   room = {
     m: jnp.sqrt(_free(jnp.square(r), jnp.square(left[m])))

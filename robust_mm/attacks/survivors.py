@@ -58,7 +58,7 @@ def attack_survivors(
   once for each size it meets, and not again for other budgets, keys or
   batches of the same size as long as ``logits_fn`` is the same object.
 
-  >>> attack = attacks.auto(norm=2, budget=0.5)
+  >>> attack = attacks.auto(norm=2, budget=0.5)           # doctest: +SKIP
   >>> found = attacks.attack_survivors(
   ...   key, attack, logits_fn, inputs, label)            # doctest: +SKIP
   >>> found.robust_accuracy, found.members                # doctest: +SKIP

@@ -73,8 +73,8 @@ SCHEMA = {
     "predictions flipped at multiples of each example's own joint radius"
   ),
   "masking": (
-    "null, or what evaluation.masking_report returns for the first attack at "
-    "the middle joint radius"
+    "null, or what evaluation.masking_report returns, about the first attack "
+    "(of an ensemble its first member) at the middle joint radius"
   ),
   "units": "{modality: raw size of one unit of radius}",
   "checks": "[{name, passed, required, message}]: relations between numbers",

@@ -3,8 +3,6 @@
 import dataclasses
 from collections.abc import Callable
 from collections.abc import Mapping
-from collections.abc import Sequence
-from concurrent import futures
 from typing import Any
 
 import jax
@@ -185,28 +183,6 @@ class Device:
     out = (self._sharding, replicated) if moved else replicated
     return jax.jit(run, out_shardings=out, compiler_options=options)
 
-  def compile_together(
-    self,
-    functions: Sequence[Callable],
-    data: Data,
-    indices: np.ndarray,
-    size: int,
-    extra: tuple,
-  ) -> list[Callable]:
-    """Functions for a few calls of :meth:`map`, compiled side by side.
-
-    Tracing holds the interpreter's lock, XLA does not.
-    """
-    chunk = self._chunk(data, indices, 0, size, {})
-    lowered = [
-      self.compile(function, once=True).lower(
-        self._params, self._state, chunk, *extra
-      )
-      for function in functions
-    ]
-    with futures.ThreadPoolExecutor() as pool:
-      return list(pool.map(lambda one: one.compile(), lowered))
-
   def chunk_size(self, wanted: int) -> int:
     """``wanted``, rounded up to a multiple of the number of devices."""
     if self._sharding is None:
@@ -239,23 +215,19 @@ class Device:
     """
     results = []
     for number, start in enumerate(range(0, len(indices), size)):
-      chunk = self._chunk(data, indices, start, size, aligned or {})
+      # Clipping repeats the last row.
+      where = np.arange(start, start + size).clip(max=len(indices) - 1)
+      chunk = data.chunk(indices[where])
+      for name, values in (aligned or {}).items():
+        chunk[name] = values[where]
+      if self._sharding is not None:
+        chunk = jax.device_put(chunk, self._sharding)
       result = compiled(self._params, self._state, chunk, *extra(number))
       results.append(jax.tree.map(np.asarray, result))
     # Only the last chunk is padded.
     return jax.tree.map(
       lambda *leaves: np.concatenate(leaves)[: len(indices)], *results
     )
-
-  def _chunk(self, data, indices, start, size, aligned):
-    # Clipping repeats the last row.
-    where = np.arange(start, start + size).clip(max=len(indices) - 1)
-    chunk = data.chunk(indices[where])
-    for name, values in aligned.items():
-      chunk[name] = values[where]
-    if self._sharding is not None:
-      chunk = jax.device_put(chunk, self._sharding)
-    return chunk
 
 
 def _check_labels(label, num_classes: int):

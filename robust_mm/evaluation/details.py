@@ -151,7 +151,8 @@ def _masking(found: Mapping) -> dict:
   return _table(
     "Do gradients mislead the attacks?",
     f"{found['num_examples']} examples, all modalities changed by l"
-    f"{found['norm']} {found['radius']:g}, PGD on the {found['loss']} loss.",
+    f"{found['norm']} {found['radius']:g}; the first attack, which follows "
+    f"the {found['loss']} loss.",
     [("check", False), ("passed", False), ("what was found", False)],
     [
       (check["name"].replace("_", " "), _yes(check), check["message"])

@@ -5,10 +5,10 @@ attacks that follow it. Nothing here proves that none is hidden; each check can
 find that one is.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,8 +28,7 @@ SCALES = (1, 8, 128, 1024)
 # Shares of accuracy, as far as the number of examples can tell.
 TOLERANCE = 0.01
 SATURATED = 0.02
-# Aimed restarts would cost another forward pass to compile.
-STEPS = {"num_steps": 20, "num_restarts": 2, "targets": "any"}
+STEPS = {"num_steps": 20, "num_restarts": 2}
 NUM_QUERIES = 200
 NUM_DRAWS = 10
 
@@ -108,8 +107,6 @@ def masking_report(
     units=units,
     valid_range=valid_range,
     radii=(radius,),
-    attack={"name": "pgd", "loss": loss},
-    masking_examples=max_examples,
   )
   data = batches.host_data(model, batch)
   for argument, value in (("units", units), ("valid_range", valid_range)):
@@ -117,88 +114,82 @@ def masking_report(
       _validate.known(data.names, **{argument: value})
   if not data.counted.any():
     raise ValueError("batch has no example with a modality present.")
+  data = some(data, max_examples)
   device = batches.Device(params, {} if state is None else state)
-  return measure(
-    model,
-    device,
-    matrix.Forward(model, device, size=min(max_examples, data.size)),
-    data,
-    protocol,
-    units={m: float((units or {}).get(m, 1.0)) for m in data.names},
-    key=jax.random.key(seed),
-    losses=("margin", "cross_entropy"),
-  )
-
-
-def asked_for(protocol: protocol_lib.Protocol) -> bool:
-  """Whether an evaluation has something to check, and is to check it."""
-  return bool(protocol.masking_examples and protocol.attacks and protocol.radii)
-
-
-def measure(
-  model: Model,
-  device: batches.Device,
-  forward: matrix.Forward,
-  data: batches.Data,
-  protocol: protocol_lib.Protocol,
-  *,
-  units: Mapping[str, float],
-  key: Any,
-  losses: Sequence[str] = (),
-) -> dict[str, Any]:
-  """The report on the first attack at the middle one of the joint radii.
-
-  Args:
-    model: the model.
-    device: where attacks run.
-    forward: predictions of the model.
-    data: the data set.
-    protocol: names the attack, the radii and the number of examples.
-    units: ``{m: size of one unit}``.
-    key: a JAX key.
-    losses: to divide logits under, beside the one of the attack.
-  """
-  rows = np.flatnonzero(data.counted)
-  if protocol.masking_examples < len(rows):
-    places = np.linspace(0, len(rows) - 1, protocol.masking_examples)
-    rows = rows[places.round().astype(int)]
+  forward = matrix.Forward(model, device, size=data.size)
+  units = {m: float((units or {}).get(m, 1.0)) for m in data.names}
+  attackers = {
+    name: matrix.Attacker(
+      model,
+      device,
+      matrix.make_attack(
+        {"name": "pgd", "loss": name, **STEPS}, protocol, units=units
+      ),
+      forward,
+      units=units,
+      norm=protocol.norm,
+      size=data.size,
+    )
+    for name in dict.fromkeys((loss, "margin", "cross_entropy"))
+  }
   probe = probes.Probe(
     model,
     forward,
     device,
-    data.take(rows),
+    data,
     norm=protocol.norm,
     units=units,
-    valid_range=protocol.valid_range,
-    key=key,
+    valid_range=valid_range,
+    key=jax.random.key(seed),
   )
-  radius = protocol.radii[len(protocol.radii) // 2]
-  loss = protocol.attacks[0].get("loss", "margin")
-  return _report(probe, radius, loss, dict.fromkeys((loss, *losses)))
+  return measure(probe, attackers, radius=radius)
 
 
-def _report(probe, radius, loss, losses):
-  probe.compile(
-    {
-      **{name: {"name": "pgd", "loss": name, **STEPS} for name in losses},
-      "one step": {"name": "fgm", "loss": loss},
-      "queries": {"name": "square", "num_queries": NUM_QUERIES},
-    }
-  )
+def some(data: batches.Data, number: int) -> batches.Data:
+  """So many evenly spaced examples of those that have a modality."""
+  rows = np.flatnonzero(data.counted)
+  if number < len(rows):
+    rows = rows[np.linspace(0, len(rows) - 1, number).round().astype(int)]
+  return data.take(rows)
+
+
+def measure(
+  probe: probes.Probe,
+  attackers: Mapping[str, matrix.Attacker],
+  *,
+  radius: float,
+  one_step: bool = True,
+) -> dict[str, Any]:
+  """The report.
+
+  Args:
+    probe: the examples.
+    attackers: ``{loss: attack}``; the first is judged, logits are divided under
+      all.
+    radius: in units.
+    one_step: compare with one step as well, a program of its own.
+  """
+  loss = next(iter(attackers))
+
+  @functools.cache
+  def left(name, radius, scale=1):
+    return probe.left_by(attackers[name], radius, scale=scale)
+
   attacked = {
     "clean": float(np.mean(probe.right())),
-    "white box": probe.left(loss, radius),
-    "one step": probe.left("one step", radius),
-    "queries": probe.left("queries", radius),
+    "white box": left(loss, radius),
+    "queries": probe.left(radius, name="square", num_queries=NUM_QUERIES),
     "noise": probe.left_by_noise(radius, num_draws=NUM_DRAWS),
   }
+  if one_step:
+    attacked["one step"] = probe.left(radius, name="fgm", loss=loss)
   far, copied = probe.copied()
-  curve = [(radius, attacked["white box"])]
+  radii = [radius]
   if far > radius:
-    radii = (math.sqrt(radius * far), 1.001 * far)
-    curve += [(r, probe.left(loss, r)) for r in radii]
+    radii += [math.sqrt(radius * far), 1.001 * far]
+  curve = [(r, left(loss, r)) for r in radii]
   scales = {
-    name: [(s, probe.left(name, radius, s)) for s in SCALES] for name in losses
+    name: [(s, left(name, radius, s)) for s in SCALES] for name in attackers
   }
   least = max(TOLERANCE, 1 / probe.num_examples) + 1e-6
   checks = [
@@ -232,7 +223,7 @@ def summary_check(found: Mapping[str, Any]) -> dict[str, Any]:
     message = (
       f"No sign that gradients mislead the attacks: {where}, random search "
       f"left {found['accuracy']['queries']:.0%}, noise "
-      f"{found['accuracy']['noise']:.0%}, PGD "
+      f"{found['accuracy']['noise']:.0%}, the attack "
       f"{found['accuracy']['white box']:.0%}."
     )
   return {
@@ -271,22 +262,24 @@ def _rival_checks(attacked, least):
   clean, white = attacked["clean"], attacked["white box"]
   noise = attacked["noise"]
   return [
-    _check(
-      "many_steps_beat_one",
-      white <= attacked["one step"] + least,
-      f"PGD leaves {white:.0%}, one step {attacked['one step']:.0%}.",
-    ),
-    _check(
-      "gradients_beat_queries",
-      white <= attacked["queries"] + least,
-      f"PGD leaves {white:.0%}, random search {attacked['queries']:.0%}.",
+    *(
+      _check(
+        name,
+        white <= attacked[other] + least,
+        f"The attack leaves {white:.0%}, {words} {attacked[other]:.0%}.",
+      )
+      for name, other, words in (
+        ("many_steps_beat_one", "one step", "one step"),
+        ("gradients_beat_queries", "queries", "random search"),
+      )
+      if other in attacked
     ),
     _check(
       "attack_beats_noise",
       clean - noise <= (clean - white) / 2 + least,
-      f"Noise takes accuracy from {clean:.0%} to {noise:.0%}, PGD to "
-      f"{white:.0%}: where noise does as much, the size is too large or the "
-      "attack broken.",
+      f"Noise takes accuracy from {clean:.0%} to {noise:.0%}, the "
+      f"attack to {white:.0%}: where noise does as much, the size is too "
+      "large or the attack broken.",
     ),
   ]
 
@@ -298,13 +291,13 @@ def _scale_check(loss, found, least):
     return _check(
       f"{loss}_ignores_scale",
       spread <= least,
-      f"Divided logits change what PGD on the {loss} loss leaves by up to "
-      f"{spread:.0%}.",
+      f"Divided logits change what the attack on the {loss} loss leaves by up "
+      f"to {spread:.0%}.",
     )
   best = min(divided)
   return _check(
     "cross_entropy_unsaturated",
     whole - best <= max(SATURATED, least),
-    f"PGD on the cross-entropy leaves {whole:.0%}, with divided logits "
+    f"The attack on the cross-entropy leaves {whole:.0%}, with divided logits "
     f"{best:.0%}: a loss with the margin sees more.",
   )

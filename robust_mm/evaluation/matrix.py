@@ -1,5 +1,6 @@
 """The measurements: clean, subsets of modalities, attacked."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -140,7 +141,8 @@ class Attacker:
 
   Radii, labels and the choice of modalities are data of the compiled function.
   The members of an ensemble run one after the other on the rows left over, in
-  chunks of the whole or, for few rows, a quarter of the size.
+  chunks of the whole or, for few rows, a quarter of the size. ``loss`` is that
+  of the attack, of an ensemble that of its first member.
   """
 
   def __init__(self, model, device, attack, forward, *, units, norm, size):
@@ -148,6 +150,7 @@ class Attacker:
     self._size, self._small = size, device.chunk_size(-(-size // 4))
     self._ensemble = bool(attack.members)
     members = attack.members or {attack.name: attack}
+    self.loss = next(iter(members.values())).loss
     self._runs = {
       name: self._judged(_attack_fn(model, member, units, norm))
       for name, member in members.items()
@@ -156,8 +159,8 @@ class Attacker:
   def _judged(self, attack_fn):
     search = self._device.compile(attack_fn, moved=True)
 
-    def run(params, state, chunk, key, chosen):
-      inputs, ratio = search(params, state, chunk, key, chosen)
+    def run(params, state, chunk, key, chosen, scale):
+      inputs, ratio = search(params, state, chunk, key, chosen, scale)
       attacked = {**chunk, "inputs": inputs}
       del attacked["radius"]
       every = keep_only(inputs, inputs)
@@ -167,7 +170,14 @@ class Attacker:
 
     return run
 
-  def __call__(self, key, data, rows, names, radii) -> Struck:
+  def first(self) -> "Attacker":
+    """The same with the first member of an ensemble alone."""
+    one = copy.copy(self)
+    name, run = next(iter(self._runs.items()))
+    one._runs, one._ensemble = {name: run}, False
+    return one
+
+  def __call__(self, key, data, rows, names, radii, *, scale=1.0) -> Struck:
     """Attacks some modalities of some rows, in one ball each example.
 
     Args:
@@ -176,6 +186,7 @@ class Attacker:
       rows: ``[r]`` row numbers.
       names: the modalities that may change.
       radii: a number, or ``[r]``.
+      scale: the attack sees the logits divided by this.
     """
     radii = np.broadcast_to(np.float32(radii), rows.shape)
     broken, ratio, counts = np.zeros(len(rows), bool), 0.0, {}
@@ -185,13 +196,13 @@ class Attacker:
       counts[name] = 0
       if len(left):
         lost, reach = self._struck(
-          run, own, data, rows[left], names, radii[left]
+          run, own, data, rows[left], names, radii[left], np.float32(scale)
         )
         broken[left[lost]] = True
         ratio, counts[name] = max(ratio, reach), int(lost.sum())
     return Struck(broken, ratio, counts if self._ensemble else None)
 
-  def _struck(self, run, key, data, rows, names, radii):
+  def _struck(self, run, key, data, rows, names, radii, scale):
     chosen = keep_only(data.names, names)
     few = self._ensemble and len(rows) <= self._size // 2
     prediction, ratio = self._device.map(
@@ -199,14 +210,14 @@ class Attacker:
       data,
       rows,
       self._small if few else self._size,
-      extra=lambda number: (jax.random.fold_in(key, number), chosen),
+      extra=lambda number: (jax.random.fold_in(key, number), chosen, scale),
       aligned={"radius": radii},
     )
     return prediction != data.label[rows], float(ratio.max())
 
 
 def _attack_fn(model, attack, units, norm):
-  def run(params, state, chunk, key, chosen):
+  def run(params, state, chunk, key, chosen, scale):
     inputs, present = chunk["inputs"], chunk["present"]
     # To the attack, what it may not touch is absent; the model still reads it.
     open_to = {m: flag & chosen[m] for m, flag in present.items()}
@@ -216,7 +227,7 @@ def _attack_fn(model, attack, units, norm):
         m: jnp.where(_like(open_to[m], x), changed[m], x)
         for m, x in inputs.items()
       }
-      return model.apply(params, state, seen, present)[0].logits
+      return model.apply(params, state, seen, present)[0].logits / scale
 
     adversarial = attack(
       key,

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from robust_mm import attacks
+from robust_mm.evaluation import matrix
 
 
 class Probe:
-  """Attacks some examples of a data set, at any radius and logit scale.
+  """What several ways to change some examples leave right.
 
   Args:
     model: the model.
@@ -23,7 +24,7 @@ class Probe:
     norm: 2 or infinity.
     units: ``{m: size of one unit}``.
     valid_range: to stay in.
-    key: a JAX key, the same for all attacks.
+    key: a JAX key, the same for all.
   """
 
   def __init__(
@@ -34,8 +35,6 @@ class Probe:
     self.norm, self._data, self._units = norm, data, units
     self._range, self._key = valid_range, key
     self._rows = np.arange(data.size)
-    self._size = device.chunk_size(data.size)
-    self._compiled = {}
     self._clean = self.right()
 
   def right(self, inputs: Mapping[str, Any] | None = None) -> np.ndarray:
@@ -45,41 +44,32 @@ class Probe:
       data = dataclasses.replace(data, inputs={**data.inputs, **inputs})
     return self._forward(data, self._rows, data.names) == data.label
 
-  def compile(self, attacked_by: Mapping[str, Mapping[str, Any]]) -> None:
-    """Makes the attacks that :meth:`left` knows by their names here.
-
-    Args:
-      attacked_by: ``{name: {"name": of the factory, **its arguments}}``.
-    """
-    common = {
-      "norm": self.norm,
-      "budget": 1.0,
-      "units": self._units,
-      "valid_range": self._range,
-    }
-    functions = [
-      _attack_fn(self._model, attacks.make(**given, **common))
-      for given in attacked_by.values()
-    ]
-    compiled = self._device.compile_together(
-      functions, self._data, self._rows, self._size, self._extra(1.0, 1.0)
-    )
-    self._compiled = dict(zip(attacked_by, compiled, strict=True))
-
-  def left(self, name: str, radius: float, scale: float = 1) -> float:
+  def left_by(
+    self, attacker: matrix.Attacker, radius: float, *, scale: float = 1.0
+  ) -> float:
     """The share left by an attack on logits divided by ``scale``."""
-    extra = self._extra(radius, scale)
+    rows = np.flatnonzero(self._clean)
+    names = self._data.names
+    struck = attacker(self._key, self._data, rows, names, radius, scale=scale)
+    return float((len(rows) - struck.broken.sum()) / self._data.size)
+
+  def left(self, radius: float, **given: Any) -> float:
+    """The share left by an attack of a few calls; ``attacks.make`` makes it."""
+    attack = attacks.make(
+      norm=self.norm,
+      budget=radius,
+      units=self._units,
+      valid_range=self._range,
+      **given,
+    )
     moved = self._device.map(
-      self._compiled[name],
+      self._device.compile(_attack_fn(self._model, attack), once=True),
       self._data,
       self._rows,
-      self._size,
-      extra=lambda number: extra,
+      self._device.chunk_size(self.num_examples),
+      extra=lambda number: (self._key,),
     )
     return float(np.mean(self._clean & self.right(moved)))
-
-  def _extra(self, radius, scale):
-    return self._key, np.float32(radius), np.float32(scale)
 
   def left_by_noise(self, radius: float, *, num_draws: int) -> float:
     """The share left by noise of that size, a mean over draws.
@@ -148,20 +138,14 @@ class Probe:
 
 
 def _attack_fn(model, attack):
-  def run(params, state, chunk, key, radius, scale):
+  def run(params, state, chunk, key):
     # Traced once, however often the attack calls it.
     @jax.jit
     def logits_fn(inputs):
-      outputs, _ = model.apply(params, state, inputs, chunk["present"])
-      return outputs.logits / scale
+      return model.apply(params, state, inputs, chunk["present"])[0].logits
 
     return attack(
-      key,
-      logits_fn,
-      chunk["inputs"],
-      chunk["label"],
-      present=chunk["present"],
-      budget=radius,
+      key, logits_fn, chunk["inputs"], chunk["label"], present=chunk["present"]
     )
 
   return run

@@ -98,6 +98,16 @@ class Protocol:
     return alone + every(names, min_size=len(names) - 1)
 
   @property
+  def checks_masking(self) -> bool:
+    """Whether there is an attack to check, and that is wanted."""
+    return bool(self.masking_examples and self.attacks and self.radii)
+
+  @property
+  def middle_radius(self) -> float:
+    """The middle one of the joint radii; there must be one."""
+    return self.radii[len(self.radii) // 2]
+
+  @property
   def settings(self) -> dict:
     """The same as plain values for JSON; infinity becomes ``"inf"``."""
     return {
@@ -158,8 +168,9 @@ def standard(
       these multiples of its own joint radius, the first attack only. At most 1
       nothing may flip. Empty for none.
     masking_examples: with an attack and a joint radius, check on so many
-      examples that gradients do not mislead it: :func:`masking_report` at the
-      middle one of the radii. 0 for no check.
+      examples that gradients do not mislead the first attack, at the middle one
+      of the radii: :func:`masking_report` without its single step. 0 for no
+      check.
 
   Returns:
     A frozen :class:`Protocol`.

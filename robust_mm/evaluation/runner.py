@@ -20,6 +20,7 @@ from robust_mm.evaluation import batches
 from robust_mm.evaluation import bounds as bounds_lib
 from robust_mm.evaluation import masking as masking_lib
 from robust_mm.evaluation import matrix
+from robust_mm.evaluation import probes
 from robust_mm.evaluation import protocol as protocol_lib
 from robust_mm.evaluation import report as report_lib
 from robust_mm.evaluation import smoothed as smoothed_lib
@@ -184,7 +185,7 @@ class _Session:
     """How often the stages will report progress."""
     plan = matrix.attack_plan(self._protocol, self._data.names)
     ticks = 1 + len(self._protocol.attacks) * len(plan)
-    ticks += masking_lib.asked_for(self._protocol)
+    ticks += self._protocol.checks_masking
     if self._counter is not None:
       ticks += self._counter.num_blocks
     return ticks if source is None else ticks + 1 + len(self._factors)
@@ -266,17 +267,27 @@ class _Session:
 
   def masking(self, key, tick) -> dict | None:
     """Whether gradients mislead the first attack; None where not asked."""
-    if not masking_lib.asked_for(self._protocol):
+    protocol = self._protocol
+    if not protocol.checks_masking:
       return None
     start = time.perf_counter()
-    found = masking_lib.measure(
+    judged = next(iter(self._attackers.values())).first()
+    probe = probes.Probe(
       self._model,
-      self._device,
       self._forward,
-      self._data,
-      self._protocol,
+      self._device,
+      masking_lib.some(self._data, protocol.masking_examples),
+      norm=protocol.norm,
       units=self._units,
-      key=jax.random.fold_in(key, len(self._protocol.attacks) + 1),
+      valid_range=protocol.valid_range,
+      key=jax.random.fold_in(key, len(protocol.attacks) + 1),
+    )
+    # What a first step does costs another program for a known answer.
+    found = masking_lib.measure(
+      probe,
+      {judged.loss: judged},
+      radius=protocol.middle_radius,
+      one_step=False,
     )
     tick("masked gradients")
     self.timing["masking_seconds"] = time.perf_counter() - start
