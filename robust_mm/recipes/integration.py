@@ -71,6 +71,27 @@ def integration_phase(
   if given:
     lipschitz = _checked(lipschitz, model.modalities)
 
+  # Compiled: run one by one, the products of a head cost seconds.
+  @jax.jit
+  def stated_constants(params):
+    return geometries.model_geometry(model, params).lipschitz
+
+  @jax.jit
+  def weigh(before, after, cached, constants):
+    old = geometries.model_geometry(model, before)
+    new = geometries.model_geometry(model, after)
+    return certification.accept_integration(
+      stated_factors(old),
+      stated_factors(new),
+      *(cached[name] for name in _PER_EXAMPLE),
+      constants,
+      r0=r0,
+      bias=new.bias,
+      max_drop=tolerance,
+      fidelity=fidelity,
+      reduction=new.reduction,
+    )
+
   def threat(params, state, reference):
     """``{m: constant}`` in units: what is fitted to is what judges."""
     constants = lipschitz
@@ -79,7 +100,7 @@ def integration_phase(
         model, params, reference, state=state
       )
     elif not given:
-      constants = geometries.model_geometry(model, params).lipschitz
+      constants = stated_constants(params)
     return {name: value * scale[name] for name, value in constants.items()}
 
   def loss_fn(params, state, batch, *, key):
@@ -106,23 +127,12 @@ def integration_phase(
     }
 
   def judge(before, after, state, cached, reference):
-    old = geometries.model_geometry(model, before)
-    new = geometries.model_geometry(model, after)
-    accepted, metrics = certification.accept_integration(
-      stated_factors(old),
-      stated_factors(new),
-      *(cached[name] for name in _PER_EXAMPLE),
-      threat(after, state, reference),
-      r0=r0,
-      bias=new.bias,
-      max_drop=tolerance,
-      fidelity=fidelity,
-      reduction=new.reduction,
-    )
+    constants = threat(after, state, reference)
+    accepted, metrics = weigh(before, after, cached, constants)
     kind = "estimated" if published else "certified"
-    constants = " with the constants given" if given else ""
+    words = " with the constants given" if given else ""
     return bool(accepted), (
-      f"{kind} accuracy at radius {r0:g}{constants} "
+      f"{kind} accuracy at radius {r0:g}{words} "
       f"{metrics['certified_accuracy_before']:.4f} -> "
       f"{metrics['certified_accuracy_after']:.4f}, accuracy "
       f"{metrics['accuracy_before']:.4f} -> {metrics['accuracy_after']:.4f} "

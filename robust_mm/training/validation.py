@@ -1,5 +1,6 @@
 """Scores on the validation set, and passes over the whole training set."""
 
+import functools
 from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
@@ -86,6 +87,12 @@ def whole_set(setup: setup_lib.Setup, config, mesh, phase: Phase, state) -> Any:
   return sharding.put_global(batch, sharding.replicated(mesh))
 
 
+@functools.lru_cache(maxsize=2)
+def _encoder(model, axis):
+  # One object, so that a second source of the same size compiles nothing.
+  return jax.jit(steps.make_encode(model), out_shardings=axis)
+
+
 def cached_outputs(
   setup: setup_lib.Setup, config, mesh, source, model: Mapping[str, PyTree]
 ) -> PyTree:
@@ -99,7 +106,7 @@ def cached_outputs(
     model: its ``params`` and ``model_state``.
   """
   axis = sharding.batch_sharding(mesh)
-  encode = jax.jit(steps.make_encode(setup.model), out_shardings=axis)
+  encode = _encoder(setup.model, axis)
   size = config.evaluation.batch_size
   return sharding.map_batches(
     lambda batch: encode(model["params"], model["model_state"], batch),
