@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
+from robust_mm import _compiling
 from robust_mm import modalities
 from robust_mm._types import Batch
 from robust_mm._types import Model
@@ -168,9 +169,7 @@ class Device:
       once: it is called a few times on little data, so that on a CPU optimising
         it would cost more than it saves.
     """
-    options = None
-    if once and jax.default_backend() == "cpu":
-      options = {"xla_backend_optimization_level": 0}
+    options = _compiling.options_for_once() if once else None
 
     def run(*arguments):
       # A certificate is about full precision; so is what is held against it.

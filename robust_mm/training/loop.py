@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from robust_mm import _compiling
 from robust_mm import _validate
 from robust_mm import data
 from robust_mm.recipes import Phase
@@ -237,7 +238,12 @@ def _initial(run: context.Run, phase: Phase) -> state_lib.TrainState:
   """The first state, every array created where it lives."""
   create = state_lib.initializer(run.setup.model, phase)
   key, _ = _keys(run.config.seed)
-  return jax.jit(create, out_shardings=run.shardings(phase))(key)
+  compiled = jax.jit(
+    create,
+    out_shardings=run.shardings(phase),
+    compiler_options=_compiling.options_for_once(),
+  )
+  return compiled(key)
 
 
 def _keys(seed: int):
@@ -257,6 +263,7 @@ def _enter(run: context.Run, phase: Phase, state) -> state_lib.TrainState:
   enter = jax.jit(
     lambda *arrays: state_lib.create(*arrays, phase),
     out_shardings=run.shardings(phase),
+    compiler_options=_compiling.options_for_once(),
   )
   return enter(state.step, state.params, state.model_state)
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from robust_mm import _compiling
 from robust_mm import _validate
 from robust_mm import certification
 from robust_mm import data
@@ -90,7 +91,11 @@ def whole_set(setup: setup_lib.Setup, config, mesh, phase: Phase, state) -> Any:
 @functools.lru_cache(maxsize=2)
 def _encoder(model, axis):
   # One object, so that a second source of the same size compiles nothing.
-  return jax.jit(steps.make_encode(model), out_shardings=axis)
+  return jax.jit(
+    steps.make_encode(model),
+    out_shardings=axis,
+    compiler_options=_compiling.options_for_once(),
+  )
 
 
 def cached_outputs(
