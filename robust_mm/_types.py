@@ -110,6 +110,10 @@ class Model:
     fuse: ``fuse(params, embeddings, present) -> Outputs``.
     geometry: ``geometry(params) -> Geometry``, or None where the logits are no
       sum of per-modality terms.
+    freeze: ``freeze(params) -> (model, params)`` with the same logits, or None.
+      What is made of parameters alone (orthonormal weights) is made once: for
+      attacks and sampling, which call a model thousands of times. Not to be
+      trained, and the certificate is the original's.
     input_shapes: ``{m: shape}`` of one input, where the model knows them:
       ``certify`` then refuses other shapes by name.
   """
@@ -121,6 +125,7 @@ class Model:
   fuse: Callable[..., Outputs]
   geometry: Callable[..., Geometry] | None = None
   input_shapes: Mapping[str, tuple[int, ...]] | None = None
+  freeze: Callable[..., Any] | None = None
 
   def apply(
     self,

@@ -150,6 +150,16 @@ class Device:
   def __init__(self, params, state, *, sharding=None):
     self._sharding = sharding
     self._params, self._state = self.replicate((params, state))
+    self._frozen = {}
+
+  def frozen(self, model: Model) -> tuple[Model, Any]:
+    """``(model, params)`` with the same logits, cheap to call many times."""
+    if model.freeze is None:
+      return model, self._params
+    if model not in self._frozen:
+      cheap, params = model.freeze(self._params)
+      self._frozen[model] = cheap, self.replicate(params)
+    return self._frozen[model]
 
   def replicate(self, tree: Any) -> Any:
     """The same arrays on every device of the mesh, where there is one."""

@@ -151,8 +151,9 @@ class Attacker:
     self._ensemble = bool(attack.members)
     members = attack.members or {attack.name: attack}
     self.loss = next(iter(members.values())).loss
+    searched, self._params = device.frozen(model)
     self._runs = {
-      name: self._judged(_attack_fn(model, member, units, norm))
+      name: self._judged(_attack_fn(searched, member, units, norm))
       for name, member in members.items()
     }
 
@@ -160,7 +161,7 @@ class Attacker:
     search = self._device.compile(attack_fn, moved=True)
 
     def run(params, state, chunk, key, chosen, scale):
-      inputs, ratio = search(params, state, chunk, key, chosen, scale)
+      inputs, ratio = search(self._params, state, chunk, key, chosen, scale)
       attacked = {**chunk, "inputs": inputs}
       del attacked["radius"]
       every = keep_only(inputs, inputs)

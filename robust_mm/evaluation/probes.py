@@ -62,8 +62,10 @@ class Probe:
       valid_range=self._range,
       **given,
     )
+    searched, params = self._device.frozen(self._model)
+    search = self._device.compile(_attack_fn(searched, attack), once=True)
     moved = self._device.map(
-      self._device.compile(_attack_fn(self._model, attack), once=True),
+      lambda _, state, chunk, key: search(params, state, chunk, key),
       self._data,
       self._rows,
       self._device.chunk_size(self.num_examples),

@@ -18,6 +18,7 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import PRNGKeyArray
 
+from robust_mm import _compiling
 from robust_mm import _validate
 from robust_mm import margins
 from robust_mm._types import Params
@@ -71,12 +72,16 @@ class Functions:
       state)``. Random streams of the module are seeded from ``key``.
     bind: ``bind(params, state) -> module`` in evaluation mode; change of it
       reaches nothing.
-    stateful: True when there is any state.
+    freeze: ``freeze(params) -> (functions, params)`` that do the same at these
+      parameters, with what parts compute from them alone (``part.freeze()``)
+      computed once; not to be trained.
+    stateful: True when there is any state; such a module is not frozen.
   """
 
   init: Callable[..., Any]
   apply: Callable[..., Any]
   bind: Callable[..., Any]
+  freeze: Callable[..., Any]
   stateful: bool
 
 
@@ -86,15 +91,22 @@ def from_module(build: Callable[[nnx.Rngs], nnx.Module]) -> Functions:
   ``state`` holds every variable that is neither a parameter nor a random
   stream: batch statistics, caches.
   """
-  graphdef, param_spec, random_spec, other_spec = nnx.split(
-    nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, nnx.RngState, ...
-  )
 
   def init(key: PRNGKeyArray) -> tuple[Params, State]:
     _, params, _, state = nnx.split(
       build(nnx.Rngs(key)), nnx.Param, nnx.RngState, ...
     )
     return _to_dict(params), _to_dict(state)
+
+  return _functions(nnx.eval_shape(lambda: build(nnx.Rngs(0))), init)
+
+
+def _functions(abstract: nnx.Module, init: Callable) -> Functions:
+  """The functions of modules like ``abstract``."""
+  graphdef, param_spec, random_spec, other_spec = nnx.split(
+    abstract, nnx.Param, nnx.RngState, ...
+  )
+  stateful = bool(jax.tree.leaves(other_spec))
 
   def bind(params, state, *, train=False, key=None):
     # copy=True, or BatchNorm inside jax.grad fails: nnx.merge shares
@@ -115,12 +127,31 @@ def from_module(build: Callable[[nnx.Rngs], nnx.Module]) -> Functions:
     _, _, _, state = nnx.split(module, nnx.Param, nnx.RngState, ...)
     return output, _to_dict(state)
 
-  return Functions(
-    init=init,
-    apply=apply,
-    bind=bind,
-    stateful=bool(jax.tree.leaves(other_spec)),
+  def frozen(params):
+    module = bind(params, {})
+    for part in _freezable(module):
+      part.freeze()
+    return module
+
+  def values(params):
+    return _to_dict(nnx.state(frozen(params), nnx.Param))
+
+  def freeze(params):
+    if stateful or not _freezable(abstract):
+      return functions, params
+    fixed = _functions(nnx.eval_shape(frozen, params), init)
+    once = _compiling.options_for_once()
+    return fixed, jax.jit(values, compiler_options=once)(params)
+
+  functions = Functions(
+    init=init, apply=apply, bind=bind, freeze=freeze, stateful=stateful
   )
+  return functions
+
+
+def _freezable(module: nnx.Module) -> list[nnx.Module]:
+  parts = [part for _, part in nnx.iter_modules(module)]
+  return [part for part in parts if hasattr(part, "freeze")]
 
 
 def call(module: nnx.Module, *args, train: bool, key) -> Any:
@@ -151,14 +182,19 @@ def encoder_functions(
   """
   plain = from_module(lambda rngs: encoder.build(tuple(input_shape), rngs))
   radius = encoder.embedding_radius
-  if radius is None:
-    return plain
+  return plain if radius is None else _projected(plain, radius)
 
+
+def _projected(plain: Functions, radius: float) -> Functions:
   def apply(params, state, *args, train=False, key=None):
     output, state = plain.apply(params, state, *args, train=train, key=key)
     return project(output, radius, keep_bad=train), state
 
-  return dataclasses.replace(plain, apply=apply)
+  def freeze(params):
+    fixed, params = plain.freeze(params)
+    return _projected(fixed, radius), params
+
+  return dataclasses.replace(plain, apply=apply, freeze=freeze)
 
 
 def project(

@@ -96,10 +96,21 @@ def absolute_autocorrelation(
 
 
 class OneLipschitz(nnx.Module):
-  """States the constant of everything in this file."""
+  """States the constant of everything in this file.
+
+  A subclass computes its map from its parameters in every call. ``freeze``
+  puts what was computed in their place, and ``fixed`` says so: same map, no
+  longer to be trained.
+  """
+
+  fixed = False
 
   def lipschitz(self) -> Float[Array, ""]:
     return jnp.ones(())
+
+  def freeze(self) -> None:
+    """See above; in place."""
+    self.fixed = True
 
 
 class Dense(OneLipschitz):
@@ -141,12 +152,18 @@ class Dense(OneLipschitz):
   def matrices(self) -> Float[Array, "n o i"]:
     """The maps themselves, ``[num_layers, num_outputs, num_inputs]``."""
     weight = self.weight[...]
+    if self.fixed:
+      return weight
     if self.method == "bjorck":
       return linalg.newton_schulz(weight, num_iters=self.num_iters)
     if self.method == "cayley":
       return linalg.cayley(weight)
     gram = jnp.einsum("noi,noj->nij", weight, weight, precision="highest")
     return jnp.einsum("noi,ni->noi", weight, aol_scale(jnp.abs(gram)))
+
+  def freeze(self) -> None:
+    self.weight = nnx.Param(self.matrices())
+    super().freeze()
 
   def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
     for index, matrix in enumerate(self.matrices()):
@@ -176,10 +193,20 @@ class SLLDense(OneLipschitz):
     self.bias = nnx.Param(jnp.zeros((num_layers, inner)))
     self.q = nnx.Param(jnp.zeros((num_layers, inner)))
 
-  def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+  def scale(self) -> Float[Array, "n i"]:
+    """The factors of the inner units; ``q`` itself holds them once fixed."""
+    if self.fixed:
+      return self.q[...]
     weight = self.weight[...]
     gram = jnp.einsum("ndi,ndj->nij", weight, weight, precision="highest")
-    scale = sll_scale(jnp.abs(gram), self.q[...])
+    return sll_scale(jnp.abs(gram), self.q[...])
+
+  def freeze(self) -> None:
+    self.q = nnx.Param(self.scale())
+    super().freeze()
+
+  def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    weight, scale = self.weight[...], self.scale()
     for index in range(weight.shape[0]):
       inner = jnp.einsum("...d,di->...i", x, weight[index], precision="highest")
       inner = nnx.relu(inner + _like(self.bias[index], inner))
@@ -209,9 +236,18 @@ class SLLConv(OneLipschitz):
     self.bias = nnx.Param(jnp.zeros(inner))
     self.q = nnx.Param(jnp.zeros(inner))
 
+  def scale(self) -> Float[Array, " i"]:
+    """The factors of the inner channels; ``q`` itself holds them once fixed."""
+    if self.fixed:
+      return self.q[...]
+    return sll_scale(absolute_autocorrelation(self.kernel[...]), self.q[...])
+
+  def freeze(self) -> None:
+    self.q = nnx.Param(self.scale())
+    super().freeze()
+
   def __call__(self, x: Float[Array, "b *n c"]) -> Float[Array, "b *n c"]:
-    kernel = self.kernel[...]
-    scale = sll_scale(absolute_autocorrelation(kernel), self.q[...])
+    kernel, scale = self.kernel[...], self.scale()
     inner = _convolve(x, kernel)
     inner = nnx.relu(inner + _like(self.bias[...], inner))
     inner = inner * _like(scale, inner)
@@ -244,11 +280,21 @@ class AOLConv(OneLipschitz):
     self.kernel = nnx.Param(kernel)
     self.bias = nnx.Param(jnp.zeros(num_outputs))
 
-  def __call__(self, x: Float[Array, "b *n c"]) -> Float[Array, "b *n o"]:
+  def rescaled(self) -> Float[Array, "*n i o"]:
+    """The kernel of the map itself."""
     kernel = self.kernel[...]
+    if self.fixed:
+      return kernel
     swapped = jnp.swapaxes(kernel, -2, -1)
     scale = aol_scale(absolute_autocorrelation(swapped))
-    x = _convolve(x * _like(scale, x), kernel)
+    return jnp.einsum("...io,i->...io", kernel, scale)
+
+  def freeze(self) -> None:
+    self.kernel = nnx.Param(self.rescaled())
+    super().freeze()
+
+  def __call__(self, x: Float[Array, "b *n c"]) -> Float[Array, "b *n o"]:
+    x = _convolve(x, self.rescaled())
     return x + _like(self.bias[...], x)
 
 

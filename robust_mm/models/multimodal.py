@@ -206,7 +206,40 @@ def from_parts(
     ),
     geometry=_geometry(parts, fusion, encoders, normalizers, shapes),
     input_shapes=shapes,
+    freeze=_freeze(parts, fusion, encoders, normalizers, shapes),
   )
+
+
+def _freeze(parts, fusion, encoders, normalizers, shapes) -> Callable:
+  def freeze(params):
+    made = {
+      name: part.freeze(params["encoders"][name])
+      for name, part in parts.items()
+    }
+    fixed = {name: part for name, (part, _) in made.items()}
+    head, head_params = fusion, params["fusion"]
+    if hasattr(fusion, "geometry"):
+      stated = jax.jit(lambda p: fusion.geometry(p, {}))(head_params)
+      head = fusion_lib.ConcatFusion(fusion.num_classes, stated.reduction)
+      head_params = {"head": stated.head, "bias": stated.bias}
+    values = {
+      "encoders": {name: encoded for name, (_, encoded) in made.items()},
+      "fusion": head_params,
+    }
+    model = Model(
+      modalities=tuple(parts),
+      num_classes=fusion.num_classes,
+      init=lambda key: (values, {}),
+      encode=_encode(fixed, normalizers, encoders),
+      fuse=lambda params, embeddings, present: head(
+        params["fusion"], embeddings, present
+      ),
+      geometry=None,
+      input_shapes=shapes,
+    )
+    return model, values
+
+  return freeze
 
 
 def _init(parts, fusion, dims) -> Callable:
