@@ -1,5 +1,6 @@
 """Shared fixtures: strict rank promotion, fake devices, the real data sets."""
 
+import gc
 import os
 import pathlib
 import tempfile
@@ -20,6 +21,21 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # CI names the folder, and then it must be there; elsewhere its tests skip.
 SHARED_VARIABLE = "ROBUST_MM_SHARED"
+
+
+# Every compiled function maps memory; a process that reaches the kernel's limit
+# (vm.max_map_count, 65530 by default) dies of a segmentation fault.
+MAPS = pathlib.Path("/proc/self/maps")
+MOST_MAPS = 15_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_maps():
+  """Gives compiled functions up, between files, when there are very many."""
+  yield
+  if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
