@@ -78,6 +78,9 @@ class Geometry:
       encoder that is dense from the flat raw input (normalisation included) to
       the embedding, activations with slopes in [0, 1] between them: it has
       constants class pair by class pair, see ``lipschitz.dense_chain``.
+    nominal: ``{m: [] | None}`` or None, what ``lipschitz`` is once parameters
+      are projected (``Model.project``); for losses, which see them in between,
+      and never for a certificate.
     reduction: ``"sum"``, or ``"mean"`` over present modalities; static.
   """
 
@@ -88,6 +91,7 @@ class Geometry:
   integration: Any = None
   embedding_radius: Any = None
   chain: Any = None
+  nominal: Any = None
   positivity: str | None = dataclasses.field(
     default=None, metadata={"static": True}
   )
@@ -114,6 +118,9 @@ class Model:
       What is made of parameters alone (orthonormal weights) is made once: for
       attacks and sampling, which call a model thousands of times. Not to be
       trained, and the certificate is the original's.
+    project: ``project(params) -> params`` with weights put back into the set
+      they belong to (orthonormal ones), or None where nothing needs it. Call it
+      every few updates and at the end; the training loop does.
     input_shapes: ``{m: shape}`` of one input, where the model knows them:
       ``certify`` then refuses other shapes by name.
   """
@@ -126,6 +133,7 @@ class Model:
   geometry: Callable[..., Geometry] | None = None
   input_shapes: Mapping[str, tuple[int, ...]] | None = None
   freeze: Callable[..., Any] | None = None
+  project: Callable[..., Any] | None = None
 
   def apply(
     self,

@@ -94,7 +94,6 @@ SMOOTHING = (
   "alpha",
   "seed",
   "chunk_size",
-  "resume",
 )
 
 
@@ -152,13 +151,6 @@ def add_smoothing(command: argparse.ArgumentParser) -> None:
     metavar="N",
     help="copies of an example in one forward pass: less needs less memory, "
     "and draws other noise (default: 1000)",
-  )
-  group.add_argument(
-    "--resume",
-    action="store_true",
-    default=None,
-    help="go on with the counts of a job that was stopped; the same command "
-    "without it begins anew",
   )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from robust_mm import _validate
 from robust_mm import certification
 from robust_mm import data
 from robust_mm import training
+from robust_mm import unfinished
 from robust_mm.evaluation import bounds
 from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
@@ -24,8 +26,6 @@ RADII = {
   "linf": (0.01, 0.02, 0.05),
   "l1": (0.1, 0.25, 0.5),
 }
-BALL_SOURCES = ("local", "relaxation", "best")
-_BALL_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,8 @@ def write(
   split: str = "test",
   phase: str | None = None,
   limit: int | None = None,
+  resume: bool = False,
+  progress: Callable[..., None] = lambda done, total, text: None,
 ) -> None:
   """Certifies a split of a run's data, writes the rows, prints the shares.
 
@@ -80,6 +82,9 @@ def write(
     split: of the data.
     phase: whose model to take.
     limit: at most so many examples.
+    resume: go on from the rows beside ``output`` that a stopped job has left;
+      without any, begin.
+    progress: ``progress(done, total, text)``, in examples.
 
   Raises:
     UserError: a sentence; nothing has been written.
@@ -103,17 +108,38 @@ def write(
   )
   rows = setup_lib.open_split(config, split, limit=limit)
   setup_lib.check_same_data(rows, facts)
+  target = pathlib.Path(output) if output else folder / "certificates.csv"
+  batch = rows.batch()
   with _validate.user_errors():
     tables = _tables(model, params, state, config, source, fidelity)
     size = config.evaluation.batch_size
-    # Bounds inside balls take some hundred times the memory of a forward pass.
-    size = size if tables is not None else min(size, _BALL_BATCH)
-    found = _certificates(model, params, state, tables, question, rows, size)
-  target = pathlib.Path(output) if output else folder / "certificates.csv"
-  batch = rows.batch()
+    size = size if tables is not None else min(size, bounds.BALL_BATCH)
+    keeper = unfinished.Keeper(
+      target,
+      {
+        **dataclasses.asdict(question),
+        "split": split,
+        "examples": unfinished.digest(batch),
+        "model": unfinished.digest([params, state]),
+      },
+    )
+    found = _certificates(
+      model,
+      params,
+      state,
+      tables,
+      question,
+      rows,
+      size,
+      keeper=keeper,
+      done=(keeper.load() if resume else None) or {},
+      progress=progress,
+    )
   sound = bool(found["sound"].all())
   columns = _columns(found, question, batch, sound=sound)
-  _files.write_columns(target, columns)
+  if jax.process_index() == 0:
+    _files.write_columns(target, columns)
+    keeper.forget()
   word = "certified" if sound else "estimated (not certified)"
   print(
     f"{word} accuracy, {len(rows)} {split} examples, {question.norm} norm, "
@@ -128,7 +154,7 @@ def write(
 
 def _tables(model, params, state, config, source, fidelity):
   """What holds for all rows; None where every row has bounds of its own."""
-  if source in BALL_SOURCES:
+  if source in bounds.BALL_SOURCES:
     return None
   reference = None
   if source == "empirical":
@@ -140,8 +166,20 @@ def _tables(model, params, state, config, source, fidelity):
   )
 
 
-def _certificates(model, params, state, tables, question, rows, batch_size):
-  """Answers for every row, as NumPy arrays."""
+def _certificates(
+  model,
+  params,
+  state,
+  tables,
+  question,
+  rows,
+  batch_size,
+  *,
+  keeper: unfinished.Keeper,
+  done: dict,
+  progress,
+):
+  """Answers for every row, as NumPy arrays; those of ``done`` as they are."""
   mesh = sharding.make_mesh()
   params, state, tables = jax.device_put(
     (params, state, tables), sharding.replicated(mesh)
@@ -164,25 +202,61 @@ def _certificates(model, params, state, tables, question, rows, batch_size):
     return {
       "prediction": found.prediction,
       "radius": found.joint_radius(question.norm),
-      "modality_radius": found.modality_radius,
+      **{
+        f"modality_radius/{name}": reach
+        for name, reach in found.modality_radius.items()
+      },
       "nearest_class": found.joint_nearest_class(question.norm),
       "valid": found.valid,
       "source": _codes(found, names),
       # The certificate's own word: sound tables do not make it sound.
       "sound": jnp.full(found.valid.shape, found.sound),
-      "covers": [
-        found.covers(budget, question.max_missing)
-        for budget in question.budgets
-      ],
+      **{
+        f"covers/{index}": found.covers(budget, question.max_missing)
+        for index, budget in enumerate(question.budgets)
+      },
     }
 
-  return sharding.map_batches(
+  start = len(done.get("prediction", ()))
+  pieces = sharding.each_batch(
     lambda batch: run(params, state, tables, batch),
     data.evaluation_batches(
-      rows, sharding.padded_size(batch_size, len(rows), mesh)
+      rows, sharding.padded_size(batch_size, len(rows), mesh), start=start
     ),
     sharding.batch_sharding(mesh),
   )
+  found = {name: [value] for name, value in done.items()}
+  try:
+    for piece in pieces:
+      for name, value in piece.items():
+        found.setdefault(name, []).append(value)
+      start += len(piece["prediction"])
+      progress(start, len(rows), "certificates")
+      if keeper.due:
+        keeper.save(_joined(found))
+  except BaseException:
+    # A job that is stopped, by a signal or a failure, can go on from here.
+    if found:
+      keeper.save(_joined(found))
+    raise
+  return _nested(_joined(found))
+
+
+def _joined(pieces: dict) -> dict:
+  return {name: np.concatenate(parts) for name, parts in pieces.items()}
+
+
+def _nested(flat: dict) -> dict:
+  """``modality_radius`` as ``{m: [n]}``, ``covers`` as a list."""
+  found = {name: value for name, value in flat.items() if "/" not in name}
+  found["modality_radius"] = {
+    name.partition("/")[2]: value
+    for name, value in flat.items()
+    if name.startswith("modality_radius/")
+  }
+  covers = [name for name in flat if name.startswith("covers/")]
+  found["covers"] = [flat[f"covers/{i}"] for i in range(len(covers))]
+  return found
 
 
 def _codes(found, names):

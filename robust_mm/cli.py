@@ -213,6 +213,12 @@ def _add_certify(commands) -> None:
   command.add_argument(
     "--limit", type=arguments.count, help="at most so many examples"
   )
+  command.add_argument(
+    "--resume",
+    action="store_true",
+    help="go on where a stopped job was; the same command without it begins "
+    "anew",
+  )
   arguments.add_smoothing(command)
   _add_devices(command)
 
@@ -365,6 +371,7 @@ def _certify(options):
     split=options.split,
     phase=options.phase,
     limit=options.limit,
+    resume=options.resume,
     device_count=options.device_count,
   )
 

@@ -115,7 +115,8 @@ def certify(
   _devices(device_count)
   if asked["source"] == "smoothing":
     return _smooth(pathlib.Path(workdir), smoothing or {}, **asked)
-  certificate_rows.write(pathlib.Path(workdir), **asked)
+  with _bar() as progress:
+    certificate_rows.write(pathlib.Path(workdir), progress=progress, **asked)
   return 0
 
 
@@ -124,14 +125,12 @@ def _smooth(folder: pathlib.Path, smoothing: dict, **asked: Any) -> int:
     del asked[name]  # preflight has refused what they could ask
   asked["radii"] = asked["radii"] or certificate_rows.RADII["l2"]
   given = dict(smoothing)
-  resume = given.pop("resume", False)
   if "num_samples" in given:
     given["num_estimation"] = given.pop("num_samples")
   with _bar() as progress:
     smoothed_rows.write(
       folder,
       question=smoothed_rows.Question(**given),
-      resume=resume,
       progress=progress,
       **asked,
     )

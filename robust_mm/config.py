@@ -21,7 +21,16 @@ RECIPES = ("joint", "crmt", "certified_radius")
 FUSIONS = ("concat", "orthogonal", "token")
 ATTACKS = ("apgd", "auto", "fgm", "minimum_norm", "pgd", "square")
 ATTACK_LOSSES = ("margin", "cross_entropy", "dlr")
-CERTIFICATES = ("auto", "global", "empirical", "smoothing", "none")
+CERTIFICATES = (
+  "auto",
+  "global",
+  "local",
+  "relaxation",
+  "best",
+  "empirical",
+  "smoothing",
+  "none",
+)
 LINF_RADII = (0.01, 0.02, 0.05, 0.1, 0.2)
 SELECTION_METRICS = ("accuracy", "certified_accuracy", "loss", "last")
 

@@ -1,12 +1,7 @@
 """``robust-mm certify --source=smoothing``: a row per example, resumable."""
 
 import dataclasses
-import hashlib
-import io
-import json
 import pathlib
-import time
-import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -17,13 +12,12 @@ from robust_mm import _files
 from robust_mm import _validate
 from robust_mm import smoothing
 from robust_mm import training
+from robust_mm import unfinished
 from robust_mm.evaluation import batches
 from robust_mm.evaluation import smoothed
 from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
 from robust_mm.training import sharding
-
-SAVE_SECONDS = 10.0  # between two savings of the counts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,20 +94,20 @@ def write(
     else:
       counter = _counter(model, params, state, data, question, sizes)
       told = {**dataclasses.asdict(question), "units": sizes, "split": split}
-      told["examples"] = _digest([data.inputs, data.present, data.id])
       del told["alpha"]  # the counts are the same for any
-      told["model"] = _digest([params, state])
-      partial = target.with_suffix(".partial.npz")
+      told["examples"] = unfinished.digest([data.inputs, data.present, data.id])
+      told["model"] = unfinished.digest([params, state])
+      keeper = unfinished.Keeper(target, told)
       for budget in budgets:  # a mistake there is better found before the job
         counter.certificate(alpha=question.alpha, units=sizes).covers(budget)
-      _count(counter, partial, told, resume=resume, progress=progress)
+      _count(counter, keeper, resume=resume, progress=progress)
       found = counter.certificate(alpha=question.alpha, units=sizes)
     covers = [found.covers(budget) for budget in budgets]
   if jax.process_index() == 0:
     columns = _columns(found, question, data, radii, budgets, covers)
     _files.write_columns(target, columns)
     if not question.votes:
-      partial.unlink(missing_ok=True)
+      keeper.forget()
   name = f"{len(rows)} {split} examples"
   print(_headline(found, question, name, units))
   print("\n".join(_lines(found, data, radii, budgets, covers)))
@@ -157,69 +151,30 @@ def _votes(model, params, state, data, keep: int):
   return smoothing.certify(model, batch, noise, key, params=params, state=state)
 
 
-def _count(counter, path: pathlib.Path, told: dict, *, resume, progress):
+def _count(counter, keeper: unfinished.Keeper, *, resume, progress) -> None:
   """Runs the job to its end, saving it now and then and when it is stopped."""
-  if resume and path.is_file():
-    _restore(counter, path, told)
-  saved = time.monotonic()
+  if resume:
+    _restore(counter, keeper)
   try:
     while counter.done < counter.num_blocks:
       counter.advance()
       progress(counter.done, counter.num_blocks, "smoothing")
-      if time.monotonic() - saved >= SAVE_SECONDS:
-        _save(counter, path, told)
-        saved = time.monotonic()
+      if keeper.due:
+        keeper.save(counter.tallies)
   finally:
     # Also at the end: the rows are still to be written.
     if any(tally.any() for tally in counter.tallies.values()):
-      _save(counter, path, told)
+      keeper.save(counter.tallies)
 
 
-def _save(counter, path: pathlib.Path, told: dict) -> None:
-  if jax.process_index() != 0:
+def _restore(counter, keeper: unfinished.Keeper) -> None:
+  arrays = keeper.load()
+  if arrays is None:
     return
-  buffer = io.BytesIO()
-  np.savez(buffer, told=json.dumps(told), **counter.tallies)
-  _files.write_bytes(path, buffer.getvalue())
-
-
-def _restore(counter, path: pathlib.Path, told: dict) -> None:
   try:
-    with np.load(path, allow_pickle=False) as kept:
-      arrays = {name: kept[name] for name in kept.files}
-    before = json.loads(str(arrays["told"]))
-    tallies = {stage: arrays[stage] for stage in smoothed.STAGES}
-  except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
-    raise _damaged(path, error) from error
-  # Through JSON and back, as what was stored.
-  for name, value in json.loads(json.dumps(told)).items():
-    if before.get(name) != value:
-      raise _validate.UserError(
-        f"--resume: {path} holds counts of another job: {name} is "
-        f"{before.get(name)} there and {value} here. Without --resume the job "
-        "begins anew."
-      )
-  try:
-    counter.restore(tallies)
-  except ValueError as error:
-    raise _damaged(path, error) from error
-
-
-def _damaged(path, error) -> _validate.UserError:
-  return _validate.UserError(
-    f"--resume: {path} is damaged: {error}. Without --resume the job begins "
-    "anew."
-  )
-
-
-def _digest(tree) -> str:
-  """A word that other values would not have."""
-  found = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    value = np.asarray(leaf)
-    found.update(f"{path}{value.dtype}{value.shape}".encode())
-    found.update(value.tobytes())
-  return found.hexdigest()[:16]
+    counter.restore({stage: arrays[stage] for stage in smoothed.STAGES})
+  except (KeyError, ValueError) as error:
+    raise keeper.damaged(error) from error
 
 
 def _is_counted(found, name: str) -> bool:

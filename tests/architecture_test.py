@@ -31,6 +31,7 @@ FLOORS = {
   "evaluation": 6,
   "training": 6,
   "preflight": 7,
+  "unfinished": 1,
   "certificate_rows": 7,
   "smoothed_rows": 7,
   "commands": 8,

@@ -13,6 +13,7 @@ from robust_mm import certificate_rows
 from robust_mm import certification
 from robust_mm import cli
 from robust_mm import data
+from robust_mm.training import sharding
 
 SIZE = 90
 RADII = (0.02, 0.1)
@@ -356,3 +357,46 @@ def test_replaced_is_asked_of_examples_that_have_the_modality():
   here = {"a": np.array([True, True, True, False])}
   lines = certificate_rows._lines(found, question, np.ones(4, bool), here)
   assert lines[-1] == "  a replaced: 0.6667"
+
+
+def test_job_that_was_stopped_goes_on_where_it_was(
+  capsys, tmp_path, workdir, monkeypatch
+):
+  # Batches of 32, the last of them partly filled.
+  job = ("--source=relaxation", "--radius=0.02", *flags(BUDGETS))
+  out, whole = certify(capsys, workdir, tmp_path / "whole.csv", *job)
+  each_batch = sharding.each_batch
+
+  def stopping(*arguments):
+    yield from list(each_batch(*arguments))[:2]
+    raise RuntimeError("stopped")
+
+  target = tmp_path / "rows.csv"
+  monkeypatch.setattr(sharding, "each_batch", stopping)
+  with pytest.raises(RuntimeError, match="stopped"):
+    certify(capsys, workdir, target, *job)
+  assert not target.exists()
+  assert (tmp_path / "rows.partial.npz").exists()
+
+  # Rows of another question are not taken for its own.
+  monkeypatch.setattr(sharding, "each_batch", each_batch)
+  for option in ("--radius=0.1", "--source=local", "--norm=linf", "--limit=80"):
+    again = (*job, option, "--resume")
+    common = (f"--workdir={workdir}", f"--output={target}", f"--limit={SIZE}")
+    code, _, err = run(capsys, "certify", *common, *again)
+    assert code == 2
+    assert re.search("--resume: .* of another job: .* there and .* here", err)
+
+  seen = []
+
+  def counting(fn, batches, axis):
+    for piece in each_batch(fn, batches, axis):
+      seen.append(len(piece["prediction"]))
+      yield piece
+
+  monkeypatch.setattr(sharding, "each_batch", counting)
+  printed, columns = certify(capsys, workdir, target, *job, "--resume")
+  assert columns == whole
+  assert printed.replace("rows.csv", "whole.csv") == out
+  assert seen == [SIZE - 64]
+  assert not (tmp_path / "rows.partial.npz").exists()

@@ -22,8 +22,16 @@ def smoke(spec, workdir, path=""):
   assert 0 <= result.metrics["accuracy"] <= 1
 
 
-JOINT = ("dropout", "adversarial", "mixup", "noise", "token", "noise,token")
-CRMT = ("AT", "Mix", "published", "published,Mix", "radius")
+JOINT = (
+  "dropout",
+  "adversarial",
+  "mixup",
+  "noise",
+  "spectral",
+  "token",
+  "noise,token",
+)
+CRMT = ("AT", "Mix", "published", "published,Mix", "radius", "ordinary")
 
 
 @pytest.mark.parametrize(

@@ -251,9 +251,9 @@ def test_killed_process_loses_what_was_not_saved_and_ends_the_same(
   job = (*JOB, "--chunk-size=100")
   code = (
     "import os, signal, sys\n"
-    "from robust_mm import cli, smoothed_rows\n"
+    "from robust_mm import cli, unfinished\n"
     "from robust_mm.evaluation import smoothed\n"
-    "smoothed_rows.SAVE_SECONDS = 0\n"
+    "unfinished.SAVE_SECONDS = 0\n"
     "advance = smoothed.Counter.advance\n"
     "def dying(counter):\n"
     "  if counter.done == 7: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -305,8 +305,6 @@ def test_damaged_counts_are_named(capsys, tmp_path, workdir):
   "options, sentence",
   [
     (("--sigma=0.25",), "--sigma goes with --source=smoothing"),
-    (("--resume",), "--resume goes with --source=smoothing"),
-    ((*JOB, "--norm=linf"), "--norm=linf"),
     ((*JOB, "--max-missing=1"), "--max-missing"),
     ((*JOB, "--fidelity=published"), "--fidelity=published"),
     ((*JOB, "--keep=lft=2"), "--keep names .*'lft'.*Did you mean 'left'"),

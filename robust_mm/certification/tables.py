@@ -226,7 +226,8 @@ def sensitivity(
   (an upper bound of the general one), else rows of the general table.
 
   Args:
-    geometry: of the current parameters; its constants may be learnt.
+    geometry: of the current parameters; its constants may be learnt. Where it
+      states nominal ones, they count: this is no certificate.
     reference: int ``[b]``, the label (or prediction).
     present: ``{m: bool[b]}``.
     units: ``{m: s_m}``, default 1.
@@ -249,10 +250,19 @@ def sensitivity(
     else:
       factors = _factors(geometry, name)
       rows = closed_rows(factors, reference, present[name])
-    result[name] = rows * (_bound(geometry, name, rows.dtype) * units[name])
+    constant = jnp.asarray(training_constant(geometry, name), rows.dtype)
+    result[name] = rows * (constant * units[name])
   if geometry.reduction == "mean":
     result = averaged(result, {name: present[name] for name in result})
   return result
+
+
+def training_constant(geometry: Geometry, name: str) -> Array:
+  """The constant of a modality that a loss counts with; see ``nominal``."""
+  nominal = (geometry.nominal or {}).get(name)
+  if nominal is not None:
+    return nominal
+  return _bound(geometry, name, geometry.head[name].dtype)
 
 
 def averaged(

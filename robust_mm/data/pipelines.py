@@ -153,6 +153,7 @@ def evaluation_batches(
   source: sources.Source,
   batch_size: int,
   *,
+  start: int = 0,
   process_index: int = 0,
   process_count: int = 1,
   transforms: Sequence[Callable[[dict], dict]] = (),
@@ -165,6 +166,7 @@ def evaluation_batches(
   Args:
     source: where examples come from.
     batch_size: of the global batch, over all processes.
+    start: the first example; those before it are left out.
     process_index: which part of each batch to give.
     process_count: must divide ``batch_size``; all processes get the same
       number of batches, possibly with none valid in the last.
@@ -174,16 +176,19 @@ def evaluation_batches(
     An iterator of ``(batch, num_valid)``.
   """
   _check_shards(batch_size, process_index, process_count)
-  return _evaluation_batches(
-    source, batch_size // process_count, batch_size, process_index, transforms
-  )
+  size = batch_size // process_count
+  # All processes have as many as the first one.
+  firsts = [
+    first + process_index * size
+    for first in range(start, len(source), batch_size)
+  ]
+  return _evaluation_batches(source, size, firsts, transforms)
 
 
-def _evaluation_batches(source, size, stride, process_index, transforms):
-  for step in range(-(-len(source) // stride)):
-    start = step * stride + process_index * size
-    rows = np.arange(start, start + size)
-    num_valid = int(np.clip(len(source) - start, 0, size))
+def _evaluation_batches(source, size, firsts, transforms):
+  for first in firsts:
+    rows = np.arange(first, first + size)
+    num_valid = int(np.clip(len(source) - first, 0, size))
     batch = source.take(np.minimum(rows, len(source) - 1))
     for transform in transforms:
       batch = transform(batch)

@@ -13,6 +13,16 @@ from robust_mm._types import Batch
 from robust_mm._types import Model
 from robust_mm.evaluation import batches
 
+BALL_SOURCES = {
+  "local": "Slopes are bounded inside a ball around every example.",
+  "relaxation": "The margin is bounded inside a ball around every example.",
+  "best": "Every example has the largest radius that any sound source gives.",
+}
+"""Sources that bound every example by itself, and why they are sound."""
+BALL_BATCH = 64
+"""Examples at once: such bounds take some hundred times the memory of a forward
+pass."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bounds:
@@ -26,7 +36,7 @@ class Bounds:
     vulnerability: ``{m: [n]}`` shares.
     certificate: the certificates themselves, arrays ``[n, ...]``, to be asked
       for other budgets; without units, which all sizes here are in.
-    source: ``"global"`` or ``"empirical"``.
+    source: ``"global"``, one of ``BALL_SOURCES`` or ``"empirical"``.
     sound: False: the numbers are estimates.
     norm: 2 or ``math.inf``, of every modality and of the joint ball.
   """
@@ -75,6 +85,8 @@ def choose_source(
     return None, (
       "The smoothed classifier is certified instead, in rows of its own."
     )
+  if wanted in BALL_SOURCES:
+    return wanted, BALL_SOURCES[wanted]
   if mixed or model.geometry is None:
     reason = (
       "The fusion mixes modalities, so there is no margin certificate; "
@@ -125,8 +137,9 @@ def certified(
   modalities together, or every entry of every modality by at most r. The joint
   radius is of the same ball, so that the two can be compared.
 
-  The tables are built once. Seconds: ``table_seconds``, compilation included,
-  and one compiled call on a chunk, ``certify_chunk_seconds``.
+  Tables, where there are any, are built once. Seconds: ``table_seconds``,
+  compilation included, and one compiled call on a chunk,
+  ``certify_chunk_seconds``.
 
   Raises:
     Refused: the library will not certify this model.
@@ -156,12 +169,16 @@ def certified(
       ),
     }
 
+  tables = None
+  if source in BALL_SOURCES:
+    size = device.chunk_size(min(size, BALL_BATCH))
   rows = np.arange(min(size, data.size))
   start = time.perf_counter()
   try:
-    tables = jax.block_until_ready(
-      make_tables(model, params, state, source=source, reference=reference)
-    )
+    if source not in BALL_SOURCES:
+      tables = jax.block_until_ready(
+        make_tables(model, params, state, source=source, reference=reference)
+      )
     seconds = {"table_seconds": time.perf_counter() - start}
     # A refusal is met while tracing; an error of a run is none.
     jax.eval_shape(certify, params, state, data.chunk(rows), tables)

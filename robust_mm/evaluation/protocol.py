@@ -8,6 +8,7 @@ from typing import Any
 
 from robust_mm import _validate
 from robust_mm import modalities as modalities_lib
+from robust_mm.evaluation import bounds
 
 DEFAULT_RADII = {
   2: (0.1, 0.25, 0.5, 0.75, 1.0, 1.5),
@@ -20,7 +21,14 @@ DEFAULT_ATTACK = {
   "num_restarts": 5,
 }
 DEFAULT_TIGHTNESS = (1.0, 1.2, 1.5, 2.0, 3.0)
-CERTIFICATES = ("auto", "global", "empirical", "smoothing", None)
+CERTIFICATES = (
+  "auto",
+  "global",
+  *bounds.BALL_SOURCES,
+  "empirical",
+  "smoothing",
+  None,
+)
 DEFAULT_SMOOTHING = {
   "sigma": 0.25,
   "keep": {},
@@ -45,8 +53,7 @@ class Protocol:
       is that norm of all modalities together, each divided by its unit.
     attacks: keyword arguments of each attack, its factory under ``"name"``.
     units: None (raw), ``"relative"`` or ``{m: size of one unit}``.
-    certificate: ``"auto"``, ``"global"``, ``"empirical"``, ``"smoothing"`` or
-      None.
+    certificate: one of ``CERTIFICATES``.
     smoothing: settings of the last one, or None.
     subsets: True for every non-empty subset, False for none, or the subsets.
     valid_range: ``{m: (low, high)}`` attacks stay in, or None.
@@ -152,10 +159,11 @@ def standard(
     units: sizes are divided by these: None for raw, ``{m: size}``, or
       ``"relative"``, the median distance to the mean over the reference data,
       in ``norm``.
-    certificate: ``"global"`` (sound), ``"empirical"`` (estimated, never called
-      certified), ``"smoothing"`` (any model; the results have an entry of
-      their own for it), None, or ``"auto"``: the soundest margin certificate
-      the model allows.
+    certificate: a source of ``certify``: ``"global"``, ``"local"``,
+      ``"relaxation"``, ``"best"`` (sound), ``"empirical"`` (estimated, never
+      called certified); ``"smoothing"`` (any model; the results have an entry
+      of their own for it), None, or ``"auto"``: ``"global"`` where the model
+      allows it, else ``"empirical"``.
     smoothing: with that certificate, ``{"sigma", "keep", "num_selection",
       "num_estimation", "chunk_size", "alpha"}`` of ``robust_mm.smoothing``,
       sigma in units; 0.25, {}, 100, 1000, 1000 and 1e-3 where not named.

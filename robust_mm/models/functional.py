@@ -75,6 +75,8 @@ class Functions:
     freeze: ``freeze(params) -> (functions, params)`` that do the same at these
       parameters, with what parts compute from them alone (``part.freeze()``)
       computed once; not to be trained.
+    project: ``project(params) -> params`` with weights put back into the set
+      they belong to (``part.project()`` where ``part.projects``), or None.
     stateful: True when there is any state; such a module is not frozen.
   """
 
@@ -82,6 +84,7 @@ class Functions:
   apply: Callable[..., Any]
   bind: Callable[..., Any]
   freeze: Callable[..., Any]
+  project: Callable[..., Any] | None
   stateful: bool
 
 
@@ -136,6 +139,12 @@ def _functions(abstract: nnx.Module, init: Callable) -> Functions:
   def values(params):
     return _to_dict(nnx.state(frozen(params), nnx.Param))
 
+  def project(params):
+    module = bind(params, {})
+    for part in _projected_parts(module):
+      part.project()
+    return _to_dict(nnx.state(module, nnx.Param))
+
   def freeze(params):
     if stateful or not _freezable(abstract):
       return functions, params
@@ -144,7 +153,12 @@ def _functions(abstract: nnx.Module, init: Callable) -> Functions:
     return fixed, jax.jit(values, compiler_options=once)(params)
 
   functions = Functions(
-    init=init, apply=apply, bind=bind, freeze=freeze, stateful=stateful
+    init=init,
+    apply=apply,
+    bind=bind,
+    freeze=freeze,
+    project=project if _projected_parts(abstract) and not stateful else None,
+    stateful=stateful,
   )
   return functions
 
@@ -152,6 +166,11 @@ def _functions(abstract: nnx.Module, init: Callable) -> Functions:
 def _freezable(module: nnx.Module) -> list[nnx.Module]:
   parts = [part for _, part in nnx.iter_modules(module)]
   return [part for part in parts if hasattr(part, "freeze")]
+
+
+def _projected_parts(module: nnx.Module) -> list[nnx.Module]:
+  parts = [part for _, part in nnx.iter_modules(module)]
+  return [part for part in parts if getattr(part, "projects", False)]
 
 
 def call(module: nnx.Module, *args, train: bool, key) -> Any:
@@ -182,17 +201,17 @@ def encoder_functions(
   """
   plain = from_module(lambda rngs: encoder.build(tuple(input_shape), rngs))
   radius = encoder.embedding_radius
-  return plain if radius is None else _projected(plain, radius)
+  return plain if radius is None else _bounded(plain, radius)
 
 
-def _projected(plain: Functions, radius: float) -> Functions:
+def _bounded(plain: Functions, radius: float) -> Functions:
   def apply(params, state, *args, train=False, key=None):
     output, state = plain.apply(params, state, *args, train=train, key=key)
     return project(output, radius, keep_bad=train), state
 
   def freeze(params):
     fixed, params = plain.freeze(params)
-    return _projected(fixed, radius), params
+    return _bounded(fixed, radius), params
 
   return dataclasses.replace(plain, apply=apply, freeze=freeze)
 

@@ -16,7 +16,7 @@ from robust_mm import _validate
 from robust_mm.models import lipschitz_layers as layers
 from robust_mm.models.functional import Encoder
 
-DENSE_BLOCKS = ("sll", "bjorck", "cayley", "aol")
+DENSE_BLOCKS = ("sll", "bjorck", "cayley", "aol", "projected")
 CONV_BLOCKS = ("sll", "aol")
 POOLS = ("mean", "flatten")
 
@@ -39,7 +39,9 @@ def lipschitz_mlp(
     block: "sll": orthonormal dense, SLL residual blocks, orthonormal dense;
       "bjorck", "cayley": orthonormal dense layers with max_min between; "aol":
       AOL layers between orthonormal first and last ones (AOL shrinks where a
-      layer narrows).
+      layer narrows); "projected": as "bjorck", but weights are made orthonormal
+      by ``Model.project`` every few updates (the training loop does), for wide
+      layers and small batches, where anything else costs many plain steps.
     stem: width of one more layer before the others, orthonormal with max_min
       behind it; None for none.
     num_iters: Newton-Schulz steps of the orthonormal layers, at most; they stop
@@ -210,7 +212,7 @@ class _MLP(layers.OneLipschitz):
     stem,
     num_iters,
   ):
-    method = "cayley" if block == "cayley" else "bjorck"
+    method = block if block in ("cayley", "projected") else "bjorck"
     options = {"num_iters": num_iters, "rngs": rngs}
     size = int(np.prod(input_shape))
     if stem is None:

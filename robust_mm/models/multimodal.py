@@ -207,7 +207,24 @@ def from_parts(
     geometry=_geometry(parts, fusion, encoders, normalizers, shapes),
     input_shapes=shapes,
     freeze=_freeze(parts, fusion, encoders, normalizers, shapes),
+    project=_project(parts),
   )
+
+
+def _project(parts) -> Callable | None:
+  if all(part.project is None for part in parts.values()):
+    return None
+
+  def project(params):
+    made = {
+      name: params["encoders"][name]
+      if part.project is None
+      else part.project(params["encoders"][name])
+      for name, part in parts.items()
+    }
+    return {**params, "encoders": made}
+
+  return project
 
 
 def _freeze(parts, fusion, encoders, normalizers, shapes) -> Callable:
@@ -319,6 +336,11 @@ def _geometry(parts, fusion, encoders, normalizers, shapes) -> Callable | None:
     )
     return None if value is None else value * normalizers[name].constant
 
+  def nominal(name: str) -> Array | None:
+    if parts[name].project is None:
+      return None
+    return jnp.asarray(normalizers[name].constant, jnp.float32)
+
   def chain(name: str, params):
     found = functional.encoder_chain(
       encoders[name], parts[name], params["encoders"][name]
@@ -330,6 +352,9 @@ def _geometry(parts, fusion, encoders, normalizers, shapes) -> Callable | None:
   def geometry(params):
     constants = {name: constant(name, params) for name in parts}
     stated = fusion.geometry(params["fusion"], constants)
+    after = {name: nominal(name) for name in parts}
+    if any(value is not None for value in after.values()):
+      stated = dataclasses.replace(stated, nominal=after)
     chains = {name: chain(name, params) for name in parts}
     if any(layers is not None for layers in chains.values()):
       stated = dataclasses.replace(stated, chain=chains)

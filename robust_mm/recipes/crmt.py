@@ -53,6 +53,7 @@ def crmt(
   clean_weight: float = 0.0,
   mixup_alpha: float = 1.0,
   noise: float = 0.0,
+  spectral_penalty: float = 0.0,
   lipschitz=None,
   valid_range=None,
   units=None,
@@ -93,6 +94,8 @@ def crmt(
     mixup_alpha: parameter of the Beta distribution of ``Mix``.
     noise: standard deviation of white noise added to the inputs of step 1, in
       their own units.
+    spectral_penalty: weight of the sum of all layers' spectral norms in step 1,
+      for ordinary dense encoders; 0 for none.
     lipschitz: ``{modality: constant}`` that step 2 fits to, and is judged by,
       instead of the model's own, for a changed threat. None where
       ``published``: estimated from data, and never called certified.
@@ -126,10 +129,11 @@ def crmt(
     loss = corrected_loss(
       model, rho=rho, r0=r0, temperature=temperature, units=units
     )
+  loss = objectives.with_clean_term(loss, clean_weight)
   step_1 = phases.Phase(
     name="margins",
     num_steps=num_steps,
-    loss=objectives.with_clean_term(loss, clean_weight),
+    loss=objectives.with_spectral_penalty(loss, model, spectral_penalty),
     tx=tx,
     interventions=_before(
       model, variant, attack, clean_weight, mixup_alpha, noise
@@ -164,9 +168,14 @@ def certified_radius(
   r0: float = 0.3,
   temperature: float | None = None,
   noise: float = 0.0,
+  spectral_penalty: float = 0.0,
   units=None,
 ) -> phases.Recipe:
-  """Training for the joint certified radius alone (certification.md 6)."""
+  """Training for the joint certified radius alone (certification.md 6).
+
+  Of Lipschitz encoders, or of ordinary dense ones (``mlp``), whose radius
+  comes from their chain bound. Arguments as in :func:`crmt`.
+  """
   recipe = crmt(
     model,
     num_steps=num_steps,
@@ -176,6 +185,7 @@ def certified_radius(
     temperature=temperature,
     integration_steps=0,
     noise=noise,
+    spectral_penalty=spectral_penalty,
     units=units,
   )
   return phases.Recipe(name="certified_radius", phases=recipe.phases)
@@ -252,7 +262,8 @@ def corrected_loss(
     if not rho:
       return radius, 0.0
     constants = {
-      name: value * units[name] for name, value in geometry.lipschitz.items()
+      name: tables.training_constant(geometry, name) * units[name]
+      for name in geometry.lipschitz
     }
     companion = losses.unimodal_radius(
       outputs.scores,

@@ -30,6 +30,7 @@ def joint(
   mixup_alpha: float = 1.0,
   sigma: float | Mapping = 0.25,
   keep: Mapping | None = None,
+  spectral_penalty: float = 0.0,
   valid_range=None,
   units=None,
 ) -> phases.Recipe:
@@ -56,6 +57,8 @@ def joint(
       mapping; 0 for none. Certify with the same.
     keep: ``{modality: number of elements kept}`` of the noise variant; the rest
       is dropped at random (``smoothing.subsample``).
+    spectral_penalty: weight of the sum of all layers' spectral norms, which
+      makes dense encoders certifiable; 0 for none.
     valid_range: ``{modality: (low, high)}`` the attack stays in.
     units: ``{modality: size of one unit}`` of the budget and of sigma, 1
       where not named.
@@ -93,10 +96,11 @@ def joint(
     before = (interventions.smoothing_noise(noise),)
   else:
     before = ()
+  loss = objectives.cross_entropy_loss(model, clean_weight=clean_weight)
   phase = phases.Phase(
     name="joint",
     num_steps=num_steps,
-    loss=objectives.cross_entropy_loss(model, clean_weight=clean_weight),
+    loss=objectives.with_spectral_penalty(loss, model, spectral_penalty),
     tx=tx,
     interventions=before,
   )

@@ -1,12 +1,16 @@
-"""Losses over a batch that recipes share: cross-entropy, accuracy, means."""
+"""Losses over a batch that recipes share: cross-entropy, penalties, means."""
 
 from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from robust_mm import _validate
+from robust_mm import certification
+from robust_mm import linalg
 from robust_mm import losses
 from robust_mm import modalities
 from robust_mm._types import Model
+from robust_mm.certification import tables
 
 
 def cross_entropy_loss(model: Model, *, clean_weight: float = 0.0) -> Callable:
@@ -37,6 +41,46 @@ def with_clean_term(loss_fn: Callable, clean_weight: float) -> Callable:
     return (1 - clean_weight) * loss + clean_weight * clean, aux
 
   return mixed
+
+
+def with_spectral_penalty(
+  loss_fn: Callable, model: Model, weight: float
+) -> Callable:
+  r"""``loss_fn`` plus ``weight`` times the sum of all layers' spectral norms.
+
+  Of the dense layers of every encoder (normalisation included) and of the rows
+  of the head. It makes what multiplies up in a certificate small where the task
+  does not need it: ordinary encoders become certifiable.
+
+  Raises:
+    ValueError: naming the modality whose encoder is not dense throughout.
+  """
+  _validate.non_negative(spectral_penalty=weight)
+  if not weight:
+    return loss_fn
+  stated = certification.abstract_geometry(model)
+  for name in model.modalities:
+    if (stated.chain or {}).get(name) is None:
+      raise ValueError(
+        f"spectral_penalty must be 0 for the encoder of modality {name!r}, "
+        "whose layers it cannot read: it takes dense ones (mlp)."
+      )
+
+  def penalised(params, state, batch, *, key):
+    loss, (state, metrics) = loss_fn(params, state, batch, key=key)
+    geometry = model.geometry(params)
+    matrices = [
+      matrix
+      for name in model.modalities
+      for matrix in (*geometry.chain[name], geometry.head[name])
+    ]
+    total = sum(
+      linalg.gram_norm(matrix, num_iters=tables.TRAINING_ITERS)
+      for matrix in matrices
+    )
+    return loss + weight * total, (state, {**metrics, "spectral_norms": total})
+
+  return penalised
 
 
 def classification(logits, batch):

@@ -280,7 +280,7 @@ def _run_phase(run: context.Run, phase: Phase, state, start, batches, progress):
   # ---- compile
   began = time.perf_counter()
   step_fn = jax.jit(
-    steps.make_train_step(phase),
+    steps.make_train_step(phase, steps.projection(run.setup.model, phase)),
     donate_argnums=0,
     out_shardings=(run.shardings(phase), sharding.replicated(run.mesh)),
   )

@@ -12,6 +12,7 @@ from robust_mm.training import context
 from robust_mm.training import runs
 from robust_mm.training import sharding
 from robust_mm.training import state as state_lib
+from robust_mm.training import steps
 from robust_mm.training import validation
 
 
@@ -21,6 +22,8 @@ class Best:
   def __init__(self, run: context.Run, phase: Phase):
     self._run = run
     self._phase = phase
+    project = steps.projection(run.setup.model, phase)
+    self._project = None if project is None else jax.jit(project)
     self._store = checkpoints.Checkpoints(
       checkpoints.best(run.workdir, phase.name), keep=1
     )
@@ -28,7 +31,10 @@ class Best:
   def consider(self, step: int, state) -> None:
     """Validates, writes the metrics, saves when better than what is there."""
     run = self._run
-    metrics = run.validator(state.params, state.model_state)
+    params = state.params
+    if self._project is not None:
+      params = self._project(params)
+    metrics = run.validator(params, state.model_state)
     named = {f"validation_{name}": value for name, value in metrics.items()}
     run.writer.write(step, self._phase.name, named)
     latest = self._store.latest_step
@@ -41,7 +47,7 @@ class Best:
       held = validation.score(self._store.metrics(), metric)
       if not validation.score(metrics, metric) > held:
         return
-    model = {"params": state.params, "model_state": state.model_state}
+    model = {"params": params, "model_state": state.model_state}
     self._store.save(step, model, metrics=metrics)
 
   def close(self) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
 
 import jax
@@ -195,6 +196,14 @@ def gather(tree: PyTree) -> PyTree:
 
 
 def map_batches(fn: Callable, batches, sharding: NamedSharding) -> PyTree:
+  """The trees of :func:`each_batch`, joined over batches."""
+  pieces = each_batch(fn, batches, sharding)
+  return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
+
+
+def each_batch(
+  fn: Callable, batches, sharding: NamedSharding
+) -> Iterator[PyTree]:
   """``fn`` of every padded batch, gathered and cut to its valid rows.
 
   Args:
@@ -202,17 +211,13 @@ def map_batches(fn: Callable, batches, sharding: NamedSharding) -> PyTree:
     batches: pairs (global batch on this host, number of valid rows).
     sharding: of the batch axis.
 
-  Returns:
-    The trees, joined over batches, as numpy arrays.
+  Yields:
+    The tree of each batch as numpy arrays.
   """
-  pieces = []
   for batch, num_valid in batches:
     result = gather(fn(put_global(batch, sharding)))
     rows = slice(num_valid)
-    pieces.append(
-      jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], result)
-    )
-  return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
+    yield jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], result)
 
 
 def put_global(batch: PyTree, sharding: NamedSharding) -> PyTree:

@@ -12,8 +12,30 @@ from robust_mm._types import Model
 from robust_mm.recipes import Phase
 from robust_mm.training import state as state_lib
 
+PROJECT_EVERY = 16  # updates
 
-def make_train_step(phase: Phase) -> Callable:
+
+def projection(model: Model, phase: Phase) -> Callable | None:
+  """``params -> params``, of a phase that moves what the model projects."""
+  if model.project is None:
+    return None
+  abstract, _ = jax.eval_shape(model.init, jax.random.key(0))
+  chosen, _ = state_lib.split(abstract, phase.trainable)
+  if not jax.tree.leaves(chosen.get("encoders", {})):
+    return None
+
+  def project(params):
+    # What the phase does not train stays bit-identical.
+    _, frozen = state_lib.split(params, phase.trainable)
+    projected, _ = state_lib.split(model.project(params), phase.trainable)
+    return state_lib.merge(projected, frozen)
+
+  return project
+
+
+def make_train_step(
+  phase: Phase, project: Callable | None = None, *, every: int = PROJECT_EVERY
+) -> Callable:
   """``step(state, batch, run_key) -> (state, metrics)``, pure.
 
   The step's randomness is folded from the run's key and the state's step, so a
@@ -21,6 +43,8 @@ def make_train_step(phase: Phase) -> Callable:
 
   Args:
     phase: loss, optimiser, trainable parameters and interventions.
+    project: from ``projection``; applied to the parameters now and then.
+    every: that many updates.
   """
   # Those that keep the best parameters are told the loss.
   tx = optax.with_extra_args_support(phase.tx)
@@ -40,9 +64,13 @@ def make_train_step(phase: Phase) -> Callable:
     (loss, (model_state, metrics)), grads = grad_fn(chosen)
     updates, opt_state = tx.update(grads, state.opt_state, chosen, value=loss)
     chosen = optax.apply_updates(chosen, updates)
+    params = state_lib.merge(chosen, frozen)
+    if project is not None:
+      due = (state.step + 1) % every == 0
+      params = jax.lax.cond(due, project, lambda params: params, params)
     new_state = state_lib.TrainState(
       step=state.step + 1,
-      params=state_lib.merge(chosen, frozen),
+      params=params,
       model_state=model_state,
       opt_state=opt_state,
     )
