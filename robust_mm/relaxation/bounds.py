@@ -129,14 +129,23 @@ def _box_by_rows(network, position, boxes, ball) -> Box:
   shape = network.network.nodes[position].shape
   count = math.prod(shape)
 
-  def ends(index):
-    row = jax.nn.one_hot(index, count, dtype=ball.radius.dtype)
-    row = jnp.reshape(row, (1, *shape))
-    rows = jnp.concatenate([row, -row])
-    return _minimum(_back(network, position, rows, boxes), ball)
+  def ends(rows):
+    rows = jnp.reshape(rows, (-1, *shape))
+    both = jnp.concatenate([rows, -rows])
+    return _minimum(_back(network, position, both, boxes), ball)
 
-  found = jax.lax.map(ends, jnp.arange(count), batch_size=min(count, _CHUNK))
-  return Box(jnp.reshape(found[:, 0], shape), jnp.reshape(-found[:, 1], shape))
+  rows = jnp.eye(count, dtype=ball.radius.dtype)
+  if count <= _CHUNK:
+    # All at once: a loop of one turn would keep what does not depend on the
+    # example from being computed once for all of them.
+    low, high = jnp.split(ends(rows), 2)
+  else:
+    size = -(-count // -(-count // _CHUNK))
+    rows = jnp.pad(rows, ((0, -count % size), (0, 0)))
+    found = jax.lax.map(ends, jnp.reshape(rows, (-1, size, count)))
+    found = jnp.moveaxis(jnp.reshape(found, (-1, 2, size)), 1, 0)
+    low, high = jnp.reshape(found, (2, -1))[:, :count]
+  return Box(jnp.reshape(low, shape), jnp.reshape(-high, shape))
 
 
 def _box_by_interval(network, position, boxes, ball) -> Box:
