@@ -130,7 +130,7 @@ def _corrected(config, dataset: str) -> None:
   config.model.normalization = "centre" if raw else "scale"
   config.recipe.name = "crmt"
   config.recipe.options.rho = 1.0
-  config.recipe.options.r0 = {"digits": 0.6, "av_digits": 1.5}.get(dataset, 0.3)
+  config.recipe.options.r0 = {"digits": 0.7, "av_digits": 1.5}.get(dataset, 0.3)
   config.optimizer.lr = 2e-3
   config.selection.metric = "certified_accuracy"
   config.selection.radius = {"digits": 0.5, "av_digits": 0.5}.get(dataset, 0.2)
@@ -140,7 +140,7 @@ def _corrected(config, dataset: str) -> None:
   if dataset == "digits":
     # The companion term costs a point of certified accuracy here.
     config.recipe.options.rho = 0.0
-    config.recipe.options.temperature = 0.08
+    config.recipe.options.temperature = 0.05
     config.recipe.options.noise = 0.1
     config.optimizer.lr = 5e-2
     config.optimizer.b2 = 0.95
