@@ -34,8 +34,8 @@ NETS = (
 )
 COLUMNS = ("product", "eclipse_fast", "ibp", "crown_ibp", "crown")
 SOURCES = ("global", "local", "relaxation", "best")
-# CPU seconds of auto_LiRPA on one core for one radius and the whole test set.
 BATCH = 40  # divides both sets; what it needs fits a processor's cache
+# CPU seconds of auto_LiRPA on one core for one radius and the whole test set.
 TORCH = {"digits": 0.12, "mfeat": 0.46}
 
 

@@ -37,6 +37,8 @@ def main():
   parser.add_argument("--num_steps", type=int, default=64)
   parser.add_argument("--batch_size", type=int, default=64)
   arguments = parser.parse_args()
+  if arguments.num_steps % steps.PROJECT_EVERY:
+    parser.error(f"--num_steps must be a multiple of {steps.PROJECT_EVERY}")
   rng = np.random.default_rng(0)
   x = jnp.asarray(rng.normal(size=(arguments.batch_size, SIZES[0])), "float32")
   y = jnp.asarray(rng.integers(0, SIZES[-1], arguments.batch_size), "int32")

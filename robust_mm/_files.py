@@ -49,7 +49,7 @@ def write_columns(path: pathlib.Path, columns: dict) -> pathlib.Path:
   writer = csv.writer(buffer, lineterminator="\n")
   writer.writerow(columns)
   cells = [[_cell(item) for item in values] for values in columns.values()]
-  writer.writerows(zip(*cells))
+  writer.writerows(zip(*cells, strict=True))
   return write_bytes(path, buffer.getvalue().encode())
 
 

@@ -132,7 +132,7 @@ def write(
       rows,
       size,
       keeper=keeper,
-      done=(keeper.load() if resume else None) or {},
+      done=_done(keeper, len(rows)) if resume else {},
       progress=progress,
     )
   sound = bool(found["sound"].all())
@@ -164,6 +164,16 @@ def _tables(model, params, state, config, source, fidelity):
   return bounds.make_tables(
     model, params, state, source=source, reference=reference, form=form
   )
+
+
+def _done(keeper: unfinished.Keeper, size: int) -> dict:
+  """Rows that a stopped job has left, of all columns the same ones."""
+  arrays = keeper.load() or {}
+  lengths = {len(value) for value in arrays.values()}
+  whole = len(lengths) == 1 and max(lengths) <= size and "prediction" in arrays
+  if arrays and not whole:
+    raise keeper.damaged("its columns differ in length")
+  return arrays
 
 
 def _certificates(
@@ -217,33 +227,41 @@ def _certificates(
       },
     }
 
-  start = len(done.get("prediction", ()))
-  pieces = sharding.each_batch(
-    lambda batch: run(params, state, tables, batch),
-    data.evaluation_batches(
-      rows, sharding.padded_size(batch_size, len(rows), mesh), start=start
-    ),
-    sharding.batch_sharding(mesh),
-  )
-  found = {name: [value] for name, value in done.items()}
+  def answers(start):
+    return sharding.each_batch(
+      lambda batch: run(params, state, tables, batch),
+      data.evaluation_batches(
+        rows, sharding.padded_size(batch_size, len(rows), mesh), start=start
+      ),
+      sharding.batch_sharding(mesh),
+    )
+
+  return _nested(_kept(answers, done, len(rows), keeper, progress))
+
+
+def _kept(answers, done: dict, size: int, keeper, progress) -> dict:
+  """All rows of ``answers(start)``, saved now and then and when it stops."""
+  pieces = [done] if done else []
+  start = len(done["prediction"]) if done else 0
   try:
-    for piece in pieces:
-      for name, value in piece.items():
-        found.setdefault(name, []).append(value)
+    for piece in answers(start):
+      pieces.append(piece)
       start += len(piece["prediction"])
-      progress(start, len(rows), "certificates")
+      progress(start, size, "certificates")
       if keeper.due:
-        keeper.save(_joined(found))
-  except BaseException:
-    # A job that is stopped, by a signal or a failure, can go on from here.
-    if found:
-      keeper.save(_joined(found))
-    raise
-  return _nested(_joined(found))
+        keeper.save(_joined(pieces))
+  finally:
+    # Stopped, or at the end: the file of rows is still to be written.
+    if pieces:
+      keeper.save(_joined(pieces))
+  return _joined(pieces)
 
 
-def _joined(pieces: dict) -> dict:
-  return {name: np.concatenate(parts) for name, parts in pieces.items()}
+def _joined(pieces: list[dict]) -> dict:
+  return {
+    name: np.concatenate([piece[name] for piece in pieces])
+    for name in pieces[0]
+  }
 
 
 def _nested(flat: dict) -> dict:

@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import sys
+import threading
 import time
 from typing import Any
 
@@ -37,30 +38,47 @@ _QUICK = {"certified": ["--config.recipe.options.integration_steps=0"]}
 _SAY_EVERY = 30.0  # seconds
 
 
+class _StoppedError(Exception):
+  """A job ends because the one beside it has."""
+
+
 def quickstart(workdir: str, *, seed: int = 0) -> int:
   """Joint baseline and certified model on digits, compared in one report.
 
-  The baseline is made in a thread beside the other: most of the time goes into
-  compiling, which a second core can do.
+  On one CPU device the baseline is made in a thread beside the other: most of
+  the time goes into compiling, which a second core can do.
   """
   began = time.perf_counter()
   root = pathlib.Path(workdir)
+  stop = threading.Event()
 
-  def make(name: str):
+  def make(name: str) -> evaluation.Report | None:
     """The evaluation of one run, None where it was asked to stop."""
     overrides = [f"--config.seed={seed}", *_QUICK.get(name, ())]
     config = config_lib.load(QUICKSTART[name], overrides)
-    if not _train_one(config, root / name).finished:
-      return None
-    return _evaluated(root / name, config=config)
+    try:
+      if not _train_one(config, root / name, stop).finished:
+        stop.set()
+        return None
+      return _evaluated(root / name, config=config, stop=stop)
+    except BaseException:
+      stop.set()  # the other one need not go on
+      raise
 
   with concurrent.futures.ThreadPoolExecutor(1) as beside:
     baseline = beside.submit(make, "joint")
-    # SIGTERM reaches the main thread, so the longer one is here.
-    certified = make("certified")
-    reports = [baseline.result(), certified]
+    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+      # Programs over several devices must start in one order everywhere.
+      concurrent.futures.wait([baseline])
+    try:
+      # SIGTERM reaches the main thread, so the longer one is here.
+      certified = make("certified")
+    except _StoppedError:
+      baseline.result()  # raises the reason
+      raise
   if certified is None:
     return 0
+  reports = [baseline.result(), certified]
   # One after the other: drawing is not made for threads.
   for name, report in zip(QUICKSTART, reports):
     report.save(root / name, history=writers.read(root / name))
@@ -170,8 +188,10 @@ def report(workdirs: list[str], *, output: str | None = None) -> int:
   return 0
 
 
-def _train_one(config, folder: pathlib.Path) -> training.Result:
-  with _bar() as progress:
+def _train_one(
+  config, folder: pathlib.Path, stop: threading.Event | None = None
+) -> training.Result:
+  with _bar(stop) as progress:
     result = training.train(config, folder, say=_say, progress=progress)
   timing = result.timing
   _say(
@@ -198,7 +218,8 @@ def _evaluated(
   attack: str | None = None,
   limit: int | None = None,
   config=None,
-):
+  stop: threading.Event | None = None,
+) -> evaluation.Report:
   model, params, state, stored = training.load(folder, phase=phase)
   config = config or stored
   facts = runs.describe(folder)
@@ -206,7 +227,7 @@ def _evaluated(
   setup_lib.check_same_data(source, facts)
   reference = setup_lib.reference_batch(setup_lib.open_split(config, "train"))
   mesh = sharding.make_mesh()
-  with _bar() as progress, _validate.user_errors():
+  with _bar(stop) as progress, _validate.user_errors():
     found = evaluation.evaluate(
       model,
       params,
@@ -301,10 +322,11 @@ def _say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def _bar():
+def _bar(stop: threading.Event | None = None):
   """``progress(done, total, text)``: a bar on a terminal.
 
   Elsewhere a line every half minute, so that a log shows a long job is alive.
+  Once ``stop`` is set it raises a ``_StoppedError``.
   """
   terminal = sys.stderr.isatty()
   bar = tqdm.tqdm(disable=not terminal, leave=False, dynamic_ncols=True)
@@ -312,6 +334,8 @@ def _bar():
 
   def progress(done: int, total: int, text: str = "") -> None:
     nonlocal said
+    if stop is not None and stop.is_set():
+      raise _StoppedError
     if not terminal and time.monotonic() - said > _SAY_EVERY:
       said = time.monotonic()
       _say(f"{done}/{total} {text}".rstrip())

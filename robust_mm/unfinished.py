@@ -20,8 +20,12 @@ SAVE_SECONDS = 10.0  # between two savings
 class Keeper:
   """Saves arrays of a job now and then, and gives them back to the same job.
 
+  Several processes must see the same folder. A signal that kills at once loses
+  what came after the last saving.
+
   Args:
-    output: the file that the finished job writes; ``.partial.npz`` beside it.
+    output: the file that the finished job writes; ``.partial.npz`` beside it,
+      one for all questions: another job that writes the same file replaces it.
     told: what the job was asked, plain values; another answer is another job.
   """
 
@@ -75,8 +79,9 @@ class Keeper:
     self._saved = time.monotonic()
 
   def forget(self) -> None:
-    """The job has ended."""
-    self.path.unlink(missing_ok=True)
+    """The job has ended; the first process alone removes what it kept."""
+    if jax.process_index() == 0:
+      self.path.unlink(missing_ok=True)
 
 
 def digest(tree) -> str:

@@ -387,6 +387,17 @@ def test_job_that_was_stopped_goes_on_where_it_was(
     assert code == 2
     assert re.search("--resume: .* of another job: .* there and .* here", err)
 
+  # Columns of different length would put answers beside the wrong example.
+  partial = tmp_path / "rows.partial.npz"
+  with np.load(partial) as kept:
+    arrays = dict(kept)
+  good = partial.read_bytes()
+  np.savez(partial, **{**arrays, "radius": arrays["radius"][:40]})
+  code, _, err = run(capsys, "certify", *common, *job, "--resume")
+  assert code == 2
+  assert "rows.partial.npz is damaged" in err
+  partial.write_bytes(good)
+
   seen = []
 
   def counting(fn, batches, axis):

@@ -234,3 +234,21 @@ def test_evaluation_shows_every_example_once_in_equal_shapes(count, batch_size):
 def test_bad_arguments_are_refused(source, arguments, error, words):
   with pytest.raises(error, match=words):
     data.pipeline(source, **{"seed": 0, **arguments})
+
+
+@pytest.mark.parametrize("start", [0, 3, 16, 19])
+def test_evaluation_begins_where_it_is_told_in_every_process(start):
+  source = data.open_source("digits", "test", limit=21)
+  parts = [
+    list(
+      data.evaluation_batches(
+        source, 8, start=start, process_index=index, process_count=2
+      )
+    )
+    for index in (0, 1)
+  ]
+  assert len(parts[0]) == len(parts[1])
+  seen = [batch["id"][:valid] for pair in zip(*parts) for batch, valid in pair]
+  np.testing.assert_array_equal(
+    np.concatenate(seen), source.batch()["id"][start:]
+  )

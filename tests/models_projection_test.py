@@ -7,10 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import robust_mm as rmm
 from robust_mm import certification
+from robust_mm import config as config_lib
+from robust_mm import models
+from robust_mm import training
 from robust_mm.models import encoders
+from robust_mm.models import lipschitz_layers
 from robust_mm.training import state as state_lib
 from robust_mm.training import steps
 
@@ -146,3 +151,51 @@ def test_a_phase_with_frozen_encoders_projects_nothing():
   first, second = _phases(model)
   assert steps.projection(model, first) is not None
   assert steps.projection(model, second) is None
+
+
+class Doubled(nnx.Module):
+  """A projected layer, times 2: constant 2, which only its author knows."""
+
+  def __init__(self, input_shape, rngs):
+    del input_shape
+    self.inner = lipschitz_layers.Dense(5, 6, method="projected", rngs=rngs)
+
+  def __call__(self, x):
+    return 2 * self.inner(x)
+
+
+def test_nominal_constants_are_those_of_one_lipschitz_encoders_alone():
+  parts = {
+    "a": encoders.lipschitz_mlp(width=8, embedding_dim=6, block="projected"),
+    "b": models.custom(Doubled, 6, lipschitz=2.0),
+  }
+  model = models.late_fusion(parts, num_classes=3, input_shapes=SHAPES)
+  params = jax.jit(model.init)(jax.random.key(0))[0]
+  geometry = jax.jit(model.geometry)(params)
+  assert geometry.nominal["a"] == 1
+  assert geometry.nominal["b"] is None
+  seen = certification.sensitivity(
+    geometry, jnp.array([0]), {m: jnp.ones(1, bool) for m in SHAPES}
+  )
+  np.testing.assert_allclose(seen["b"], 2 * seen["a"], rtol=1e-5)
+
+
+def test_a_run_keeps_projected_weights(tmp_path):
+  """5 updates, none of them the sixteenth."""
+  settings = (
+    "model.encoders.default.block=projected",
+    "num_steps=5",
+    "optimizer.lr=0.1",
+    "optimizer.warmup_steps=0",
+    "data.max_train_examples=64",
+    "training.checkpoint_every=5",
+    "recipe.options.integration_steps=0",
+  )
+  config = config_lib.load(
+    "configs/crmt.py:digits", [f"--config.{item}" for item in settings]
+  )
+  training.train(config, tmp_path, say=lambda line: None)
+  _, params, _, _ = rmm.load(tmp_path)
+  for part in params["encoders"]["left"].values():
+    for matrix in np.asarray(part["weight"], np.float64):
+      assert abs(np.linalg.norm(matrix, 2) - 1) < 1e-5

@@ -305,6 +305,7 @@ def test_damaged_counts_are_named(capsys, tmp_path, workdir):
   "options, sentence",
   [
     (("--sigma=0.25",), "--sigma goes with --source=smoothing"),
+    ((*JOB, "--norm=linf"), "--norm=linf"),
     ((*JOB, "--max-missing=1"), "--max-missing"),
     ((*JOB, "--fidelity=published"), "--fidelity=published"),
     ((*JOB, "--keep=lft=2"), "--keep names .*'lft'.*Did you mean 'left'"),

@@ -139,7 +139,7 @@ def _functions(abstract: nnx.Module, init: Callable) -> Functions:
   def values(params):
     return _to_dict(nnx.state(frozen(params), nnx.Param))
 
-  def project(params):
+  def project_params(params):
     module = bind(params, {})
     for part in _projected_parts(module):
       part.project()
@@ -157,7 +157,9 @@ def _functions(abstract: nnx.Module, init: Callable) -> Functions:
     apply=apply,
     bind=bind,
     freeze=freeze,
-    project=project if _projected_parts(abstract) and not stateful else None,
+    project=project_params
+    if _projected_parts(abstract) and not stateful
+    else None,
     stateful=stateful,
   )
   return functions

@@ -183,8 +183,9 @@ class Dense(OneLipschitz):
 
   def project(self) -> None:
     """Replaces the weight by its polar factor, in place."""
-    weight = linalg.newton_schulz(self.weight[...], num_iters=self.num_iters)
-    self.weight = nnx.Param(weight)
+    weight = self.weight[...]
+    projected = linalg.newton_schulz(weight, num_iters=self.num_iters)
+    self.weight = nnx.Param(projected.astype(weight.dtype))
 
   def norms(self) -> Float[Array, " n"]:
     """Upper bounds of the spectral norms; 1 + 5e-5 at most after projection."""

@@ -337,7 +337,8 @@ def _geometry(parts, fusion, encoders, normalizers, shapes) -> Callable | None:
     return None if value is None else value * normalizers[name].constant
 
   def nominal(name: str) -> Array | None:
-    if parts[name].project is None:
+    # Of others only their own bound is known, projected or not.
+    if parts[name].project is None or not encoders[name].one_lipschitz:
       return None
     return jnp.asarray(normalizers[name].constant, jnp.float32)
 

@@ -129,20 +129,21 @@ def _box_by_rows(network, position, boxes, ball) -> Box:
   shape = network.network.nodes[position].shape
   count = math.prod(shape)
 
-  def ends(rows):
+  def ends(indices):
+    # An index past the end is a row of zeros.
+    rows = jax.nn.one_hot(indices, count, dtype=ball.radius.dtype)
     rows = jnp.reshape(rows, (-1, *shape))
     both = jnp.concatenate([rows, -rows])
     return _minimum(_back(network, position, both, boxes), ball)
 
-  rows = jnp.eye(count, dtype=ball.radius.dtype)
   if count <= _CHUNK:
     # All at once: a loop of one turn would keep what does not depend on the
     # example from being computed once for all of them.
-    low, high = jnp.split(ends(rows), 2)
+    low, high = jnp.split(ends(jnp.arange(count)), 2)
   else:
     size = -(-count // -(-count // _CHUNK))
-    rows = jnp.pad(rows, ((0, -count % size), (0, 0)))
-    found = jax.lax.map(ends, jnp.reshape(rows, (-1, size, count)))
+    indices = jnp.arange(-(-count // size) * size)
+    found = jax.lax.map(ends, jnp.reshape(indices, (-1, size)))
     found = jnp.moveaxis(jnp.reshape(found, (-1, 2, size)), 1, 0)
     low, high = jnp.reshape(found, (2, -1))[:, :count]
   return Box(jnp.reshape(low, shape), jnp.reshape(-high, shape))

@@ -21,7 +21,9 @@ def projection(model: Model, phase: Phase) -> Callable | None:
     return None
   abstract, _ = jax.eval_shape(model.init, jax.random.key(0))
   chosen, _ = state_lib.split(abstract, phase.trainable)
-  if not jax.tree.leaves(chosen.get("encoders", {})):
+  # Models of this package project encoders alone; of others who knows.
+  has_encoders = isinstance(chosen, dict) and "encoders" in chosen
+  if not jax.tree.leaves(chosen["encoders"] if has_encoders else chosen):
     return None
 
   def project(params):
