@@ -188,6 +188,7 @@ def test_a_run_keeps_projected_weights(tmp_path):
     "optimizer.lr=0.1",
     "optimizer.warmup_steps=0",
     "data.max_train_examples=64",
+    "data.batch_size=16",
     "training.checkpoint_every=5",
     "recipe.options.integration_steps=0",
   )

@@ -184,7 +184,10 @@ class Dense(OneLipschitz):
   def project(self) -> None:
     """Replaces the weight by its polar factor, in place."""
     weight = self.weight[...]
-    projected = linalg.newton_schulz(weight, num_iters=self.num_iters)
+    # Sixteen large updates leave small singular values, and a rare projection
+    # can take the steps they need; it stops when it has converged.
+    num_iters = max(self.num_iters, 40)
+    projected = linalg.newton_schulz(weight, num_iters=num_iters)
     self.weight = nnx.Param(projected.astype(weight.dtype))
 
   def norms(self) -> Float[Array, " n"]:
