@@ -123,18 +123,9 @@ def write(
         "model": unfinished.digest([params, state]),
       },
     )
-    found = _certificates(
-      model,
-      params,
-      state,
-      tables,
-      question,
-      rows,
-      size,
-      keeper=keeper,
-      done=_done(keeper, len(rows)) if resume else {},
-      progress=progress,
-    )
+    answers = _answers(model, params, state, tables, question, rows, size)
+    done = _done(keeper, len(rows)) if resume else {}
+    found = _nested(_kept(answers, done, len(rows), keeper, progress))
   sound = bool(found["sound"].all())
   columns = _columns(found, question, batch, sound=sound)
   if jax.process_index() == 0:
@@ -154,7 +145,7 @@ def write(
 
 def _tables(model, params, state, config, source, fidelity):
   """What holds for all rows; None where every row has bounds of its own."""
-  if source in bounds.BALL_SOURCES:
+  if source in certification.BALL_SOURCES:
     return None
   reference = None
   if source == "empirical":
@@ -176,20 +167,8 @@ def _done(keeper: unfinished.Keeper, size: int) -> dict:
   return arrays
 
 
-def _certificates(
-  model,
-  params,
-  state,
-  tables,
-  question,
-  rows,
-  batch_size,
-  *,
-  keeper: unfinished.Keeper,
-  done: dict,
-  progress,
-):
-  """Answers for every row, as NumPy arrays; those of ``done`` as they are."""
+def _answers(model, params, state, tables, question, rows, batch_size):
+  """``answers(start)`` yields the columns of every batch from that row on."""
   mesh = sharding.make_mesh()
   params, state, tables = jax.device_put(
     (params, state, tables), sharding.replicated(mesh)
@@ -227,16 +206,16 @@ def _certificates(
       },
     }
 
-  def answers(start):
+  batch_size = sharding.padded_size(batch_size, len(rows), mesh)
+
+  def answers(start: int):
     return sharding.each_batch(
       lambda batch: run(params, state, tables, batch),
-      data.evaluation_batches(
-        rows, sharding.padded_size(batch_size, len(rows), mesh), start=start
-      ),
+      data.evaluation_batches(rows, batch_size, start=start),
       sharding.batch_sharding(mesh),
     )
 
-  return _nested(_kept(answers, done, len(rows), keeper, progress))
+  return answers
 
 
 def _kept(answers, done: dict, size: int, keeper, progress) -> dict:

@@ -31,8 +31,8 @@ QUICKSTART = {
   "joint": "configs/joint.py:digits",
   "certified": "configs/crmt.py:digits",
 }
-# Step 2 of CRMT re-weights the modalities, which on these step 1 has done: it
-# is judged to improve nothing, after ten seconds.
+# Step 2 of CRMT re-weights modalities that step 1 has weighted already: ten
+# seconds, for a judgement that nothing is improved.
 _QUICK = {"certified": ["--config.recipe.options.integration_steps=0"]}
 
 _SAY_EVERY = 30.0  # seconds

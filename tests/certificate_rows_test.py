@@ -7,6 +7,7 @@ import sys
 import command_line
 import numpy as np
 import pytest
+from command_line import run
 
 import robust_mm
 from robust_mm import certificate_rows
@@ -24,16 +25,6 @@ SHORT = (
   "--config.training.eval_every=60",
   "--config.training.checkpoint_every=60",
 )
-
-
-def run(capsys, *arguments):
-  """(exit code, standard output, standard error)."""
-  try:
-    code = cli.main(list(arguments))
-  except SystemExit as stop:
-    code = stop.code
-  out = capsys.readouterr()
-  return code, out.out, out.err
 
 
 def train(folder, name, *options):

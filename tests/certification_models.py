@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from robust_mm import _types
 
@@ -132,3 +133,19 @@ def random_batch(
     for m, d in zip(modalities, sizes)
   }
   return {"inputs": inputs, "present": present}
+
+
+def fit(loss_fn, init, tx, *, num_steps):
+  """Parameters after full-batch steps down ``loss_fn(params)``, of key 0."""
+
+  def step(carry, _):
+    params, state = carry
+    updates, state = tx.update(jax.grad(loss_fn)(params), state)
+    return (optax.apply_updates(params, updates), state), None
+
+  @jax.jit
+  def run(key):
+    params = init(key)[0]
+    return jax.lax.scan(step, (params, tx.init(params)), length=num_steps)[0][0]
+
+  return run(jax.random.key(0))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from certification_models import fit
 from flax import nnx
 
 import robust_mm as rmm
@@ -55,19 +56,9 @@ def trained():
     outputs, _ = smooth.apply(params, {}, batch["inputs"], batch["present"])
     return jnp.mean(losses.cross_entropy(outputs.logits, batch["label"]))
 
-  def step(carry, _):
-    params, state = carry
-    updates, state = tx.update(jax.grad(loss_fn)(params), state)
-    return (optax.apply_updates(params, updates), state), None
-
-  @jax.jit
-  def train(key):
-    params = smooth.init(key)[0]
-    carry, _ = jax.lax.scan(step, (params, tx.init(params)), length=120)
-    return carry[0]
-
+  params = fit(loss_fn, smooth.init, tx, num_steps=120)
   test = rmm.data.load("digits", split="test", limit=SIZE)
-  return train(jax.random.key(0)), batch, jax.tree.map(jnp.asarray, test)
+  return params, batch, jax.tree.map(jnp.asarray, test)
 
 
 def _broken(model, params, batch, prediction, radius):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from certification_models import fit
 
 import robust_mm as rmm
 from robust_mm import attacks
@@ -50,18 +51,9 @@ def trained():
       outputs.logits, sensitivity, batch["label"], r0=0.6, temperature=0.1
     )
 
-  def step(carry, _):
-    params, state = carry
-    updates, state = tx.update(jax.grad(loss_fn)(params), state)
-    return (optax.apply_updates(params, updates), state), None
-
-  @jax.jit
-  def train(key):
-    params = model.init(key)[0]
-    return jax.lax.scan(step, (params, tx.init(params)), length=150)[0][0]
-
+  params = fit(loss_fn, model.init, tx, num_steps=150)
   test = rmm.data.load("digits", split="test", limit=SIZE)
-  return model, train(jax.random.key(0)), jax.tree.map(jnp.asarray, test)
+  return model, params, jax.tree.map(jnp.asarray, test)
 
 
 @pytest.fixture(scope="module")

@@ -87,14 +87,17 @@ def test_frozen_model_has_the_same_logits_and_gradients(name, reduction):
   assert frozen.geometry is None
 
 
-def test_nothing_is_left_of_the_orthonormalisation():
-  parts = ENCODERS["mlp-bjorck"]
-  model = rmm.models.late_fusion(
-    parts, num_classes=4, input_shapes={"a": SHAPES["a"]}
+def made(fusion):
+  """A model, its parameters, both frozen, and a batch."""
+  model = fusion(
+    ENCODERS["mlp-bjorck"], num_classes=4, input_shapes={"a": SHAPES["a"]}
   )
   params, _ = jax.jit(model.init)(jax.random.key(0))
-  frozen, values = model.freeze(params)
-  inputs, present = inputs_of(model)
+  return model, params, *model.freeze(params), *inputs_of(model)
+
+
+def test_nothing_is_left_of_the_orthonormalisation():
+  model, params, frozen, values, inputs, present = made(rmm.models.late_fusion)
 
   def program(model, params):
     run = jax.make_jaxpr(
@@ -107,13 +110,7 @@ def test_nothing_is_left_of_the_orthonormalisation():
 
 
 def test_token_fusion_is_frozen_up_to_its_transformer():
-  parts = ENCODERS["mlp-bjorck"]
-  model = rmm.models.token_fusion(
-    parts, num_classes=4, input_shapes={"a": SHAPES["a"]}
-  )
-  params, _ = jax.jit(model.init)(jax.random.key(0))
-  frozen, values = model.freeze(params)
-  inputs, present = inputs_of(model)
+  model, params, frozen, values, inputs, present = made(rmm.models.token_fusion)
   one, other = (
     m.apply(p, {}, inputs, present)[0].logits
     for m, p in ((frozen, values), (model, params))

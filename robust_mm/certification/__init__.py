@@ -25,6 +25,7 @@ from robust_mm.certification.certificates import DEFAULT_SLACK
 from robust_mm.certification.certificates import NO_SLACK
 from robust_mm.certification.certificates import Certificate
 from robust_mm.certification.certificates import Slack
+from robust_mm.certification.door import BALL_SOURCES
 from robust_mm.certification.door import SOURCES
 from robust_mm.certification.door import certify
 from robust_mm.certification.empirical import empirical_lipschitz
@@ -46,6 +47,7 @@ from robust_mm.certification.tables import sensitivity_tables
 from robust_mm.certification.tables import split_tables
 
 __all__ = [
+  "BALL_SOURCES",
   "DEFAULT_SLACK",
   "NO_SLACK",
   "SOURCES",

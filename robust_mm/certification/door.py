@@ -28,8 +28,9 @@ from robust_mm.certification.certificates import Certificate
 from robust_mm.certification.certificates import Slack
 from robust_mm.certification.tables import SensitivityTables
 
-SOURCES = ("global", "local", "relaxation", "best", "empirical")
-_BALLS = ("local", "relaxation", "best")
+BALL_SOURCES = ("local", "relaxation", "best")
+"""Sources that bound every example by itself, inside balls."""
+SOURCES = ("global", *BALL_SOURCES, "empirical")
 
 
 def certify(
@@ -116,7 +117,7 @@ def certify(
   """
   _validate.one_of(SOURCES, source=source)
   _validate.one_of(arrays.FIDELITIES, fidelity=fidelity)
-  if fidelity == "published" and source in _BALLS:
+  if fidelity == "published" and source in BALL_SOURCES:
     raise ValueError(
       f"fidelity must be 'corrected' with source={source!r}; the published "
       "form rests on estimated constants."

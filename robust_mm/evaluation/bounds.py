@@ -13,12 +13,11 @@ from robust_mm._types import Batch
 from robust_mm._types import Model
 from robust_mm.evaluation import batches
 
-BALL_SOURCES = {
+_REASONS = {
   "local": "Slopes are bounded inside a ball around every example.",
   "relaxation": "The margin is bounded inside a ball around every example.",
   "best": "Every example has the largest radius that any sound source gives.",
 }
-"""Sources that bound every example by itself, and why they are sound."""
 BALL_BATCH = 64
 """Examples at once: such bounds take some hundred times the memory of a forward
 pass."""
@@ -36,7 +35,7 @@ class Bounds:
     vulnerability: ``{m: [n]}`` shares.
     certificate: the certificates themselves, arrays ``[n, ...]``, to be asked
       for other budgets; without units, which all sizes here are in.
-    source: ``"global"``, one of ``BALL_SOURCES`` or ``"empirical"``.
+    source: one of ``certification.SOURCES``.
     sound: False: the numbers are estimates.
     norm: 2 or ``math.inf``, of every modality and of the joint ball.
   """
@@ -85,8 +84,8 @@ def choose_source(
     return None, (
       "The smoothed classifier is certified instead, in rows of its own."
     )
-  if wanted in BALL_SOURCES:
-    return wanted, BALL_SOURCES[wanted]
+  if wanted in certification.BALL_SOURCES:
+    return wanted, _REASONS[wanted]
   if mixed or model.geometry is None:
     reason = (
       "The fusion mixes modalities, so there is no margin certificate; "
@@ -170,12 +169,12 @@ def certified(
     }
 
   tables = None
-  if source in BALL_SOURCES:
+  if source in certification.BALL_SOURCES:
     size = device.chunk_size(min(size, BALL_BATCH))
   rows = np.arange(min(size, data.size))
   start = time.perf_counter()
   try:
-    if source not in BALL_SOURCES:
+    if source not in certification.BALL_SOURCES:
       tables = jax.block_until_ready(
         make_tables(model, params, state, source=source, reference=reference)
       )

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from robust_mm import _validate
+from robust_mm import certification
 from robust_mm import modalities as modalities_lib
-from robust_mm.evaluation import bounds
 
 DEFAULT_RADII = {
   2: (0.1, 0.25, 0.5, 0.75, 1.0, 1.5),
@@ -24,7 +24,7 @@ DEFAULT_TIGHTNESS = (1.0, 1.2, 1.5, 2.0, 3.0)
 CERTIFICATES = (
   "auto",
   "global",
-  *bounds.BALL_SOURCES,
+  *certification.BALL_SOURCES,
   "empirical",
   "smoothing",
   None,

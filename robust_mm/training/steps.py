@@ -16,18 +16,11 @@ PROJECT_EVERY = 16  # updates
 
 
 def projection(model: Model, phase: Phase) -> Callable | None:
-  """``params -> params``, of a phase that moves what the model projects."""
+  """``params -> params``, or None; what a phase freezes stays bit-identical."""
   if model.project is None:
-    return None
-  abstract, _ = jax.eval_shape(model.init, jax.random.key(0))
-  chosen, _ = state_lib.split(abstract, phase.trainable)
-  # Models of this package project encoders alone; of others who knows.
-  has_encoders = isinstance(chosen, dict) and "encoders" in chosen
-  if not jax.tree.leaves(chosen["encoders"] if has_encoders else chosen):
     return None
 
   def project(params):
-    # What the phase does not train stays bit-identical.
     _, frozen = state_lib.split(params, phase.trainable)
     projected, _ = state_lib.split(model.project(params), phase.trainable)
     return state_lib.merge(projected, frozen)
@@ -35,9 +28,7 @@ def projection(model: Model, phase: Phase) -> Callable | None:
   return project
 
 
-def make_train_step(
-  phase: Phase, project: Callable | None = None, *, every: int = PROJECT_EVERY
-) -> Callable:
+def make_train_step(phase: Phase, project: Callable | None = None) -> Callable:
   """``step(state, batch, run_key) -> (state, metrics)``, pure.
 
   The step's randomness is folded from the run's key and the state's step, so a
@@ -45,8 +36,7 @@ def make_train_step(
 
   Args:
     phase: loss, optimiser, trainable parameters and interventions.
-    project: from ``projection``; applied to the parameters now and then.
-    every: that many updates.
+    project: from ``projection``; applied every ``PROJECT_EVERY`` updates.
   """
   # Those that keep the best parameters are told the loss.
   tx = optax.with_extra_args_support(phase.tx)
@@ -68,7 +58,7 @@ def make_train_step(
     chosen = optax.apply_updates(chosen, updates)
     params = state_lib.merge(chosen, frozen)
     if project is not None:
-      due = (state.step + 1) % every == 0
+      due = (state.step + 1) % PROJECT_EVERY == 0
       params = jax.lax.cond(due, project, lambda params: params, params)
     new_state = state_lib.TrainState(
       step=state.step + 1,
