@@ -2,10 +2,10 @@ r"""Matrices kept orthonormal, norms bounded from above; vectors as pytrees.
 
 What is differentiated here is a few products of small matrices: no SVD,
 eigendecomposition or QR, whose backward passes divide by spectral gaps and give
-NaN at the very matrices one wants (orthonormal ones have no gaps at all). Products run at
-``precision="highest"``: the accelerators' defaults (TF32, bfloat16) would void
-the bounds. ``trees`` and ``lanczos`` treat pytrees as vectors, for maps that
-are only known by their products.
+NaN at the very matrices one wants (orthonormal ones have no gaps at all).
+Products run at ``precision="highest"``: the accelerators' defaults (TF32,
+bfloat16) would void the bounds. ``trees`` and ``lanczos`` treat pytrees as
+vectors, for maps that are only known by their products.
 """
 
 from robust_mm.linalg import trees
