@@ -78,6 +78,9 @@ class Geometry:
       encoder that is dense from the flat raw input (normalisation included) to
       the embedding, activations with slopes in [0, 1] between them: it has
       constants class pair by class pair, see ``lipschitz.dense_chain``.
+    linear: ``{m: (W_1, ...) | None}`` or None, a matrix for every linear map of
+      an ordinary encoder (normalisation in the first), with at least its norm:
+      for penalties, and never for a certificate.
     nominal: ``{m: [] | None}`` or None, what ``lipschitz`` is once parameters
       are projected (``Model.project``); for losses, which see them in between,
       and never for a certificate.
@@ -91,6 +94,7 @@ class Geometry:
   integration: Any = None
   embedding_radius: Any = None
   chain: Any = None
+  linear: Any = None
   nominal: Any = None
   positivity: str | None = dataclasses.field(
     default=None, metadata={"static": True}

@@ -204,26 +204,31 @@ def conv_norm(
   kernel: Float[Array, "... i o"],
   input_shape: Sequence[int] | None = None,
   *,
+  stride: int = 1,
   groups: int = 1,
   dilation: int = 1,
   num_iters: int = 16,
 ) -> Float[Array, ""]:
-  r"""Upper bound of the norm of a convolution, any stride, zero padding.
+  r"""Upper bound of the norm of a convolution with zero padding.
 
-  Stride 1, VALID, SAME and FULL zero padding are restrictions of the circular
-  convolution on maps of size :math:`N \ge n + n_k - 1`, whose norm is the
-  largest norm of its ``c_out x c_in`` transfer matrices over the frequencies; a
-  stride only removes rows. ``N = n`` would *not* be a bound.
+  VALID, SAME and FULL zero padding are restrictions of the circular convolution
+  on maps of size :math:`N \ge n + n_k - 1`, whose norm is the largest norm of
+  its ``c_out x c_in`` transfer matrices over the frequencies. ``N = n`` would
+  *not* be a bound. With stride s the map is that of the :math:`s^d` phases of
+  the input, as channels of a map s times smaller, without stride.
 
   Formal guarantees:
-    - Sound for strides, the paddings named, dilation and groups. A transposed
+    - Sound for the paddings named, strides, dilation and groups. A transposed
       convolution has the norm of its convolution.
+    - A stride only removes outputs, so the bound of stride 1 holds for all;
+      with ``stride`` it is up to :math:`\sqrt{s^d}` smaller.
     - Without ``input_shape``: :math:`\sqrt{\max_{in}\sum_{out}|K| \cdot
       \max_{out}\sum_{in}|K|}` (Schur), cheaper and looser.
 
   Args:
     kernel: ``[*n_k, c_in / groups, c_out]``, the layout of flax.
     input_shape: spatial input size, one entry an axis, without channels.
+    stride: ``strides``, the same on all axes.
     groups: ``feature_group_count``.
     dilation: ``kernel_dilation``, the same on all axes.
     num_iters: of the Gram iteration on the transfer matrices.
@@ -231,7 +236,7 @@ def conv_norm(
   References:
     `Delattre et al. (2024) <https://arxiv.org/abs/2402.00240>`_ for padding.
   """
-  _validate.at_least(1, groups=groups, dilation=dilation)
+  _validate.at_least(1, stride=stride, groups=groups, dilation=dilation)
   if kernel.shape[-1] % groups:
     raise ValueError(f"groups must divide {kernel.shape[-1]}, got {groups}.")
   # [groups, *n_k, c_in, c_out]: block-diagonal over groups.
@@ -247,13 +252,38 @@ def conv_norm(
     raise ValueError(
       f"input_shape must have {len(axes)} entries, got {tuple(input_shape)}."
     )
+  phases = _phases(_dilate(split, axes, dilation), axes, stride)
+  # n entries in a row touch that many places of a map s times smaller.
   sizes = [
-    n + (n_k - 1) * dilation for n, n_k in zip(input_shape, kernel.shape[:-2])
+    -(-(n + stride - 1) // stride) + phases.shape[axis] - 1
+    for n, axis in zip(input_shape, axes)
   ]
-  spread = _dilate(split, axes, dilation)
-  transfer = jnp.fft.fftn(spread, s=sizes, axes=axes)
+  # Of a real kernel the other half of the frequencies is conjugate.
+  transfer = jnp.fft.rfftn(phases, s=sizes, axes=axes)
   transfer = jnp.reshape(transfer, (-1, *transfer.shape[-2:]))
   return _up(jnp.max(linalg.gram_norm(_real(transfer), num_iters=num_iters)))
+
+
+def conv_matrix(
+  kernel: Float[Array, "... i o"], *, stride: int = 1
+) -> Float[Array, "j o"]:
+  r"""A matrix whose norm bounds that of a convolution: cheap, for a loss.
+
+  A convolution is one matrix on every patch, and an entry of the input is in at
+  most :math:`\prod \lceil n_k / s \rceil` of them, whatever the padding; at
+  stride :math:`n_k` the bound is the norm itself. :func:`conv_norm` is never
+  far above and often far below.
+
+  Args:
+    kernel: ``[*n_k, c_in, c_out]``, one group, no dilation.
+    stride: the same on all axes.
+
+  Returns:
+    ``[prod(n_k) c_in, c_out]``, scaled.
+  """
+  _validate.at_least(1, stride=stride)
+  overlap = math.prod(-(-size // stride) for size in kernel.shape[:-2])
+  return jnp.reshape(kernel, (-1, kernel.shape[-1])) * math.sqrt(overlap)
 
 
 def _up(bound: Array) -> Array:
@@ -266,6 +296,21 @@ def _dilate(kernel: Array, axes: Sequence[int], dilation: int) -> Array:
   for axis in axes:
     config[axis] = (0, 0, dilation - 1)
   return jax.lax.pad(kernel, jnp.zeros((), kernel.dtype), config)
+
+
+def _phases(kernel: Array, axes: Sequence[int], stride: int) -> Array:
+  """``[g, *n, i, o]`` of stride s as ``[g, *ceil(n / s), s^d i, o]`` of 1."""
+  for axis in axes:
+    missing = -kernel.shape[axis] % stride
+    config = [(0, 0)] * kernel.ndim
+    config[axis] = (0, missing)
+    shape = list(kernel.shape)
+    shape[axis : axis + 1] = [(shape[axis] + missing) // stride, stride]
+    split = jnp.reshape(jnp.pad(kernel, config), shape)
+    moved = jnp.moveaxis(split, axis + 1, -3)
+    shape = (*moved.shape[:-3], stride * moved.shape[-2], moved.shape[-1])
+    kernel = jnp.reshape(moved, shape)
+  return kernel
 
 
 def _real(matrix: Array) -> Array:

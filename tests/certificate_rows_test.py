@@ -41,11 +41,11 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-  # Convolutions state no constant; perceptrons do.
+  # Transformers state no constant; perceptrons and convolutions do.
   return train(
     tmp_path_factory.mktemp("run"),
     "digits,published,smoke",
-    "--config.model.encoders.default.name=cnn",
+    "--config.model.encoders.default.name=transformer",
   )
 
 

@@ -45,6 +45,10 @@ CONVS = [
   (3, 3, 1, 1, 1, "SAME"),
   (5, 4, 1, 1, 1, "VALID"),
   (6, 3, 2, 1, 1, "SAME"),
+  (7, 3, 2, 1, 1, "SAME"),
+  (7, 3, 3, 1, 1, ((1, 0), (2, 3))),
+  (8, 2, 3, 1, 1, "VALID"),
+  (9, 3, 2, 2, 2, "SAME"),
   (7, 5, 2, 1, 2, "VALID"),
   (6, 3, 1, 2, 1, "SAME"),
   (5, 2, 1, 2, 2, "SAME"),
@@ -71,11 +75,32 @@ def test_conv_norms_bound_the_materialised_operator(
     )
 
   exact = _materialised_norm(convolve, (size, size, 2 * groups))
-  fine = lipschitz.conv_norm(K, (size, size), groups=groups, dilation=dilation)
-  cheap = lipschitz.conv_norm(K, groups=groups)
-  assert exact * (1 - 1e-6) <= fine <= cheap * (1 + 1e-5)
+  norm = functools.partial(
+    lipschitz.conv_norm, K, (size, size), groups=groups, dilation=dilation
+  )
+  fine = norm(stride=stride)
+  assert exact * (1 - 1e-6) <= fine <= norm() * (1 + 1e-5)
+  assert norm() <= lipschitz.conv_norm(K, groups=groups) * (1 + 1e-5)
+  if groups == dilation == 1:
+    matrix = lipschitz.conv_matrix(K, stride=stride)
+    cheap = np.linalg.norm(np.asarray(matrix, np.float64), 2)
+    assert cheap >= fine * (1 - 1e-5)
+    # Patches that do not overlap: the norm itself, where one fits.
+    if stride >= kernel:
+      np.testing.assert_allclose(cheap, exact, rtol=1e-5)
   if stride == 1 and padding == "SAME" and size > 3:
     assert fine <= 1.5 * exact
+
+
+def test_conv_norm_of_a_stride_is_tight_on_large_maps():
+  K = jnp.asarray(_random(0, 3, 3, 2, 4))
+  convolve = lambda x: jax.lax.conv_general_dilated(  # noqa: E731
+    x[None], K, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
+  exact = _materialised_norm(convolve, (24, 24, 2))
+  assert exact <= lipschitz.conv_norm(K, (24, 24), stride=2) <= 1.01 * exact
+  # What is left out with the other three quarters of the outputs.
+  assert lipschitz.conv_norm(K, (24, 24)) > 1.3 * exact
 
 
 def test_temporal_conv_norm_bounds_the_materialised_operator():

@@ -274,6 +274,19 @@ def encoder_chain(
   return getattr(module, "chain", lambda: None)()
 
 
+def encoder_linear(
+  functions: Functions, params: Params
+) -> tuple[Array, ...] | None:
+  """Matrices with the norms of an encoder's linear maps, or None.
+
+  From the module's own ``linear_maps()``.
+  """
+  if functions.stateful:
+    return None
+  module = functions.bind(params, {})
+  return getattr(module, "linear_maps", lambda: None)()
+
+
 def _to_dict(state: PyTree) -> dict:
   """A plain dict with string keys; lists of modules have integer ones."""
 

@@ -350,6 +350,15 @@ def _geometry(parts, fusion, encoders, normalizers, shapes) -> Callable | None:
       None if found is None else normalizers[name].before(found, shapes[name])
     )
 
+  def linear(name: str, params, chain):
+    if chain is not None:
+      return chain
+    found = functional.encoder_linear(parts[name], params["encoders"][name])
+    if found is None:
+      return None
+    first, *rest = found
+    return (first * normalizers[name].constant, *rest)
+
   def geometry(params):
     constants = {name: constant(name, params) for name in parts}
     stated = fusion.geometry(params["fusion"], constants)
@@ -359,6 +368,9 @@ def _geometry(parts, fusion, encoders, normalizers, shapes) -> Callable | None:
     chains = {name: chain(name, params) for name in parts}
     if any(layers is not None for layers in chains.values()):
       stated = dataclasses.replace(stated, chain=chains)
+    maps = {name: linear(name, params, chains[name]) for name in parts}
+    if any(matrices is not None for matrices in maps.values()):
+      stated = dataclasses.replace(stated, linear=maps)
     if not any(radii.values()):
       return stated
     bounds = {

@@ -1,7 +1,8 @@
 """The networks of the ordinary encoders, as nnx modules.
 
-Only the perceptron states Lipschitz constants: the others' would be vacuous or
-do not exist.
+The perceptron and the plain convolutional networks state Lipschitz constants,
+products of norms; those of normalised and attending ones do not exist or say
+nothing.
 """
 
 import itertools
@@ -25,6 +26,7 @@ ACTIVATIONS = {
 }
 # Slopes in [0, 1] throughout.
 CHAIN_ACTIVATIONS = ("elu", "leaky_relu", "relu", "softplus", "tanh")
+_STRIDE = 2
 _MAX_POOLED_SIDE = 8
 _LARGE_IMAGE = 64
 
@@ -57,6 +59,10 @@ class MLP(nnx.Module):
     """``[out, in]`` matrices for ``lipschitz.dense_chain``, or None."""
     if self.activation not in CHAIN_ACTIVATIONS:
       return None
+    return self.linear_maps()
+
+  def linear_maps(self):
+    """``[out, in]`` matrices of its layers, the first one first."""
     layers = [*self.hidden, self.last]
     return tuple(jnp.transpose(layer.kernel[...]) for layer in layers)
 
@@ -70,12 +76,12 @@ class CNN(nnx.Module):
     sizes = [channels, *features]
     self.layers = nnx.List(
       [
-        nnx.Conv(a, b, (3, 3), strides=2, rngs=rngs)
+        nnx.Conv(a, b, (3, 3), strides=_STRIDE, rngs=rngs)
         for a, b in itertools.pairwise(sizes)
       ]
     )
     for _ in features:
-      height, width = -(-height // 2), -(-width // 2)
+      height, width = -(-height // _STRIDE), -(-width // _STRIDE)
     self.window = (
       -(-height // _MAX_POOLED_SIDE),
       -(-width // _MAX_POOLED_SIDE),
@@ -91,6 +97,18 @@ class CNN(nnx.Module):
       x = nnx.avg_pool(x, self.window, strides=self.window)
     return self.last(jnp.reshape(x, (x.shape[0], -1)))
 
+  def lipschitz(self):
+    """The product of the norms of its layers: sound, loose."""
+    return bounds.compose(
+      *_conv_norms(self.layers, self.input_shape[:2]),
+      bounds.average_pool(self.window, self.window),
+      bounds.dense_norm(self.last.kernel[...]),
+    )
+
+  def linear_maps(self):
+    """A matrix for every layer, with at least its norm."""
+    return _conv_maps(self.layers, self.last)
+
 
 class TemporalCNN(nnx.Module):
   """Strided convolutions over time, mean, dense."""
@@ -100,7 +118,7 @@ class TemporalCNN(nnx.Module):
     sizes = [self.input_shape[1], *features]
     self.layers = nnx.List(
       [
-        nnx.Conv(a, b, (kernel_size,), strides=2, rngs=rngs)
+        nnx.Conv(a, b, (kernel_size,), strides=_STRIDE, rngs=rngs)
         for a, b in itertools.pairwise(sizes)
       ]
     )
@@ -111,6 +129,21 @@ class TemporalCNN(nnx.Module):
     for layer in self.layers:
       x = nnx.relu(layer(x))
     return self.last(jnp.mean(x, axis=1))
+
+  def lipschitz(self):
+    """The product of the norms of its layers: sound, loose."""
+    length = self.input_shape[0]
+    for _ in self.layers:
+      length = -(-length // _STRIDE)
+    return bounds.compose(
+      *_conv_norms(self.layers, self.input_shape[:1]),
+      bounds.mean_pool(length),
+      bounds.dense_norm(self.last.kernel[...]),
+    )
+
+  def linear_maps(self):
+    """A matrix for every layer, with at least its norm."""
+    return _conv_maps(self.layers, self.last)
 
 
 class TransformerBlock(nnx.Module):
@@ -228,6 +261,22 @@ class ResNet(nnx.Module):
       x = block(x)
     x = self.last(jnp.mean(x, axis=(1, 2)))
     return jnp.mean(jnp.reshape(x, (size, -1, x.shape[-1])), axis=1)
+
+
+def _conv_norms(layers, size):
+  """Norms of a stack of strided convolutions on maps of ``size``."""
+  norms = []
+  for layer in layers:
+    norms.append(bounds.conv_norm(layer.kernel[...], size, stride=_STRIDE))
+    size = tuple(-(-n // _STRIDE) for n in size)
+  return norms
+
+
+def _conv_maps(layers, last):
+  convolutions = (
+    bounds.conv_matrix(layer.kernel[...], stride=_STRIDE) for layer in layers
+  )
+  return (*convolutions, last.kernel[...])
 
 
 def _group_norm(width: int, rngs: nnx.Rngs) -> nnx.GroupNorm:

@@ -95,7 +95,7 @@ def crmt(
     noise: standard deviation of white noise added to the inputs of step 1, in
       their own units.
     spectral_penalty: weight of the sum of all layers' spectral norms in step 1,
-      for ordinary dense encoders; 0 for none.
+      for ordinary encoders; 0 for none.
     lipschitz: ``{modality: constant}`` that step 2 fits to, and is judged by,
       instead of the model's own, for a changed threat. None where
       ``published``: estimated from data, and never called certified.

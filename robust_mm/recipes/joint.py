@@ -58,7 +58,7 @@ def joint(
     keep: ``{modality: number of elements kept}`` of the noise variant; the rest
       is dropped at random (``smoothing.subsample``).
     spectral_penalty: weight of the sum of all layers' spectral norms, which
-      makes dense encoders certifiable; 0 for none.
+      makes ordinary encoders certifiable; 0 for none.
     valid_range: ``{modality: (low, high)}`` the attack stays in.
     units: ``{modality: size of one unit}`` of the budget and of sigma, 1
       where not named.

@@ -48,22 +48,23 @@ def with_spectral_penalty(
 ) -> Callable:
   r"""``loss_fn`` plus ``weight`` times the sum of all layers' spectral norms.
 
-  Of the dense layers of every encoder (normalisation included) and of the rows
-  of the head. It makes what multiplies up in a certificate small where the task
+  Of the dense layers and convolutions of every encoder (normalisation included;
+  of convolutions the bound of ``lipschitz.conv_matrix``) and of the rows of the
+  head. It makes what multiplies up in a certificate small where the task
   does not need it: ordinary encoders become certifiable.
 
   Raises:
-    ValueError: naming the modality whose encoder is not dense throughout.
+    ValueError: naming the modality whose encoder has other layers.
   """
   _validate.non_negative(spectral_penalty=weight)
   if not weight:
     return loss_fn
   stated = certification.abstract_geometry(model)
   for name in model.modalities:
-    if (stated.chain or {}).get(name) is None:
+    if (stated.linear or {}).get(name) is None:
       raise ValueError(
         f"spectral_penalty must be 0 for the encoder of modality {name!r}, "
-        "whose layers it cannot read: it takes dense ones (mlp)."
+        "whose layers it cannot read: it takes mlp, cnn and temporal_cnn."
       )
 
   def penalised(params, state, batch, *, key):
@@ -72,7 +73,7 @@ def with_spectral_penalty(
     matrices = [
       matrix
       for name in model.modalities
-      for matrix in (*geometry.chain[name], geometry.head[name])
+      for matrix in (*geometry.linear[name], geometry.head[name])
     ]
     total = sum(
       linalg.gram_norm(matrix, num_iters=tables.TRAINING_ITERS)
