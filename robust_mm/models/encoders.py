@@ -1,10 +1,10 @@
 """Encoders as values, by factory or by name.
 
 A factory returns an :class:`Encoder`: a description that is built once the
-input shape is known. ``mlp``, ``cnn`` and ``temporal_cnn`` state the product of their layers' norms
-as a Lipschitz constant, which says little unless training kept it small; of
-``transformer`` and ``resnet18`` none is known; the ``lipschitz_*`` ones state
-1.
+input shape is known. ``mlp``, ``cnn`` and ``temporal_cnn`` state the product of
+their layers' norms as a Lipschitz constant, which says little unless training
+kept it small; of ``transformer`` and ``resnet18`` none is known; the
+``lipschitz_*`` ones state 1.
 
 >>> make("mlp", hidden_sizes=(32,), embedding_dim=16).embedding_dim
 16
