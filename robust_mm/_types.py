@@ -85,6 +85,10 @@ class Geometry:
       are projected (``Model.project``); for losses, which see them in between,
       and never for a certificate.
     reduction: ``"sum"``, or ``"mean"`` over present modalities; static.
+    fusion: ``"additive"``: the logits are the sum of ``head[m] @ embedding[m]``
+      over present modalities, plus bias; ``"joint"``: a map of all embeddings
+      that is 1-Lipschitz in their joint l2 distance comes first, and then the
+      rows of ``head``, the same ones for every modality; static.
   """
 
   head: Any
@@ -100,6 +104,7 @@ class Geometry:
     default=None, metadata={"static": True}
   )
   reduction: str = dataclasses.field(default="sum", metadata={"static": True})
+  fusion: str = dataclasses.field(default="additive", metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -98,6 +98,7 @@ def certified_radius(
   temperature: float | Array,
   budgets: Mapping[str, float | Array] | None = None,
   present: Mapping | None = None,
+  fusion: str = "additive",
 ) -> Float[Array, ""]:
   r"""Trains for a certified radius of at least ``r0`` around the label.
 
@@ -122,13 +123,15 @@ def certified_radius(
       \epsilon_m`.
     present: ``{m: bool[*b]}``; where given, examples with nothing present are
       not counted.
+    fusion: "joint" behind a Lipschitz trunk: the denominators are then
+      :math:`\max_m S_{m,j}` and :math:`\sqrt{\sum_m (S_{m,j} \epsilon_m)^2}`.
 
   Returns:
     The mean over examples, a scalar.
   """
   _validate.non_negative(r0=r0)
   _validate.positive(temperature=temperature)
-  ratios = _radius_ratios(logits, sensitivity, label, budgets)
+  ratios = _radius_ratios(logits, sensitivity, label, budgets, fusion)
   loss = margins.shortfall(ratios, target=r0, temperature=temperature)
   return _mean(loss, _anything(present, loss.shape))
 
@@ -141,13 +144,14 @@ def hinge_radius(
   r0: float | Array,
   budgets: Mapping[str, float | Array] | None = None,
   present: Mapping | None = None,
+  fusion: str = "additive",
 ) -> Float[Array, ""]:
   r"""Mean of :math:`\max(0, r_0 - \min_j \rho_j)`.
 
   The limit of ``certified_radius`` for temperature 0; same arguments.
   """
   _validate.non_negative(r0=r0)
-  ratios = _radius_ratios(logits, sensitivity, label, budgets)
+  ratios = _radius_ratios(logits, sensitivity, label, budgets, fusion)
   loss = margins.hard_shortfall(ratios, target=r0)
   return _mean(loss, _anything(present, loss.shape))
 
@@ -273,8 +277,14 @@ def mixup_margin(
   return _floored_mean(-stacked, counted, floor)
 
 
-def _radius_ratios(logits, sensitivity, label, budgets):
+def _radius_ratios(logits, sensitivity, label, budgets, fusion):
+  _validate.one_of(("additive", "joint"), fusion=fusion)
   margin = margins.pairwise(logits, label)
+  if fusion == "joint":
+    if budgets is None:
+      return margins.joint_ratios(margin, sensitivity, ball="l1")
+    weighted = {m: sensitivity[m] * budgets[m] for m in budgets}
+    return margins.joint_ratios(margin, weighted)
   if budgets is None:
     return margins.joint_ratios(margin, sensitivity)
   return margins.budget_ratios(margin, sensitivity, budgets)

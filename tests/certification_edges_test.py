@@ -6,7 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import robust_mm as rmm
 from robust_mm import certification
+from robust_mm import models
+from robust_mm.models import encoders
 
 
 def test_ties_have_radius_zero_and_cover_nothing():
@@ -111,3 +114,104 @@ def test_bad_settings_are_refused_by_name(kwargs, match):
 def test_relative_units_by_name_point_to_the_helper():
   with pytest.raises(ValueError, match="relative_units"):
     heads.plain({"a": [[2.0, 1.0, 0.0]]}, {"a": heads.HOLLOW}, units="relative")
+
+
+def _certificates():
+  """One of every kind of certified set."""
+  logits = jnp.array([[3.0, 1.0, 0.0]])
+  yield heads.plain(
+    {"a": [[2.0, 1.0, 0.0]], "b": [[1.0, 0.0, 0.0]]},
+    {"a": heads.HOLLOW, "b": heads.HOLLOW},
+  )
+  tables = certification.SensitivityTables(
+    tables={"a": heads.HOLLOW, "b": heads.HOLLOW}, source="global", sound=True
+  )
+  yield certification.margin_certificate(
+    None, tables, logits=logits, fusion="joint"
+  )
+  model = models.from_function(
+    lambda w, inputs: inputs["a"] @ w + inputs["b"] @ w,
+    jnp.eye(3),
+    num_classes=3,
+    input_shapes={"a": (3,), "b": (3,)},
+  )
+  batch = {"inputs": {"a": logits, "b": jnp.zeros((1, 3))}}
+  yield rmm.certify(model, jnp.eye(3), batch, source="relaxation")
+
+
+@pytest.mark.parametrize("bad", [-1.0, -1e-6, np.nan, -np.inf])
+def test_sizes_below_nothing_are_refused_and_never_covered(bad):
+  """A negative budget of one modality must buy nothing for another."""
+  for found in _certificates():
+    assert found.covers({"a": 0.1, "b": 0.1})[0]
+    for budgets in ({"a": bad}, {"a": 0.1, "b": bad}):
+      with pytest.raises(ValueError, match="must be non-negative"):
+        found.covers(budgets)
+      assert not jax.jit(found.covers)(budgets)[0]
+    grid = jnp.array([0.0, 0.1, bad])
+    with pytest.raises(ValueError, match="grid must be non-negative"):
+      found.frontier("a", "b", grid)
+    reach = jax.jit(lambda g, found=found: found.frontier("a", "b", g))(grid)[0]
+    assert reach[0] >= reach[1] > 0
+    assert reach[2] == 0
+    with pytest.raises(ValueError, match="radius must be non-negative"):
+      certification.certified_accuracy(found, jnp.array([0]), bad)
+
+
+@pytest.mark.parametrize("source", ["global", "local", "relaxation", "best"])
+def test_one_class_is_refused(source):
+  model = rmm.Model(
+    modalities=("a",),
+    num_classes=1,
+    init=lambda key: ({}, {}),
+    encode=lambda params, state, inputs, present, *, train, key=None: (
+      inputs,
+      state,
+    ),
+    fuse=lambda params, embeddings, present: rmm.Outputs(
+      logits=embeddings["a"][:, :1],
+      scores={"a": embeddings["a"][:, :1]},
+      embeddings=embeddings,
+    ),
+    geometry=lambda params: rmm.Geometry(
+      head={"a": jnp.eye(1, 3)}, bias=jnp.zeros(1), lipschitz={"a": 1.0}
+    ),
+  )
+  batch = {"inputs": {"a": jnp.ones((2, 3))}}
+  with pytest.raises(ValueError, match="two classes"):
+    rmm.certify(model, {}, batch, source=source)
+
+
+@pytest.mark.parametrize("source", ["global", "local", "relaxation", "best"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_input_that_is_no_number_is_never_certified(source, bad):
+  """Not even by encoders that swallow it: max(nan, 0) may be 0."""
+  options = {"hidden_sizes": (6,), "embedding_dim": 4}
+  model = models.late_fusion(
+    {
+      "a": encoders.mlp(**options),
+      "b": encoders.bounded(encoders.mlp(**options), radius=2.0),
+    },
+    num_classes=3,
+    input_shapes={"a": (5,), "b": (5,)},
+  )
+  params, state = model.init(jax.random.key(0))
+  x = jax.random.normal(jax.random.key(1), (2, 3, 5))
+  if source in ("local", "relaxation"):  # a projection has no relaxation
+    model = models.concat_fusion(
+      {"a": encoders.mlp(**options), "b": encoders.mlp(**options)},
+      num_classes=3,
+      input_shapes={"a": (5,), "b": (5,)},
+    )
+    params, state = model.init(jax.random.key(0))
+  for name, other in (("a", "b"), ("b", "a")):
+    inputs = {name: x[0].at[1, 2].set(bad), other: x[1]}
+    found = rmm.certify(
+      model, params, {"inputs": inputs}, state=state, source=source
+    )
+    assert found.radius[1] == 0
+    assert found.modality_radius[name][1] == 0
+    assert not found.covers({name: 0.0})[1]
+    assert np.all(np.asarray(found.radius)[[0, 2]] > 0)
+    finite = jax.tree.map(lambda leaf: not np.any(np.isnan(leaf)), found)
+    assert all(jax.tree.leaves(finite))

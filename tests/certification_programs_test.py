@@ -1,6 +1,7 @@
 """What certify() refuses in a model's program, and rounding inside encoders."""
 
 import dataclasses
+import functools
 
 import certification_models as models
 import jax
@@ -141,6 +142,35 @@ def test_an_encoder_with_batch_statistics_is_refused(plain, size):
   with pytest.raises(ValueError, match="'audio' reads other examples"):
     rmm.certify(centred, params, batch)
   assert not rmm.certify(centred, params, batch, source="empirical").sound
+  for source in ("local", "relaxation", "best"):
+    with pytest.raises(ValueError, match="reads other examples of the batch"):
+      rmm.certify(centred, params, batch, source=source)
+
+
+@pytest.mark.parametrize("size", [1, 16])
+@pytest.mark.parametrize("source", ["local", "relaxation", "best"])
+def test_a_function_with_batch_statistics_is_refused(source, size):
+  weight = jax.random.normal(jax.random.key(0), (5, 3))
+
+  def fn(share, inputs):
+    x = inputs["x"]
+    return jnp.tanh(x - share * jnp.mean(x, axis=0)[None]) @ weight
+
+  model = rmm.models.from_function(
+    fn, jnp.asarray(0.5), num_classes=3, input_shapes={"x": (5,)}
+  )
+  x = jax.random.normal(jax.random.key(1), (1, 5))
+  batch = {"inputs": {"x": jnp.repeat(x, size, axis=0)}}
+  certify = functools.partial(rmm.certify, model, batch=batch, source=source)
+  with pytest.raises(ValueError, match="reads other examples of the batch"):
+    certify(jnp.asarray(0.5))
+  # Inside somebody's jit it cannot be said, and nothing is certified.
+  inside = jax.jit(lambda share: certify(share))
+  found = inside(jnp.asarray(0.5))
+  assert not np.any(found.radius)
+  assert not np.any(found.covers({"x": 0.0}))
+  # Without the statistics the same function has balls.
+  assert np.all(np.asarray(inside(jnp.asarray(0.0)).radius) > 0)
 
 
 @pytest.mark.parametrize("precision", ["default", "high"])

@@ -29,7 +29,7 @@ def certified_accuracy(
     certificate: of the examples.
     label: int ``[b]``.
     radius: a number or ``[g]`` of them; an example counts where its radius is
-      larger (at 0: margins beyond the slack).
+      larger (at 0: margins beyond the slack); not negative.
     budgets: instead of ``radius``, see ``Certificate.covers``.
     modality: take this modality's radius rather than the joint one.
     max_missing: with ``budgets``.
@@ -54,6 +54,8 @@ def certified_accuracy(
   if modality is not None:
     _validate.known(certificate.modalities, modality=(modality,))
     proved = certificate.modality_radius[modality]
+  if margins.known_values(radius) and not np.all(np.asarray(radius) >= 0):
+    raise ValueError(f"radius must be non-negative, got {radius}.")
   sizes = jnp.asarray(radius, proved.dtype)
   inside = proved[..., None] > jnp.reshape(sizes, (1,) * proved.ndim + (-1,))
   share = jnp.sum(counted[..., None] & inside, axis=tuple(range(proved.ndim)))

@@ -22,7 +22,6 @@ from robust_mm.certification.certificates import Slack
 from robust_mm.certification.tables import SensitivityTables
 
 FIDELITIES = ("corrected", "published")
-FUSIONS = ("additive", "joint")
 
 
 def margin_certificate(
@@ -127,7 +126,7 @@ def margin_certificate(
 
 def _check_settings(fidelity, fusion, reduction, slack):
   _validate.one_of(FIDELITIES, fidelity=fidelity)
-  _validate.one_of(FUSIONS, fusion=fusion)
+  _validate.one_of(geometries.FUSIONS, fusion=fusion)
   _validate.one_of(geometries.REDUCTIONS, reduction=reduction)
   if fusion == "joint" and reduction != "sum":
     raise ValueError("reduction must be 'sum' with fusion='joint'.")

@@ -1,6 +1,7 @@
 """The certificate as a value: what it says, and what can be asked of it."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from collections.abc import Mapping
 from typing import Any
@@ -159,7 +160,8 @@ class Certificate:
       max_missing: how many present modalities may be removed as well.
 
     Returns:
-      bool ``[b]``; the set of covered budgets is down-closed.
+      bool ``[b]``; the set of covered budgets is down-closed. False, inside
+      jit, for a budget that is negative or NaN.
 
     Raises:
       ValueError: for an unknown modality, a negative budget, ``max_missing``
@@ -175,9 +177,11 @@ class Certificate:
     cost = {
       name: self._cost(name, budgets.get(name, 0.0)) for name in self.modalities
     }
+    good = [jnp.asarray(size) >= 0 for size in budgets.values()]
+    good = functools.reduce(jnp.logical_and, good, jnp.asarray(True))
     if max_missing:
       left = self._left_after_removal(cost, max_missing)
-      return jnp.all(left > 0, axis=-1)
+      return jnp.all(left > 0, axis=-1) & good
     inside = jnp.zeros(jnp.shape(self.prediction), bool)
     if self.fusion != "ball":
       ball = "linf" if self.fusion == "additive" else "l2"
@@ -185,7 +189,7 @@ class Certificate:
       inside = jnp.all(left > 0, axis=-1)
     if self.balls is not None:
       inside |= balls_lib.covers(self.balls, self.present, budgets)
-    return inside
+    return inside & good
 
   def radius_without(self, removed: Iterable[str]) -> Float[Array, "*b"]:
     """The joint radius for ``prediction`` once ``removed`` are gone.
@@ -274,9 +278,13 @@ class Certificate:
       grid: ``[g]`` budgets of ``first``.
 
     Returns:
-      ``[b, g]``.
+      ``[b, g]``; 0, inside jit, for a budget that is negative or NaN.
+
+    Raises:
+      ValueError: for an unknown modality, or a negative budget in ``grid``.
     """
     _validate.known(self.modalities, frontier=(first, second))
+    _need_sizes("grid", grid)
     margin = self.rival_margins()[..., None]
     one = self.sensitivity[first][..., None]
     two = self.sensitivity[second][..., None]
@@ -297,10 +305,10 @@ class Certificate:
     reach = jnp.maximum(jnp.min(ratio, axis=-2), 0)
     if self.fusion == "ball":
       reach = jnp.zeros_like(reach)
-    if self.balls is None:
-      return reach
-    circle = balls_lib.frontier(self.balls, first, second, grid)
-    return jnp.maximum(reach, circle)
+    if self.balls is not None:
+      circle = balls_lib.frontier(self.balls, first, second, grid)
+      reach = jnp.maximum(reach, circle)
+    return jnp.where(jnp.asarray(grid) >= 0, reach, 0)
 
   def vulnerability_ratio(
     self, first: str, second: str
@@ -403,7 +411,9 @@ class Certificate:
   def _check_budgets(self, budgets):
     _validate.known(self.modalities, budgets=budgets)
     for name, value in budgets.items():
-      if margins.known_values(value) and not np.all(np.asarray(value) >= 0):
-        raise ValueError(
-          f"budgets[{name!r}] must be non-negative, got {value}."
-        )
+      _need_sizes(f"budgets[{name!r}]", value)
+
+
+def _need_sizes(argument, value):
+  if margins.known_values(value) and not np.all(np.asarray(value) >= 0):
+    raise ValueError(f"{argument} must be non-negative, got {value}.")

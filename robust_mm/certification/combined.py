@@ -1,9 +1,11 @@
-"""Certificates from balls, and the best of every source per example."""
+"""Certificates from balls, alone or around a global one, per example."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
+from jaxtyping import Bool
 
 from robust_mm import margins
 from robust_mm import modalities
@@ -25,7 +27,7 @@ def from_balls(
   units,
   norm: tuple,
   source: str,
-) -> Certificate:
+) -> tuple[Certificate, Bool[Array, " b"]]:
   """What bounds inside balls prove; any model there is a relaxation for.
 
   Args:
@@ -38,6 +40,10 @@ def from_balls(
     norm: ``((m, norm), ...)``.
     source: "local", "relaxation" or "best" (the larger of both).
 
+  Returns:
+    the certificate, and whether each example alone has the logits it has in
+    this batch; one that has not has radius 0.
+
   Raises:
     ValueError: naming the operation there is no relaxation for.
   """
@@ -48,8 +54,10 @@ def from_balls(
   problem = _problem(
     params, state, inputs, present, units, jnp.argmax(logits, axis=-1)
   )
+  _need_classes(logits)
   network = relaxed.network_of(model, problem)
-  methods = relaxed.METHODS if source == "best" else (source,)
+  alone = relaxed.explains(model, network, problem, logits)
+  methods = _methods(source)
   found = [
     relaxed.balls(network, problem, method=method, norm=norm)
     for method in methods
@@ -57,7 +65,8 @@ def from_balls(
   margin, slopes = relaxed.first_order(network, problem, norm)
   chosen = margins.one_hot(problem.prediction, logits.shape[-1])
   valid = jnp.any(modalities.stack(present, axis=-1), axis=-1)
-  sure = jnp.all(jnp.isfinite(margin), axis=-1)[..., None]
+  found = [_trusted(balls, alone) for balls in found]
+  sure = (alone & jnp.all(jnp.isfinite(margin), axis=-1))[..., None]
   margin = jnp.where(sure, margin, 0)
   margin = jnp.where(chosen | ~valid[..., None], jnp.inf, margin)
   base = Certificate(
@@ -92,18 +101,31 @@ def from_balls(
     jnp.zeros_like(found[0].joint),
     jax.tree.map(jnp.zeros_like, found[0].alone),
   )
-  return _with_balls(base, nothing, found, methods)
+  return _with_balls(base, nothing, found, methods), alone
 
 
-def best_of_all(
+def widened(
   certificate: Certificate,
+  model: Model,
   network,
   params,
   state,
   inputs,
   present,
+  *,
+  logits,
+  source: str,
 ) -> Certificate:
-  """A global certificate, widened by the balls of every other source."""
+  """A global certificate and the balls of other sources around it.
+
+  Args:
+    certificate: from global constants.
+    model: whose certificate it is.
+    network: of the model, see ``network_or_reason``.
+    params, state, inputs, present: the batch.
+    logits: ``[b, k]``, as the batch gave them.
+    source: "best", or "local" for local constants beside the global ones.
+  """
   problem = _problem(
     params, state, inputs, present, certificate.units, certificate.prediction
   )
@@ -117,7 +139,7 @@ def best_of_all(
         certificate.sensitivity if certificate.fusion == "additive" else None
       ),
     )
-    for method in relaxed.METHODS
+    for method in _methods(source)
   ]
   # Logits that the geometry does not explain carry no certificate at all: all
   # margins but the infinite one of the prediction are 0 then.
@@ -125,12 +147,12 @@ def best_of_all(
     certificate.prediction, certificate.margins.shape[-1]
   )
   trusted = jnp.any(rival & (certificate.margins != 0), axis=-1)
-  found = [jax.tree.map(lambda r: jnp.where(trusted, r, 0), f) for f in found]
+  trusted &= relaxed.explains(model, network, problem, logits)
+  found = [_trusted(balls, trusted) for balls in found]
   start = Balls(certificate.radius, certificate.modality_radius)
-  widened = _with_balls(
-    certificate, start, found, (certificate.source, *relaxed.METHODS)
-  )
-  return dataclasses.replace(widened, source="best")
+  names = (certificate.source, *_methods(source))
+  made = _with_balls(certificate, start, found, names)
+  return dataclasses.replace(made, source=source)
 
 
 def network_or_reason(
@@ -142,6 +164,22 @@ def network_or_reason(
     return relaxed.network_of(model, problem), None
   except ValueError as error:
     return None, error
+
+
+def _methods(source: str) -> tuple[str, ...]:
+  return relaxed.METHODS if source == "best" else (source,)
+
+
+def _trusted(balls: Balls, good) -> Balls:
+  """No ball around an example that is not ``good``."""
+  return jax.tree.map(lambda radius: jnp.where(good, radius, 0), balls)
+
+
+def _need_classes(logits) -> None:
+  if logits.shape[-1] < 2:
+    raise ValueError(
+      f"logits must have at least two classes, got {logits.shape[-1]}."
+    )
 
 
 def _problem(params, state, inputs, present, units, prediction):

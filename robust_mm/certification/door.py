@@ -30,6 +30,7 @@ from robust_mm.certification.tables import SensitivityTables
 
 BALL_SOURCES = ("local", "relaxation", "best")
 """Sources that bound every example by itself, inside balls."""
+_HINT = "This model has a geometry: source='global' may certify it."
 SOURCES = ("global", *BALL_SOURCES, "empirical")
 
 
@@ -72,8 +73,8 @@ def certify(
   once per parameter set when certifying many batches.
 
   Args:
-    model: a late-fusion model with a geometry; for ``"local"``,
-      ``"relaxation"`` and ``"best"`` any model that is affine between known
+    model: with a geometry (late fusion, or a Lipschitz trunk); for ``"local"``,
+      ``"relaxation"`` and ``"best"`` any that is affine between known
       activations.
     params: its parameters, float32 or float64.
     batch: ``inputs`` and (default: all) ``present``; others are not read.
@@ -82,7 +83,8 @@ def certify(
 
       ================  ====================================================
       ``"global"``      constants of the encoders, valid everywhere
-      ``"local"``       constants inside a ball around the example
+      ``"local"``       constants inside a ball around the example, and the
+                        global ones where the model states them
       ``"relaxation"``  a linear lower bound of the margin inside a ball
       ``"best"``        the largest radius of these, example by example
       ``"empirical"``   slopes seen in data: an estimate, never a certificate
@@ -90,7 +92,7 @@ def certify(
 
       ``"global"`` costs a forward pass; the others some hundred, and grow with
       the square of the width: use small batches. Ignored where ``tables`` are
-      given, but for ``"best"``.
+      given, but for ``"best"`` and ``"local"``.
     tables: from ``sensitivity_tables`` or ``empirical_tables``. Without them
       ``"empirical"`` estimates on this very batch.
     units: ``{m: s_m}``, the size that counts as 1; ``relative_units`` makes
@@ -130,7 +132,7 @@ def certify(
   state = {} if state is None else state
   units = tables_lib.check_units(units, model.modalities)
   if not additive:
-    return _certify_balls(
+    certificate, alone = _certify_balls(
       params,
       inputs,
       present,
@@ -140,6 +142,13 @@ def certify(
       source=source,
       norm=tuple(arrays.norms(norm, model.modalities).items()),
     )
+    if margins.known_values(alone) and not np.all(np.asarray(alone)):
+      raise ValueError(
+        "the model reads other examples of the batch (batch statistics?): the "
+        "logits of an example must depend on that example alone, or there is "
+        "no certificate."
+      )
+    return certificate
   try:
     certificate, agree, inside, embeddings, sizes = _certify(
       params,
@@ -156,6 +165,8 @@ def certify(
     )
   except (TypeError, ValueError) as error:
     reason = batches.explain(model, params, state, inputs, present)
+    if reason is None and source == "local":
+      raise ValueError(f"{error} {_HINT}") from error
     if reason is None:
       raise
     raise reason from error
@@ -204,7 +215,9 @@ def _certify(
   if tables.lipschitz is not None:
     # Cached: what computes the constants of the encoders is then dead code.
     geometry = dataclasses.replace(geometry, lipschitz=tables.lipschitz)
-  contributions = _contributions(geometry, outputs, present)
+  contributions = None
+  if geometry.fusion == "additive":
+    contributions = _contributions(geometry, outputs, present)
   sizes = _sizes(geometry, outputs, inputs, present)
   rounding = sum(
     size * jnp.max(margins.norm(geometry.head[name]))
@@ -229,15 +242,26 @@ def _certify(
     sizes={name: int(np.prod(x.shape[1:])) for name, x in inputs.items()},
     slack=slack,
     fidelity=fidelity,
+    fusion=geometry.fusion,
     reduction=geometry.reduction,
   )
-  if source == "best":
-    network, _ = combined.network_or_reason(
+  if source in ("best", "local") and certificate.sound:
+    network, reason = combined.network_or_reason(
       model, params, state, inputs, present, units, certificate.prediction
     )
-    if network is not None and certificate.sound:
-      certificate = combined.best_of_all(
-        certificate, network, params, state, inputs, present
+    if network is None and source == "local":
+      raise reason
+    if network is not None:
+      certificate = combined.widened(
+        certificate,
+        model,
+        network,
+        params,
+        state,
+        inputs,
+        present,
+        logits=outputs.logits,
+        source=source,
       )
   return certificate, agree, inside, outputs.embeddings, sizes
 
@@ -260,16 +284,14 @@ def _certify_balls(
   except ValueError as error:
     if model.geometry is None:
       raise
-    raise ValueError(
-      f"{error} This model has a geometry: source='global' may certify it."
-    ) from error
+    raise ValueError(f"{error} {_HINT}") from error
 
 
 def _is_additive(model, params, source) -> bool:
   """Whether the certificate rests on what the encoders state."""
-  if source in ("local", "relaxation"):
+  if source == "relaxation":
     return False
-  if source != "best":
+  if source not in ("best", "local"):
     return True
   if model.geometry is None:
     return False
@@ -326,6 +348,8 @@ def _sizes(geometry, outputs, inputs, present):
 
 def _agreement(geometry, outputs, contributions, present, rounding) -> Array:
   """Whether contributions and bias add up to the logits, per example."""
+  if contributions is None:
+    return jnp.ones(outputs.logits.shape[:-1], bool)
   bias = jnp.broadcast_to(geometry.bias, outputs.logits.shape)
   terms = contributions
   if geometry.reduction == "mean":

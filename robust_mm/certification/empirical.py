@@ -160,5 +160,7 @@ def _modality_term(model, params, state, geometry, inputs, present, name, raw):
     geometries.refuse_mixed(outputs)
     if outputs.scores is not None:
       return outputs.scores[name][0]
+  if geometry.fusion == "joint":
+    return model.fuse(params, embeddings, present).logits[0]
   term = embeddings[name][0] @ geometry.head[name].T
   return jnp.where(present[name][0], term, 0)

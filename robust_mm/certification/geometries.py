@@ -10,6 +10,7 @@ from robust_mm._types import Geometry
 from robust_mm._types import Model
 from robust_mm._types import Params
 
+FUSIONS = ("additive", "joint")
 REDUCTIONS = ("sum", "mean")
 
 
@@ -22,6 +23,7 @@ def model_geometry(model: Model, params: Params) -> Geometry:
   if geometry is None:
     raise ValueError("model.geometry must return a Geometry, got None.")
   _validate.one_of(REDUCTIONS, **{"geometry.reduction": geometry.reduction})
+  _validate.one_of(FUSIONS, **{"geometry.fusion": geometry.fusion})
   return geometry
 
 
@@ -31,8 +33,10 @@ def need_geometry(model: Model) -> None:
     raise ValueError(
       f"the model over {', '.join(model.modalities)} has no geometry: its "
       "logits are no sum of per-modality terms, so it has no margin "
-      "certificate. Use a late-fusion head, or randomised smoothing "
-      "(robust_mm.smoothing; robust-mm certify --source=smoothing)."
+      "certificate. Three ways out: source='relaxation', which bounds any "
+      "model that is affine between known activations; a late-fusion head or "
+      "a Lipschitz trunk; or randomised smoothing (robust_mm.smoothing; "
+      "robust-mm certify --source=smoothing)."
     )
 
 

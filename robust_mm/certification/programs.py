@@ -12,7 +12,7 @@ from jax.extend import core
 from robust_mm.certification import geometries
 
 _LOW_PRECISION = 4  # bytes: anything narrower voids the slack
-_SAME_ROW = 1e-4  # relative; rounding differs between batch sizes
+SAME_ROW = 1e-4  # relative; rounding differs between batch sizes
 _EXACT = (
   None,  # inherits "highest", under which the model is traced
   jax.lax.Precision.HIGHEST,
@@ -70,9 +70,9 @@ def check_rows(model, params, state, inputs, present, embeddings, sizes):
   for name in inputs:
     before = np.asarray(embeddings[name], np.float64)[row]
     after = np.asarray(found[name], np.float64)[0]
-    limit = _SAME_ROW * float(np.asarray(sizes[name])[row])
+    limit = SAME_ROW * float(np.asarray(sizes[name])[row])
     # NaN is no finding: the certificate has dealt with it.
-    if np.linalg.norm(before - after) > limit + _SAME_ROW * np.linalg.norm(
+    if np.linalg.norm(before - after) > limit + SAME_ROW * np.linalg.norm(
       after
     ):
       raise ValueError(

@@ -126,6 +126,8 @@ def _refuted_balls(model, params, state, inputs, stated: Certificate):
   network = relaxed.network_of(model, problem)
   world = stated.sensitivity if stated.fusion == "additive" else None
   balls = stated.balls
+  # A network of one example knows nothing of what others do to it.
+  unlike = ~relaxed.explains(model, network, problem, logits)
   claims = [(tuple(stated.modalities), balls.joint)]
   claims += [((name,), balls.alone[name]) for name in stated.modalities]
   # A radius is the larger one of the polytope's and the balls'.
@@ -149,7 +151,8 @@ def _refuted_balls(model, params, state, inputs, stated: Certificate):
       sensitivity=world,
     )
     wrong |= np.asarray((radius > 0) & ~proved)
-  other = (problem.prediction != stated.prediction) & (stated.radius > 0)
+  other = unlike | (problem.prediction != stated.prediction)
+  other &= stated.radius > 0
   return wrong | np.asarray(other)
 
 

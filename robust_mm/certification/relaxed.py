@@ -22,6 +22,7 @@ from robust_mm import margins
 from robust_mm import modalities
 from robust_mm import relaxation
 from robust_mm._types import Model
+from robust_mm.certification import programs
 from robust_mm.certification.balls import Balls
 
 METHODS = ("local", "relaxation")
@@ -66,6 +67,43 @@ def network_of(model: Model, problem: Problem) -> relaxation.Network:
     return model.apply(params, state, rows, flags)[0].logits[0]
 
   return relaxation.trace(logits, (problem.params, problem.state, here), one)
+
+
+def explains(
+  model: Model,
+  network: relaxation.Network,
+  problem: Problem,
+  logits: Float[Array, "b k"],
+) -> Bool[Array, " b"]:
+  """Whether each example alone has the logits it has among others.
+
+  ``network`` was taken from one example: what a model makes of others (batch
+  statistics) is not in it. Tried in the batch, and in the batch beside as many
+  rows of zeros. Up to rounding; NaN agrees, it proves nothing.
+  """
+  sizes = _sizes(problem)
+  number = problem.prediction.shape[0]
+  double = {
+    name: jnp.concatenate([x, jnp.zeros_like(x)])
+    for name, x in problem.inputs.items()
+  }
+  here = {name: jnp.tile(x, 2) for name, x in problem.present.items()}
+  with jax.default_matmul_precision("highest"):
+    outputs, _ = model.apply(problem.params, problem.state, double, here)
+
+  def one(bound, ball, rows):
+    del rows
+    found, slopes = jax.jvp(bound, (dict(ball.center),), (dict(ball.center),))
+    return found, jnp.max(jnp.abs(slopes))
+
+  zero = jnp.zeros(problem.prediction.shape, _dtype(problem))
+  norm = tuple((name, "l2") for name in modalities.names(problem.inputs))
+  found, moved = _each(one, network, problem, sizes, zero, norm)
+  # Rounding is relative to what inputs contribute, which biases may cancel.
+  scale = jnp.max(jnp.abs(logits), axis=-1) + moved
+  among = jnp.stack([logits, outputs.logits[:number]])
+  difference = jnp.max(jnp.abs(found[None] - among), axis=(0, -1))
+  return ~(difference > programs.SAME_ROW * scale)
 
 
 def balls(

@@ -9,6 +9,7 @@ from robust_mm.models import fusion
 from robust_mm.models import lipschitz
 from robust_mm.models import lipschitz_layers
 from robust_mm.models import normalization
+from robust_mm.models import trunk
 from robust_mm.models.encoders import custom
 from robust_mm.models.functional import Encoder
 from robust_mm.models.fusion import ConcatFusion
@@ -20,9 +21,11 @@ from robust_mm.models.multimodal import concat_fusion
 from robust_mm.models.multimodal import from_parts
 from robust_mm.models.multimodal import late_fusion
 from robust_mm.models.multimodal import token_fusion
+from robust_mm.models.multimodal import trunk_fusion
 from robust_mm.models.normalization import Normalization
 from robust_mm.models.normalization import fit_normalization
 from robust_mm.models.plain import from_function
+from robust_mm.models.trunk import TrunkFusion
 
 __all__ = [
   "ConcatFusion",
@@ -30,6 +33,7 @@ __all__ = [
   "Normalization",
   "OrthogonalFusion",
   "TokenFusion",
+  "TrunkFusion",
   "build",
   "concat_fusion",
   "custom",
@@ -45,4 +49,6 @@ __all__ = [
   "lipschitz_layers",
   "normalization",
   "token_fusion",
+  "trunk",
+  "trunk_fusion",
 ]

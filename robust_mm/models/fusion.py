@@ -364,6 +364,17 @@ def _token_functions(fusion: TokenFusion, dims: tuple) -> functional.Functions:
   return functional.from_module(build)
 
 
+def freeze(fusion: Any, params: Params) -> tuple[Any, Params]:
+  """The same logits from rows that are made once: ``(head, its params)``."""
+  if hasattr(fusion, "freeze"):
+    return fusion.freeze(params)
+  if not hasattr(fusion, "geometry"):
+    return fusion, params
+  stated = jax.jit(lambda p: fusion.geometry(p, {}))(params)
+  head = ConcatFusion(fusion.num_classes, stated.reduction)
+  return head, {"head": stated.head, "bias": stated.bias}
+
+
 def head_defect(geometry: Geometry) -> dict[str, Float[Array, ""]]:
   """The defect of a head with integration factors, read off its geometry.
 

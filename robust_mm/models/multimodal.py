@@ -28,6 +28,7 @@ from robust_mm._types import Model
 from robust_mm.models import encoders as encoders_lib
 from robust_mm.models import functional
 from robust_mm.models import fusion as fusion_lib
+from robust_mm.models import trunk
 from robust_mm.models.functional import Encoder
 from robust_mm.models.normalization import Normalization
 
@@ -91,10 +92,30 @@ def token_fusion(
   )
 
 
+def trunk_fusion(
+  encoders: Mapping[str, Encoder],
+  num_classes: int,
+  *,
+  input_shapes: Mapping[str, Sequence[int]],
+  normalization: Mapping[str, Normalization] | None = None,
+  **fusion_options,
+) -> Model:
+  """Encoders and a 1-Lipschitz perceptron over all embeddings.
+
+  Modalities interact and ``certify`` still holds: for the largest joint radius.
+  ``fusion_options`` are those of :class:`trunk.TrunkFusion`.
+  """
+  head = trunk.TrunkFusion(num_classes, **fusion_options)
+  return from_parts(
+    encoders, head, input_shapes=input_shapes, normalization=normalization
+  )
+
+
 FUSIONS = {
   "concat": fusion_lib.ConcatFusion,
   "orthogonal": fusion_lib.OrthogonalFusion,
   "token": fusion_lib.TokenFusion,
+  "trunk": trunk.TrunkFusion,
 }
 
 
@@ -110,7 +131,7 @@ def build(
   """The model a configuration describes.
 
   Args:
-    fusion: "orthogonal", "concat" or "token".
+    fusion: "orthogonal", "concat", "token" or "trunk".
     encoders: ``{m: {"name": factory, **options}}``, see ``encoders.make``;
       ``embedding_radius`` is an option of all of them.
     num_classes: k.
@@ -234,11 +255,7 @@ def _freeze(parts, fusion, encoders, normalizers, shapes) -> Callable:
       for name, part in parts.items()
     }
     fixed = {name: part for name, (part, _) in made.items()}
-    head, head_params = fusion, params["fusion"]
-    if hasattr(fusion, "geometry"):
-      stated = jax.jit(lambda p: fusion.geometry(p, {}))(head_params)
-      head = fusion_lib.ConcatFusion(fusion.num_classes, stated.reduction)
-      head_params = {"head": stated.head, "bias": stated.bias}
+    head, head_params = fusion_lib.freeze(fusion, params["fusion"])
     values = {
       "encoders": {name: encoded for name, (_, encoded) in made.items()},
       "fusion": head_params,
@@ -365,7 +382,9 @@ def _geometry(parts, fusion, encoders, normalizers, shapes) -> Callable | None:
     after = {name: nominal(name) for name in parts}
     if any(value is not None for value in after.values()):
       stated = dataclasses.replace(stated, nominal=after)
-    chains = {name: chain(name, params) for name in parts}
+    chains = dict.fromkeys(parts)
+    if stated.fusion == "additive":  # a chain ends in the rows of the head
+      chains = {name: chain(name, params) for name in parts}
     if any(layers is not None for layers in chains.values()):
       stated = dataclasses.replace(stated, chain=chains)
     maps = {name: linear(name, params, chains[name]) for name in parts}

@@ -174,7 +174,8 @@ def certified_radius(
   """Training for the joint certified radius alone (certification.md 6).
 
   Of Lipschitz encoders, or of ordinary dense ones (``mlp``), whose radius
-  comes from their chain bound. Arguments as in :func:`crmt`.
+  comes from their chain bound; with a late-fusion head or a Lipschitz trunk.
+  Arguments as in :func:`crmt`.
   """
   recipe = crmt(
     model,
@@ -198,7 +199,7 @@ def published_loss(
 
   Mixed batches have one ``mix`` [] for all of their examples.
   """
-  integration.abstract_geometry(model)
+  integration.need_scores(integration.abstract_geometry(model))
 
   def loss_fn(params, state, batch, *, key):
     outputs, state = model.apply(
@@ -258,6 +259,7 @@ def corrected_loss(
       r0=r0,
       temperature=temperature,
       present=batch["present"],
+      fusion=geometry.fusion,
     )
     if not rho:
       return radius, 0.0

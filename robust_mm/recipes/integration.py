@@ -56,6 +56,7 @@ def integration_phase(
   """
   published = fidelity == "published"
   geometry = abstract_geometry(model)
+  need_scores(geometry)
   if stated_factors(geometry) is None:
     raise ValueError(
       "integration_steps must be 0 for a head without integration factors; "
@@ -197,8 +198,18 @@ def abstract_geometry(model: Model) -> Geometry:
   return certification.abstract_geometry(model)
 
 
+def need_scores(geometry: Geometry) -> None:
+  """A trunk leaves no score of a modality by itself."""
+  if geometry.fusion != "additive":
+    raise ValueError(
+      "crmt works on per-modality scores and model.fusion='trunk' has none: "
+      "use recipes.certified_radius, or a late-fusion head."
+    )
+
+
 def need_orthonormal(geometry: Geometry) -> None:
   """Only there is ``margin / (sqrt(2) L)`` of raw scores a radius."""
+  need_scores(geometry)
   if geometry.factors is None:
     raise ValueError(
       "the per-modality radii of fidelity='corrected' need orthonormal rows "
