@@ -135,8 +135,11 @@ def random_batch(
   return {"inputs": inputs, "present": present}
 
 
-def fit(loss_fn, init, tx, *, num_steps):
-  """Parameters after full-batch steps down ``loss_fn(params)``, of key 0."""
+def fit(loss_fn, init, tx, *, num_steps, num_seeds=None):
+  """Parameters after full-batch steps down ``loss_fn(params)``, of key 0.
+
+  With ``num_seeds`` those of as many keys, along a leading axis.
+  """
 
   def step(carry, _):
     params, state = carry
@@ -148,4 +151,6 @@ def fit(loss_fn, init, tx, *, num_steps):
     params = init(key)[0]
     return jax.lax.scan(step, (params, tx.init(params)), length=num_steps)[0][0]
 
-  return run(jax.random.key(0))
+  if num_seeds is None:
+    return run(jax.random.key(0))
+  return jax.vmap(run)(jax.random.split(jax.random.key(0), num_seeds))

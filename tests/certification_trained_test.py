@@ -1,6 +1,7 @@
-"""certification.md 11.7: attacks on a trained model, inside its radii."""
+"""certification.md 11.6 and 11.7: five trained models, attacked and compared."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,54 +17,79 @@ from robust_mm import losses
 from robust_mm import models
 
 SIZE = 200
-EVERYTHING = ("left", "right")
+SEEDS = 5
+NAMES = ("left", "right")
+LIPSCHITZ = {"name": "lipschitz_mlp", "block": "bjorck", "embedding_dim": 16}
+STEMMED = {**LIPSCHITZ, "stem": 32, "width": 32, "num_blocks": 1}
+BARE = {**LIPSCHITZ, "width": 32, "num_blocks": 0}
+TRUNK = {"width": 32, "num_blocks": 1, "embedding_dim": 16}
+PLAIN = {"name": "mlp", "hidden_sizes": (32,), "embedding_dim": 16}
+KINDS = {
+  # fusion, encoder, options of the fusion
+  "late": ("orthogonal", STEMMED, {}),
+  "trunk": ("trunk", BARE, TRUNK),
+  "plain": ("orthogonal", PLAIN, {}),
+}
 
 
-@pytest.fixture(scope="module")
-def trained():
-  """(model, parameters, 200 test digits), trained for the radius."""
-  part = {
-    "name": "lipschitz_mlp",
-    "block": "bjorck",
-    "stem": 32,
-    "width": 32,
-    "num_blocks": 1,
-    "embedding_dim": 16,
-  }
-  shapes = dict.fromkeys(EVERYTHING, (8, 4, 1))
+@functools.cache
+def _trained(kind):
+  """(model, parameters of five seeds, 200 test digits), for the radius."""
+  fusion, part, options = KINDS[kind]
   model = models.build(
-    fusion="orthogonal",
-    encoders=dict.fromkeys(EVERYTHING, part),
+    fusion=fusion,
+    encoders=dict.fromkeys(NAMES, part),
     num_classes=10,
-    input_shapes=shapes,
+    input_shapes=dict.fromkeys(NAMES, (8, 4, 1)),
+    fusion_options=options,
   )
   batch = jax.tree.map(jnp.asarray, rmm.data.load("digits", split="train"))
-  tx = optax.adam(optax.cosine_decay_schedule(3e-2, 150))
+  rate = 5e-3 if kind == "plain" else 3e-2
+  tx = optax.adam(optax.cosine_decay_schedule(rate, 150))
 
   def loss_fn(params):
     outputs, _ = model.apply(
       params, {}, batch["inputs"], batch["present"], train=True
     )
+    geometry = model.geometry(params)
     sensitivity = certification.sensitivity(
-      model.geometry(params), batch["label"], batch["present"]
+      geometry, batch["label"], batch["present"]
     )
     return losses.certified_radius(
-      outputs.logits, sensitivity, batch["label"], r0=0.6, temperature=0.1
+      outputs.logits,
+      sensitivity,
+      batch["label"],
+      r0=0.6,
+      temperature=0.1,
+      fusion=geometry.fusion,
     )
 
-  params = fit(loss_fn, model.init, tx, num_steps=150)
+  params = fit(loss_fn, model.init, tx, num_steps=150, num_seeds=SEEDS)
   test = rmm.data.load("digits", split="test", limit=SIZE)
   return model, params, jax.tree.map(jnp.asarray, test)
 
 
-@pytest.fixture(scope="module")
-def flips(trained):
-  """``flips(certificate, names)``: whom an attack inside its radius changes."""
-  model, params, batch = trained
-  attack = attacks.pgd(norm=2, budget=1.0, num_steps=60, num_restarts=4)
+def _certificates(kind, factor=1.0, source="global"):
+  """Certificates of all seeds, from tables multiplied by ``factor``."""
+  model, params, batch = _trained(kind)
 
   @jax.jit
-  def run(label, budget):
+  def certify(params):
+    tables = certification.sensitivity_tables(model, params)
+    scaled = {m: factor * table for m, table in tables.tables.items()}
+    tables = dataclasses.replace(tables, tables=scaled)
+    return rmm.certify(model, params, batch, tables=tables, source=source)
+
+  return jax.vmap(certify)(params)
+
+
+@functools.cache
+def _attack(kind):
+  """``run(label, budget)``: whom an attack changes, ``[seeds, b]``."""
+  model, params, batch = _trained(kind)
+  attack = attacks.pgd(norm=2, budget=1.0, num_steps=50, num_restarts=3)
+
+  def one(params, label, budget):
     def logits_fn(inputs):
       return model.apply(params, {}, inputs, batch["present"])[0].logits
 
@@ -72,37 +98,64 @@ def flips(trained):
     )
     return jnp.argmax(logits_fn(found), axis=-1) != label
 
-  def flipped(certificate, names):
-    if names == EVERYTHING:
-      radius = certificate.radius
-      budget = 0.999 * radius
-    else:
-      radius = certificate.modality_radius[names[0]]
-      budget = {
-        name: 0.999 * radius if name in names else jnp.zeros(SIZE)
-        for name in EVERYTHING
-      }
-    assert np.all(np.isfinite(radius))
-    assert np.mean(np.asarray(radius) > 0) > 0.95
-    return np.asarray(run(certificate.prediction, budget))
-
-  return flipped
+  run = jax.jit(jax.vmap(one))
+  return lambda label, budget: np.asarray(run(params, label, budget))
 
 
-@pytest.mark.parametrize(
-  "names", [EVERYTHING, ("left",), ("right",)], ids="+".join
-)
-def test_no_attack_of_a_trained_model_succeeds_inside_the_radius(
-  trained, flips, names
-):
-  model, params, batch = trained
-  found = rmm.certify(model, params, batch)
-  assert np.mean(found.prediction == batch["label"]) > 0.9
-  assert not np.any(flips(found, names))
+def _flips(kind, found, moving):
+  """Whom attacks on ``moving``, all or one, change inside their radii."""
+  if moving == NAMES:
+    radius = found.radius
+  else:
+    radius = found.modality_radius[moving[0]]
+  assert np.all(np.isfinite(radius))
+  assert np.mean(np.asarray(radius) > 0) > 0.95
+  attack = _attack(kind)
+  if moving == NAMES:
+    return attack(found.prediction, 0.999 * radius)
+  budget = {m: 0.999 * radius * (m in moving) for m in NAMES}
+  return attack(found.prediction, budget)
+
+
+@pytest.mark.parametrize("moving", [NAMES, NAMES[:1], NAMES[1:]], ids="+".join)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_attack_of_a_trained_model_succeeds_inside_the_radius(kind, moving):
+  found = _certificates(kind)
+  assert found.sound
+  _, _, batch = _trained(kind)
+  right = found.prediction == batch["label"][None]
+  assert np.all(np.mean(right, axis=-1) > 0.9)
+  assert not np.any(_flips(kind, found, moving))
   # The same attack refutes constants that are too small.
-  tables = certification.sensitivity_tables(model, params)
-  wrong = dataclasses.replace(
-    tables, tables={m: 0.4 * t for m, t in tables.tables.items()}
+  cheat = _certificates(kind, factor=0.4)
+  assert np.all(_flips(kind, cheat, moving).mean(axis=-1) > 0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_balls_of_differently_predicted_test_digits_are_disjoint(kind):
+  """Twice the radii would overlap: no attack is needed to see that."""
+  _, _, batch = _trained(kind)
+  flat = jnp.concatenate(
+    [jnp.reshape(batch["inputs"][m], (SIZE, -1)) for m in NAMES], axis=-1
   )
-  cheat = rmm.certify(model, params, batch, tables=wrong)
-  assert flips(cheat, names).mean() > 0.5
+  distance = jnp.linalg.norm(flat[:, None] - flat[None], axis=-1)
+  found = _certificates(kind)
+  other = found.prediction[:, :, None] != found.prediction[:, None, :]
+  reach = found.radius[:, :, None] + found.radius[:, None, :]
+  share = np.max(np.where(other, reach / distance[None], 0), axis=(1, 2))
+  assert np.all(share <= 1)
+  if kind != "plain":
+    assert np.all(2 * share > 1)
+
+
+def test_a_trunk_certifies_more_than_a_sum_of_scores_together():
+  """And less where each modality is moved to its limit: an ellipsoid."""
+  radius = {}
+  for kind in ("late", "trunk"):
+    found = _certificates(kind)
+    right = np.asarray(found.prediction == _trained(kind)[2]["label"][None])
+    radius[kind] = np.mean(np.where(right, found.radius, 0))
+    alone = found.modality_radius
+    both = {m: alone[m] * 0.7 for m in NAMES}
+    assert np.mean(found.covers(both)) > (0.9 if kind == "trunk" else -1)
+  assert radius["trunk"] > radius["late"]

@@ -15,13 +15,13 @@ def run(capsys, *arguments):
 
 def without_constants(folder) -> str:
   """``--config=`` of a few steps with encoders that state no constants."""
-  path = folder / "convolutional.py"
+  path = folder / "attending.py"
   path.write_text(
     "from robust_mm import config\n"
     "def get_config(argument):\n"
     "  found = config.load('configs/joint.py:digits,smoke')\n"
     "  with found.unlocked():\n"
-    "    encoder = {'name': 'cnn', 'features': (4,)}\n"
+    "    encoder = {'name': 'transformer', 'width': 8, 'num_layers': 1}\n"
     "    found.model.encoders = {'default': encoder}\n"
     "  return found\n"
   )
