@@ -1,4 +1,4 @@
-"""certification.md 11.6 and 11.7: five trained models, attacked and compared."""
+"""certification.md 11.6, 11.7: five trained models, attacked and compared."""
 
 import dataclasses
 import functools
