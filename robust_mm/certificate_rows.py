@@ -170,8 +170,9 @@ def _done(keeper: unfinished.Keeper, size: int) -> dict:
 def _answers(model, params, state, tables, question, rows, batch_size):
   """``answers(start)`` yields the columns of every batch from that row on."""
   mesh = sharding.make_mesh()
+  # From the host: of several processes each has its own copy.
   params, state, tables = jax.device_put(
-    (params, state, tables), sharding.replicated(mesh)
+    jax.device_get((params, state, tables)), sharding.replicated(mesh)
   )
 
   @jax.jit

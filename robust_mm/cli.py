@@ -128,6 +128,10 @@ def _add_train(commands) -> None:
   )
   command.add_argument("--workdir", required=True, help="folder of the run")
   _add_devices(command)
+  _add_distributed(command)
+
+
+def _add_distributed(command) -> None:
   command.add_argument(
     "--distributed",
     action="store_true",
@@ -221,6 +225,7 @@ def _add_certify(commands) -> None:
   )
   arguments.add_smoothing(command)
   _add_devices(command)
+  _add_distributed(command)
 
 
 def _add_sizes(command) -> None:
@@ -373,6 +378,7 @@ def _certify(options):
     limit=options.limit,
     resume=options.resume,
     device_count=options.device_count,
+    distributed=options.distributed,
   )
 
 

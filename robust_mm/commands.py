@@ -142,6 +142,7 @@ def certify(
   *,
   smoothing: dict | None = None,
   device_count: int | None = None,
+  distributed: bool = False,
   **asked: Any,
 ) -> int:
   """Certificates of a run; ``asked`` as in ``certificate_rows.write``.
@@ -149,6 +150,8 @@ def certify(
   With the source "smoothing", as in ``smoothed_rows.write``.
   """
   _devices(device_count)
+  if distributed:
+    _join()
   if asked["source"] == "smoothing":
     return _smooth(pathlib.Path(workdir), smoothing or {}, **asked)
   with _bar() as progress:

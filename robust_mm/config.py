@@ -18,7 +18,7 @@ from robust_mm import _validate
 from robust_mm import arguments
 
 RECIPES = ("joint", "crmt", "certified_radius")
-FUSIONS = ("concat", "orthogonal", "token")
+FUSIONS = ("concat", "orthogonal", "token", "trunk")
 ATTACKS = ("apgd", "auto", "fgm", "minimum_norm", "pgd", "square")
 ATTACK_LOSSES = ("margin", "cross_entropy", "dlr")
 CERTIFICATES = (

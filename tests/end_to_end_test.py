@@ -1,5 +1,6 @@
 """Whole commands, as a user starts them: processes of their own."""
 
+import csv
 import json
 import os
 import signal
@@ -156,6 +157,38 @@ def test_two_processes_train_as_one(tmp_path, one_process, model_axis):
   np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
   for a, b in zip(parameters(one_process), parameters(tmp_path), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize("source", ["global", "best", "smoothing"])
+def test_two_processes_certify_as_one(tmp_path, one_process, source):
+  options = ["--limit=30", f"--source={source}", f"--workdir={one_process}"]
+  if source == "smoothing":
+    options += ["--num-samples=200", "--sigma=0.25"]
+  rows = []
+  for count in (1, 2):
+    target = tmp_path / f"{count}.csv"
+    job = start_together(count, "certify", *options, f"--output={target}")
+    for process in job:
+      finish(process)
+    rows.append(_numbers(target))
+  assert rows[0].keys() == rows[1].keys()
+  for name, values in rows[0].items():
+    np.testing.assert_allclose(rows[1][name], values, rtol=1e-4, err_msg=name)
+
+
+def _numbers(path):
+  """The columns of a .csv file that are numbers."""
+  with path.open(newline="") as file:
+    rows = list(csv.DictReader(file))
+  assert len(rows) == 30
+  columns = {}
+  for name in rows[0]:
+    values = [row[name] for row in rows]
+    try:
+      columns[name] = np.array(values, float)
+    except ValueError:
+      columns[name] = np.array([hash(value) % 10**6 for value in values])
+  return columns
 
 
 @pytest.fixture(scope="module")

@@ -135,6 +135,13 @@ def host_inputs(
   return inputs, present
 
 
+def _from_host(leaf):
+  """A copy of what lies on a device of this process alone."""
+  mine = isinstance(leaf, jax.Array) and leaf.is_fully_addressable
+  is_key = mine and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+  return np.asarray(leaf) if mine and not is_key else leaf
+
+
 class Device:
   """Maps jitted functions over a data set, chunk by chunk.
 
@@ -165,6 +172,8 @@ class Device:
     """The same arrays on every device of the mesh, where there is one."""
     if not isinstance(self._sharding, NamedSharding):
       return tree
+    if jax.process_count() > 1:
+      tree = jax.tree.map(_from_host, tree)
     mesh = self._sharding.mesh
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 

@@ -46,7 +46,7 @@ def load(
     )
   params, state = jax.eval_shape(model.init, jax.random.key(0))
   tree = {"params": params, "model_state": state}
-  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   abstract = checkpoints.abstract_like(tree, jax.tree.map(lambda _: here, tree))
   kept, _, _ = selection.read_model(workdir, finished[phase]["model"], abstract)
   return model, kept["params"], kept["model_state"], config
