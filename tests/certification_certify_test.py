@@ -188,6 +188,41 @@ def test_vmap_over_a_leading_axis_agrees(mlp, batch, found):
   )
 
 
+@pytest.mark.parametrize("source", ["local", "relaxation", "best"])
+def test_balls_agree_under_vmap_and_on_eight_devices(mlp, batch, source):
+  model, params = mlp
+  batch = jax.tree.map(lambda x: x[:16], batch)
+  traces = []
+
+  @jax.jit
+  def run(params, batch):
+    traces.append(1)
+    return rmm.certify(model, params, batch, source=source)
+
+  alone = run(params, batch)
+  stacked = jax.tree.map(lambda x: x.reshape(2, 8, *x.shape[1:]), batch)
+  many = jax.vmap(lambda b: rmm.certify(model, params, b, source=source))(
+    stacked
+  )
+  mesh = jax.make_mesh((8,), ("data",))
+  rows = NamedSharding(mesh, PartitionSpec("data"))
+  whole = NamedSharding(mesh, PartitionSpec())
+  del traces[:]
+  spread = run(jax.device_put(params, whole), jax.device_put(batch, rows))
+  other = jax.tree.map(lambda x: x[:16], models.random_batch(9, 64))
+  run(jax.device_put(params, whole), jax.device_put(other, rows))
+  assert len(traces) <= 1
+  # A bisection may stop one step apart.
+  for name in ("radius", *(f"modality_radius.{m}" for m in NAMES)):
+    get = lambda c, name=name: (  # noqa: E731
+      c.radius if name == "radius" else c.modality_radius[name.split(".")[1]]
+    )
+    for again in (spread, many):
+      np.testing.assert_allclose(
+        np.reshape(get(again), -1), get(alone), rtol=1e-4, atol=1e-6
+      )
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_eight_devices_agree_and_compile_once(mlp, batch, found, axis_type):
   model, params = mlp

@@ -1,5 +1,7 @@
 """Certificates against independent float64 reference values."""
 
+import dataclasses
+
 import certification_models as models
 import jax
 import jax.numpy as jnp
@@ -101,6 +103,32 @@ def test_float32_radii_are_below_every_attack_and_confirmed_in_float64(stored):
   assert certification.recheck_fp64(model, params, batch, found) == 0
   # The same bound scaled up is refuted somewhere: the test can fail.
   assert np.any(3 * np.asarray(found.radius) > stored["upper/joint"])
+
+
+def test_chain_radii_equal_the_reference_in_float64(stored):
+  """Tables of ``lipschitz.dense_chain``, all nets, all items."""
+  with jax.enable_x64(True):
+    model, params, batch = _network(stored, np.float64)
+    geometry = model.geometry(params)
+    chained = dataclasses.replace(
+      geometry,
+      chain={
+        m: (*(kernel.T for kernel, _ in params["layers"][m]), jnp.eye(32))
+        for m in model.modalities
+      },
+    )
+    model = dataclasses.replace(model, geometry=lambda params: chained)
+    found = rmm.certify(model, params, batch, slack=NO_SLACK)
+    found = jax.device_get(found)
+  np.testing.assert_allclose(
+    found.radius, stored["radius/eclipse_fast/joint"], rtol=1e-8
+  )
+  for m in model.modalities:
+    np.testing.assert_allclose(
+      found.modality_radius[m], stored[f"radius/eclipse_fast/{m}"], rtol=1e-8
+    )
+    assert np.all(found.modality_radius[m] <= stored[f"upper/{m}"])
+  assert np.all(found.radius <= stored["upper/joint"])
 
 
 def test_stored_witnesses_lie_outside_of_what_is_covered(stored):

@@ -120,6 +120,9 @@ def test_no_source_exceeds_a_known_attack(reference):
     for m in model.modalities:
       upper = stored[f"upper/{m}"][ITEMS]
       assert np.all(np.asarray(certificate.modality_radius[m]) <= upper)
+  # Local constants go on from the global ones.
+  base = np.asarray(found["global"].radius)
+  assert np.all(np.asarray(found["local"].radius) >= base * (1 - 1e-5))
   # Scaled up, the best radius is refuted: the test can fail.
   upper = stored["upper/joint"][ITEMS]
   assert np.any(2.5 * np.asarray(found["best"].radius) > upper)
@@ -130,7 +133,7 @@ def test_best_is_the_largest_and_names_its_source(reference):
   best = found["best"]
   assert best.sources == ("global", "local", "relaxation")
   candidates = np.stack([np.asarray(found[s].radius) for s in best.sources])
-  # Local constants are never above the global ones there.
+  # Bisections start from another first radius there.
   assert np.all(np.asarray(best.radius) >= candidates.max(0) * (1 - 1e-5))
   from_global = np.asarray(best.radius_source) == 0
   np.testing.assert_allclose(

@@ -104,10 +104,8 @@ def _attack(kind):
 
 def _flips(kind, found, moving):
   """Whom attacks on ``moving``, all or one, change inside their radii."""
-  if moving == NAMES:
-    radius = found.radius
-  else:
-    radius = found.modality_radius[moving[0]]
+  alone = found.modality_radius[moving[0]]
+  radius = found.radius if moving == NAMES else alone
   assert np.all(np.isfinite(radius))
   assert np.mean(np.asarray(radius) > 0) > 0.95
   attack = _attack(kind)

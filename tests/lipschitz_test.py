@@ -317,7 +317,13 @@ def test_dense_chain_is_exact_for_single_units_and_refutable_there():
   assert slope > table[0, 1] / 1.2
 
 
-@pytest.mark.parametrize("net", ["digits_plain", "mfeat_penalty0p03"])
+@pytest.mark.parametrize(
+  "net",
+  [
+    *("digits_plain", "digits_penalty0p03", "digits_penalty0p1"),
+    *("mfeat_plain", "mfeat_penalty0p01", "mfeat_penalty0p03"),
+  ],
+)
 def test_dense_chain_equals_an_established_library(shared_path, net):
   path = shared_path / f"reference/certificates/{net}.npz"
   with np.load(path) as file:

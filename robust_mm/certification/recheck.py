@@ -41,7 +41,9 @@ def recheck_fp64(
     nor by local constants. (A search may stop elsewhere in float64, so it is
     the stated ball that is tried.)
 
-  Must be 0.
+  Must be 0. Weights that a model makes of its parameters (orthonormal ones) are
+  made again as well: of nearly singular parameters float64 makes other ones
+  than float32, and what is certified is the network as float32 makes it.
 
   Raises:
     ValueError: for an estimated certificate, or a model that computes in
@@ -49,9 +51,11 @@ def recheck_fp64(
   """
   if not certificate.sound:
     raise ValueError("certificate is estimated: there is nothing to recheck.")
-  wide = _widen(params), _widen({} if state is None else state)
   inputs = _widen(dict(batch["inputs"]))
   with jax.enable_x64(True):
+    wide = jax.tree.map(
+      jnp.asarray, (_widen(params), _widen({} if state is None else state))
+    )
     # On one device, wherever it was made.
     stated = jax.tree.map(jnp.asarray, jax.device_get(certificate))
     polytope, exact = np.zeros(np.shape(stated.prediction), bool), None

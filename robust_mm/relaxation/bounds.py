@@ -44,11 +44,15 @@ class Ball:
     joint: :math:`\sum_m (\|\delta_m\| / sizes_m)^2 \le radius^2`; else each
       :math:`\|\delta_m\| \le radius \cdot sizes_m`.
     norm: ``((m, "l2" | "linf" | "l1"), ...)``.
+    lean: which of its two slopes a piecewise line is bounded by on its
+      convex side: the second where ``lean * high > -low``. Bounds are sound for
+      any, and jump where it decides otherwise.
   """
 
   center: Any
   radius: Any
   sizes: Any
+  lean: Any = 1.0
   joint: bool = dataclasses.field(default=True, metadata={"static": True})
   norm: tuple = dataclasses.field(default=(), metadata={"static": True})
 
@@ -102,7 +106,7 @@ def lower(
   if boxes is None:
     boxes = inside(network, ball, intermediate=intermediate)
   position = len(network.network.nodes)
-  return _minimum(_back(network, position, rows, boxes), ball)
+  return _minimum(_back(network, position, rows, boxes, ball.lean), ball)
 
 
 def inside(
@@ -134,7 +138,7 @@ def _box_by_rows(network, position, boxes, ball) -> Box:
     rows = jax.nn.one_hot(indices, count, dtype=ball.radius.dtype)
     rows = jnp.reshape(rows, (-1, *shape))
     both = jnp.concatenate([rows, -rows])
-    return _minimum(_back(network, position, both, boxes), ball)
+    return _minimum(_back(network, position, both, boxes, ball.lean), ball)
 
   if count <= _CHUNK:
     # All at once: a loop of one turn would keep what does not depend on the
@@ -168,7 +172,7 @@ def _box_by_interval(network, position, boxes, ball) -> Box:
   return Box(centre - spread - slack, centre + spread + slack)
 
 
-def _back(network: BoundNetwork, position: int, rows, boxes) -> Back:
+def _back(network: BoundNetwork, position: int, rows, boxes, lean) -> Back:
   """Follows ``rows`` of what ``position`` reads back to the inputs."""
   graph = network.network
   slopes = {name: 0.0 for name in graph.input_ids}
@@ -181,7 +185,7 @@ def _back(network: BoundNetwork, position: int, rows, boxes) -> Back:
     coefficients = pending.pop(current)
     if current < position:
       node = graph.nodes[current]
-      drawn = lines.of(node.kind, node.slopes, *boxes[current])
+      drawn = lines.of(node.kind, node.slopes, *boxes[current], lean)
       coefficients, moved = _through(coefficients, drawn)
       shift, size = shift + moved[0], size + moved[1]
     to_inputs, to_nodes, moved = _transpose(network, current, coefficients)
@@ -245,7 +249,7 @@ def _minimum(back: Back, ball: Ball) -> Array:
   costs = jnp.stack(costs)
   cost = jnp.sum(costs, axis=0)
   if ball.joint:
-    cost = jnp.sqrt(jnp.sum(jnp.square(costs), axis=0))
+    cost = _length(costs, axis=0)
   cost = cost * ball.radius
   return value - cost - _slack(size + cost)
 
@@ -256,7 +260,15 @@ def _dual(slope, norm):
     return jnp.sum(jnp.abs(flat), axis=-1)
   if norm == "l1":
     return jnp.max(jnp.abs(flat), axis=-1)
-  return jnp.sqrt(jnp.einsum("ri,ri->r", flat, flat, precision="highest"))
+  return _length(flat, axis=1)
+
+
+def _length(values, axis):
+  """l2 norms; small entries do not vanish when they are squared."""
+  peak = jnp.max(jnp.abs(values), axis=axis, keepdims=True)
+  scaled = values / jnp.where(peak > 0, peak, 1)
+  total = jnp.sum(jnp.square(scaled), axis=axis)
+  return jnp.squeeze(peak, axis) * jnp.sqrt(total)
 
 
 def _dot(rows, values):
@@ -266,4 +278,6 @@ def _dot(rows, values):
 
 
 def _slack(size):
-  return _ROUNDING * float(jnp.finfo(size.dtype).eps) * size
+  """What rounding may cost: of terms of that size, and of ones that vanish."""
+  numbers = jnp.finfo(size.dtype)
+  return _ROUNDING * (float(numbers.eps) * size + float(numbers.tiny))

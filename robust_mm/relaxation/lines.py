@@ -1,5 +1,6 @@
 """Straight lines below and above an activation on an interval."""
 
+from typing import Any
 from typing import NamedTuple
 
 import jax
@@ -22,12 +23,19 @@ class Lines(NamedTuple):
 
 
 def of(
-  kind: str, slopes: tuple[float, float], low: Array, high: Array
+  kind: str,
+  slopes: tuple[float, float],
+  low: Array,
+  high: Array,
+  lean: Any = 1.0,
 ) -> Lines:
-  """The lines of an activation on ``[low, high]``, elementwise."""
+  """The lines of an activation on ``[low, high]``, elementwise.
+
+  ``lean`` is that of a ``Ball``.
+  """
   if kind == "tanh":
     return _tanh(low, high)
-  return _piecewise(slopes, low, high)
+  return _piecewise(slopes, low, high, lean)
 
 
 def box(kind: str, slopes, low: Array, high: Array) -> tuple[Array, Array]:
@@ -65,7 +73,7 @@ def value(kind: str, slopes, z: Array) -> Array:
   return jnp.where(z < 0, slopes[0] * z, slopes[1] * z)
 
 
-def _piecewise(slopes, low, high) -> Lines:
+def _piecewise(slopes, low, high, lean) -> Lines:
   negative, positive = slopes
   across = (low < 0) & (high > 0)
   width = jnp.where(across, high - low, 1)
@@ -73,7 +81,7 @@ def _piecewise(slopes, low, high) -> Lines:
   # Through both ends; at the low end it is exact.
   shift = (negative - chord) * low
   # The tangent that leaves less area, a choice that fixes nothing but size.
-  tangent = jnp.where(high > -low, positive, negative)
+  tangent = jnp.where(lean * high > -low, positive, negative)
   only = jnp.where(low >= 0, positive, negative)
   chord = jnp.where(across, chord, only)
   shift = jnp.where(across, shift, 0)
