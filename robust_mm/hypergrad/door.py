@@ -82,7 +82,7 @@ class Hypergradient:
     problem = engine.pose(
       self.inner, self.outer, theta, phi, inner_batch, outer_batch
     )
-    age = jnp.asarray(bounds_age)
+    age = jnp.asarray(bounds_age, jnp.int32)
     with jax.default_matmul_precision("highest"):
       return engine.evaluate(self, problem, key, spectrum, age)
 

@@ -152,7 +152,7 @@ def finish(
   return Solution(
     x=x,
     residual=trees.axpy(-1, image, rhs),
-    num_matvecs=jnp.asarray(num_steps + 1),
+    num_matvecs=jnp.asarray(num_steps + 1, jnp.int32),
     negative_curvature=negative | ((curvature <= 0) & (length > 0)),
     refuted=refuted | _outside(curvature, length, interval),
   )

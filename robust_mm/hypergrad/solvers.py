@@ -99,7 +99,7 @@ class Neumann:
       )
       return state, found, wanted
 
-    begin = state, found, jnp.asarray(self.num_steps)
+    begin = state, found, jnp.asarray(self.num_steps, jnp.int32)
     state, found, _ = jax.lax.while_loop(unfinished, go_on, begin)
     return state, found
 
@@ -163,7 +163,7 @@ class ConjugateGradient:
       state = go_on(state, wanted - steps)
       return state, finish(state, found.num_matvecs + wanted - steps), wanted
 
-    begin = state, found, jnp.asarray(self.num_steps)
+    begin = state, found, jnp.asarray(self.num_steps, jnp.int32)
     return jax.lax.while_loop(unfinished, another, begin)[1]
 
 
