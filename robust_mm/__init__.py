@@ -25,6 +25,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
     "certification",
     "data",
     "evaluation",
+    "hypergrad",
     "linalg",
     "lipschitz",
     "losses",

@@ -22,6 +22,7 @@ FLOORS = {
   "relaxation": 2,
   "attacks": 3,
   "certification": 3,
+  "hypergrad": 3,
   "losses": 3,
   "smoothing": 3,
   "config": 4,
