@@ -111,7 +111,7 @@ class Controller:
   def update(
     self,
     state: ControllerState,
-    rewards: Float[Array, " m"],
+    rewards: Array,
     arm: int | Int[Array, ""],
   ) -> ControllerState:
     """One round.

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import PRNGKeyArray
-from jaxtyping import Shaped
 
 from robust_mm import _validate
 from robust_mm.linalg import trees
@@ -49,9 +48,9 @@ class Collapse(NamedTuple):
 
 
 def stable_rank(
-  embeddings: Float[Array, "b d"],
+  embeddings: Array,
   *,
-  weights: Shaped[Array, " b"] | None = None,
+  weights: Array | None = None,
   eps: float | Array = 0.0,
 ) -> Float[Array, ""]:
   r"""The stable rank of embeddings: how many directions they use.
@@ -117,7 +116,7 @@ def isotropic_stable_rank(
   )
 
 
-def leading_eigenvalue(matrix: Float[Array, "d d"]) -> Float[Array, ""]:
+def leading_eigenvalue(matrix: Array) -> Float[Array, ""]:
   r"""The largest eigenvalue of a symmetric matrix, safe to differentiate twice.
 
   .. math:: d\lambda_1 = u^T\, dA\, u, \qquad
@@ -146,12 +145,12 @@ def leading_eigenvalue(matrix: Float[Array, "d d"]) -> Float[Array, ""]:
 
 
 def collapse(
-  embeddings: Float[Array, "b d"],
+  embeddings: Array,
   *,
   spectral_weight: float | Array,
   target: str = "expected",
   key: PRNGKeyArray | None = None,
-  weights: Shaped[Array, " b"] | None = None,
+  weights: Array | None = None,
   adaptive: bool = False,
 ) -> Collapse:
   r"""A loss whose descent destroys what the embeddings of a modality say.
@@ -249,6 +248,11 @@ def _stable_rank(Z, v, eps):
   # The root of a weight has no finite slope at 0, and needs none.
   root = jnp.sqrt(jax.lax.stop_gradient(v))
   centred = root[:, None] * (Z - mean[None])
+  # In units of the largest entry: squares of small ones would underflow.
+  unit = jax.lax.stop_gradient(jnp.max(jnp.abs(centred)))
+  unit = jnp.where(unit == 0, 1, unit)
+  centred = centred / unit
+  eps = jnp.asarray(eps, centred.dtype) / unit / unit
   degrees = jnp.maximum(number - 1, 1)
   rows = "nd,md->nm" if Z.shape[0] < Z.shape[1] else "nd,ne->de"
   matrix = (
@@ -262,7 +266,7 @@ def _stable_rank(Z, v, eps):
     / degrees
   )
   trace = jnp.sum(jnp.square(centred)) / degrees
-  bottom = leading_eigenvalue(matrix) + jnp.asarray(eps, trace.dtype)
+  bottom = leading_eigenvalue(matrix) + eps
   # Both wheres: the quotient of zeros must not be formed in the gradient.
   counts = (number >= 2) & (bottom > 0)
   ratio = trace / jnp.where(counts, bottom, 1)
