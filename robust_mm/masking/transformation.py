@@ -23,7 +23,7 @@ def curvature_mask(
   inner: optax.GradientTransformation,
   labels: Any,
   *,
-  gate: gates_lib.Gate | None = None,
+  gate: Any = None,
   gated: Collection[str] | None = None,
   period: int | None = None,
   policy: str | None = None,
