@@ -4,9 +4,10 @@ A step takes the task gradient and a collapse gradient of one view in turn, and
 AdamW; the mask is between them and AdamW, at its default period. Adapters of
 six views of the sizes of the mfeat data, batch 128; the collapse loss of all
 views is what the gates measure, the Fisher mask has 16 task examples at each
-refresh (and, apart from the target, the whole batch). Prints seconds a step over whole periods,
-refreshes included, as a ratio to the step without a mask (periods of both in
-turn), with a 95 % interval over periods. Target: at most 1.15.
+refresh (and, apart from the target, the whole batch). Prints seconds a step
+over whole periods, refreshes included, as a ratio to the step without a mask
+(periods of both in turn), with a 95 % interval over periods. Target: at most
+1.15.
 
     python benchmarks/mask_cost.py [--repeats 9]
 """

@@ -283,6 +283,16 @@ def test_vmap_over_models_gives_each_its_own_gates():
   np.testing.assert_array_equal(run(params), [False, True])
 
 
+def test_without_a_gated_block_everything_is_let_in():
+  tx = masking.curvature_mask(optax.sgd(1.0), labels, gated=[])
+  params = _params()
+  q = jax.tree.map(lambda x: 0.1 * jnp.sign(x) / 7, params)
+  g = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = tx.update(g, tx.init(params), params, destructive=q)
+  for u, wanted in zip(jax.tree.leaves(updates), jax.tree.leaves(q)):
+    np.testing.assert_allclose(u, -wanted, rtol=1e-6)
+
+
 def _refused():
   sgd = optax.sgd(0.1)
   make = masking.curvature_mask

@@ -185,7 +185,7 @@ def test_a_destructive_gradient_is_clipped_by_block():
   np.testing.assert_allclose(jnp.linalg.norm(updates["saddle"]), 0.5, rtol=1e-5)
   np.testing.assert_allclose(jnp.linalg.norm(updates["rest"]), 0.5, rtol=1e-5)
   assert _same(updates["bowl"], -q["bowl"])
-  huge = jax.tree.map(lambda a: a * 1e25, q)
+  huge = jax.tree.map(lambda a: a * 1e15, q)
   updates, state = _one(tx, g, destructive=huge, value_fn=flat)
   np.testing.assert_allclose(jnp.linalg.norm(updates["saddle"]), 0.5, rtol=1e-5)
   assert state.nonfinite_count["saddle"] == 0

@@ -47,7 +47,7 @@ class Blocks:
           f"{', '.join(self.names)}.{_validate.suggestion(name, self.names)}"
         )
     self._of_leaf = of_leaf
-    if leaves:
+    if leaves and self.gated:
       trees.check_floating(params=self.take(params, self.gated))
 
   def take(self, tree: PyTree, names: Collection[str]) -> dict[str, list]:
@@ -111,7 +111,26 @@ def length(leaves: list) -> Any:
   """The l2 norm of a block; neither overflow nor underflow of squares."""
   peak = largest(leaves)
   safe = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
-  total = [
-    jnp.sum(jnp.square(a.astype(trees.solve_dtype(a)) / safe)) for a in leaves
-  ]
-  return safe * jnp.sqrt(sum(total))
+  return safe * quick_length(
+    [a.astype(trees.solve_dtype(a)) / safe for a in leaves]
+  )
+
+
+def quick_length(leaves: list) -> Any:
+  """The l2 norm of a block, for every step; inf from about 1e19 on."""
+  return jnp.sqrt(sum(map(_square, leaves)))
+
+
+def _square(leaf) -> Any:
+  # A product of vectors: the sum of squares takes ten times as long on a CPU.
+  leaf = jnp.asarray(leaf, trees.solve_dtype(leaf))
+  axes = tuple(range(leaf.ndim))
+  mesh = jax.typeof(leaf).sharding.mesh
+  everywhere = jax.sharding.NamedSharding(mesh, jax.P())
+  return jax.lax.dot_general(
+    leaf,
+    leaf,
+    ((axes, axes), ((), ())),
+    precision="highest",
+    out_sharding=None if mesh.empty else everywhere,
+  )

@@ -66,8 +66,8 @@ def curvature_mask(
   Formal guarantees:
     - One trace for any pattern of gates; between refreshes gates are cached.
     - A block with ``c = 0`` gets no value of q, NaN included: it is selected,
-      not multiplied. A q that is not finite is left out of its block for that
-      update, and counted.
+      not multiplied. A q that is not finite (or longer than about 1e19) is left
+      out of its block for that update, and counted.
     - With all gates open "mask" is ``inner(g + q)`` bit for bit (q unclipped),
       with all closed ``inner(g)``.
     - Updates have the dtypes of g; gates measure in float32 at least.
@@ -263,7 +263,7 @@ class _Mask:
   def _masked(self, blocks, q, measured):
     """q clipped, and selected where the gates are open; spoiled blocks."""
     sizes = {
-      name: blocks_lib.length(leaves)
+      name: blocks_lib.quick_length(leaves)
       for name, leaves in blocks.take(q, blocks.names).items()
     }
     spoiled = {name: ~jnp.isfinite(size) for name, size in sizes.items()}
