@@ -36,7 +36,7 @@ from jaxtyping import PRNGKeyArray
 
 from robust_mm import _validate
 
-# Gains below this are noise: the reward scale never falls under it.
+# Gains below this are noise.
 SMALLEST_SCALE = 1e-6
 _BISECTIONS = 60
 # Log-probabilities below this are as good as never drawn.
@@ -129,7 +129,6 @@ class Controller:
       raise ValueError(
         f"rewards must have shape ({self.num_arms},), got {rewards.shape}."
       )
-    # nan_to_num first: a cut keeps NaN.
     rewards = jnp.clip(jnp.nan_to_num(rewards, nan=0.0), 0, 1)
     w = state.log_weights
     rewards = rewards.astype(w.dtype)
@@ -138,9 +137,9 @@ class Controller:
       played = jnp.arange(self.num_arms) == arm
       chance = jnp.where(played, self.probabilities(state), 1)
       w = w + self.rate / self.num_arms * jnp.where(played, rewards / chance, 0)
-      spread = math.e * self.share / self.num_arms
       if self.share:
-        w = jnp.logaddexp(w, math.log(spread) + total)
+        spread = math.log(math.e * self.share / self.num_arms)
+        w = jnp.logaddexp(w, spread + total)
     elif self.kind == "hedge":
       w = w + self.rate * rewards
       if self.share:
@@ -197,7 +196,7 @@ def exp3(
   Raises:
     ValueError: a bad value, naming the argument.
   """
-  _check_arms(num_arms)
+  _validate.at_least(2, num_arms=num_arms)
   if gamma is None:
     gamma = _bandit_rate(num_arms, num_rounds, math.log(num_arms))
   _check_gamma(gamma)
@@ -237,7 +236,7 @@ def exp3s(
   Raises:
     ValueError: a bad value, naming the argument.
   """
-  _check_arms(num_arms)
+  _validate.at_least(2, num_arms=num_arms)
   _validate.at_least(1, num_segments=num_segments)
   if gamma is None:
     rounds = _rounds(num_rounds, "gamma")
@@ -280,7 +279,7 @@ def hedge(
   Raises:
     ValueError: a bad value, naming the argument.
   """
-  _check_arms(num_arms)
+  _validate.at_least(2, num_arms=num_arms)
   if learning_rate is None:
     rounds = _rounds(num_rounds, "learning_rate")
     learning_rate = math.sqrt(8 * math.log(num_arms) / rounds)
@@ -290,17 +289,13 @@ def hedge(
 
 
 def uniform(num_arms: int, *, no_attack: float = 0.0) -> Controller:
-  """Every arm alike, for ever: the control of every experiment.
-
-  Raises:
-    ValueError: a bad value, naming the argument.
-  """
-  _check_arms(num_arms)
+  """Every arm alike, for ever: the control of every experiment."""
+  _validate.at_least(2, num_arms=num_arms)
   return _make("uniform", num_arms, 0.0, 0.0, 0.0, 1.0, no_attack)
 
 
 def initial_scale() -> Float[Array, ""]:
-  """What :func:`scale_gains` starts from."""
+  """The first scale of :func:`scale_gains`."""
   return jnp.asarray(SMALLEST_SCALE, jnp.float32)
 
 
@@ -378,10 +373,6 @@ def _make(kind, num_arms, rate, share, p_min, p_max, no_attack) -> Controller:
     p_max=float(p_max),
     no_attack=float(no_attack),
   )
-
-
-def _check_arms(num_arms) -> None:
-  _validate.at_least(2, num_arms=num_arms)
 
 
 def _check_gamma(gamma) -> None:

@@ -2,9 +2,8 @@ r"""Second derivatives of losses, as maps and never as matrices.
 
 A map is a function ``matvec`` on pytrees like the parameters. Ritz values of it
 (:func:`lanczos`, :func:`block_lanczos`) come with residuals: an eigenvalue lies
-within that distance. Everything here computes in float32 at least, whatever the
-parameters are, with products at the highest precision, and leaf by leaf, so
-that what is sharded stays so.
+within that distance. Everything computes in float32 at least, with products at
+the highest precision, leaf by leaf: what is sharded stays so.
 
 The function whose curvature is asked for must be the *same* function at every
 call: fixed batch, fixed dropout and noise keys. A fresh key for every product
@@ -49,7 +48,7 @@ __all__ = [
   "spectrum_ends",
 ]
 
-SEPARABLE = 1e-6
+_SEPARABLE = 1e-6
 
 
 def hvp(
@@ -298,7 +297,7 @@ def quantile_threshold(tree: PyTree, quantile: float) -> Float[Array, ""]:
 
 
 def check_quantile(quantile: float) -> None:
-  """In (0, 1], or a ValueError naming ``quantile``."""
+  """In (0, 1], or a ValueError."""
   if not 0 < quantile <= 1:
     raise ValueError(f"quantile must lie in (0, 1], got {quantile}.")
 
@@ -354,10 +353,10 @@ def check_separable(
 
 
 def _refuse_coupling(found) -> None:
-  if not found <= SEPARABLE:
+  if not found <= _SEPARABLE:
     raise ValueError(
       f"separable must be False: the blocks are coupled, by {float(found):.1e} "
-      f"of the largest product (at most {SEPARABLE:.0e})."
+      f"of the largest product (at most {_SEPARABLE:.0e})."
     )
 
 
