@@ -12,6 +12,7 @@ from robust_mm import evaluation
 from robust_mm.evaluation import batches
 from robust_mm.evaluation import matrix
 from robust_mm.evaluation import probes
+from robust_mm.evaluation import thorough
 
 RADIUS = 0.4
 CHECKS = {
@@ -186,6 +187,107 @@ def test_noise_has_its_size_and_keeps_the_range():
     else:
       np.testing.assert_allclose(np.abs(change["left"]), 1.4, rtol=1e-5)
       np.testing.assert_allclose(np.abs(change["right"]), 0.35, rtol=1e-5)
+
+
+THOROUGH = {
+  "more_effort_finds_no_more",
+  "no_objective_is_stronger",
+  "white_box_beats_transfer",
+}
+
+
+def _surrogate():
+  model = toy.linear_model()
+  return evaluation.Surrogate(
+    model=model, params=model.init(jax.random.key(0))[0]
+  )
+
+
+def test_an_honest_model_passes_the_costly_checks_as_well():
+  found = _report(
+    toy.linear_model(), radius=0.3, thorough=True, surrogate=_surrogate()
+  )
+  assert {check["name"] for check in found["checks"]} == CHECKS | THOROUGH
+  assert found["passed"], _failed(found)
+  white = found["accuracy"]["white box"]
+  # Of a linear model every effort and every objective is exact but the ones
+  # that follow a sum of classes; points made for itself are its own.
+  assert found["objectives"]["margin of every class"] == pytest.approx(white)
+  assert found["transfer"] == pytest.approx(white, abs=0.02)
+  last = found["effort"][-1]
+  assert last[:2] == [50, 20]
+  assert last[2] == pytest.approx(white)
+  # Statistics against the closed form of a linear model.
+  params, _ = toy.linear_model().init(jax.random.key(0))
+  batch = toy.make_batch(60)
+  logits = np.asarray(toy.logits(params, batch["inputs"]), np.float64)
+  own = logits[np.arange(60), batch["label"]]
+  rival = np.where(
+    np.arange(logits.shape[1]) == batch["label"][:, None], -np.inf, logits
+  ).max(axis=1)
+  stated = found["statistics"]["model"]
+  np.testing.assert_allclose(
+    stated["margin"], np.quantile(own - rival, stated["quantiles"]), rtol=1e-4
+  )
+  np.testing.assert_allclose(
+    stated["logit_norm"],
+    np.quantile(np.linalg.norm(logits, axis=1), stated["quantiles"]),
+    rtol=1e-4,
+  )
+  assert found["statistics"]["surrogate"] == stated
+
+
+def test_points_made_for_another_model_unmask_rounded_inputs():
+  """No slope to follow, but the honest twin has the same weak directions."""
+  found = _report(
+    _changed(inputs=_rounded), thorough=True, surrogate=_surrogate()
+  )
+  assert "white_box_beats_transfer" in _failed(found)
+  assert found["transfer"] < found["accuracy"]["white box"] - 0.1
+  assert max(found["statistics"]["model"]["gradient_norm"]) == 0
+
+
+def test_a_stronger_objective_and_unfinished_efforts_are_named():
+  """Logits so large that the cross-entropy has no slope left."""
+  found = _report(
+    _changed(logits=lambda z: 1e4 * z), loss="cross_entropy", thorough=True
+  )
+  assert "no_objective_is_stronger" in _failed(found)
+  assert "transfer" not in found
+
+  class Slow(probes.Probe):
+    num_classes = 3
+
+    def __init__(self):
+      pass
+
+    def left(self, radius, **given):
+      return 1 - given["num_steps"] / 400 if "num_restarts" in given else 0.5
+
+  model = toy.linear_model()
+  params, _ = model.init(jax.random.key(0))
+  data = batches.host_data(model, toy.make_batch(20))
+  _, checks = thorough.measure(
+    Slow(),
+    data,
+    batches.Device(params, {}),
+    model,
+    loss="margin",
+    radius=0.3,
+    white=0.5,
+    least=0.02,
+    surrogate=None,
+    check=lambda name, passed, message: {"name": name, "passed": passed},
+  )
+  assert {check["name"]: check["passed"] for check in checks} == {
+    "more_effort_finds_no_more": False,
+    "no_objective_is_stronger": True,
+  }
+
+
+def test_surrogate_goes_with_thorough():
+  with pytest.raises(ValueError, match="surrogate goes with thorough=True"):
+    _report(toy.linear_model(), surrogate=_surrogate())
 
 
 def _evaluated(model, **options):

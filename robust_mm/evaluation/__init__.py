@@ -22,6 +22,7 @@ from robust_mm.evaluation.report import Report
 from robust_mm.evaluation.report import render
 from robust_mm.evaluation.report import table
 from robust_mm.evaluation.runner import evaluate
+from robust_mm.evaluation.thorough import Surrogate
 
 SCHEMA = {
   "schema_version": "1",
@@ -91,6 +92,7 @@ __all__ = [
   "SCHEMA",
   "Protocol",
   "Report",
+  "Surrogate",
   "evaluate",
   "masking_report",
   "plots",

@@ -1,4 +1,4 @@
-"""Do gradients mislead the attacks? Checks that need no second model.
+"""Do gradients mislead the attacks?
 
 A model can hide its gradient (saturated, rounded, random) and look robust to
 attacks that follow it. Nothing here proves that none is hidden; each check can
@@ -21,6 +21,7 @@ from robust_mm.evaluation import batches
 from robust_mm.evaluation import matrix
 from robust_mm.evaluation import probes
 from robust_mm.evaluation import protocol as protocol_lib
+from robust_mm.evaluation import thorough as thorough_lib
 
 # Near 1, 10, 100, 1000, and powers of two: dividing by them rounds nothing, so
 # that a margin attack follows the very same path.
@@ -45,6 +46,8 @@ def masking_report(
   valid_range: Any = None,
   loss: str = "margin",
   max_examples: int = 64,
+  thorough: bool = False,
+  surrogate: thorough_lib.Surrogate | None = None,
   seed: int = 0,
 ) -> dict[str, Any]:
   """Whether the gradients of a model can be believed by who attacks it.
@@ -62,6 +65,14 @@ def masking_report(
     margin leaves the same;
   - ``cross_entropy_unsaturated``: and PGD on the cross-entropy at most 2 points
     less,
+
+  and with ``thorough`` also when
+
+  - ``more_effort_finds_no_more``: from 100 to 200 steps, from 10 to 20 restarts
+    PGD breaks no more;
+  - ``no_objective_is_stronger``: nor does PGD on the margin, the
+    cross-entropy, the logit ratio, or aimed at every wrong class in turn;
+  - ``white_box_beats_transfer``: nor points made for ``surrogate``;
 
   each within one point or one example, whichever is more. None of them proves
   that no gradient is masked; each can show that one is.
@@ -81,12 +92,19 @@ def masking_report(
     valid_range: ``{m: (low, high)}`` or ``(low, high)`` to stay in.
     loss: of the attack that is judged.
     max_examples: evenly spaced examples.
+    thorough: some ten more attacks, and statistics of margins, logits and
+      gradients.
+    surrogate: another model, best one trained with plain cross-entropy from
+      another seed, with ``thorough``.
     seed: of the attacks.
 
   Returns:
     ``{"passed", "radius", "norm", "loss", "num_examples", "accuracy" {attack:
     share left}, "curve" [[radius, share left]], "scales" {loss: [[divisor,
-    share left]]}, "checks" [{name, passed, message}]}``.
+    share left]]}, "checks" [{name, passed, message}]}``; with ``thorough`` also
+    ``"effort" [[steps, restarts, share left]], "objectives" {name: share left},
+    "statistics" {"model": {"quantiles", "margin", "logit_norm",
+    "gradient_norm"}}``, and with a surrogate ``"transfer"`` and its statistics.
 
   Raises:
     ValueError: bad data or a bad argument, naming it.
@@ -97,6 +115,8 @@ def masking_report(
   """
   _validate.positive(radius=radius)
   _validate.at_least(1, max_examples=max_examples)
+  if surrogate is not None and not thorough:
+    raise ValueError("surrogate goes with thorough=True.")
   if isinstance(units, str):
     raise ValueError(
       f"units must map modalities to sizes, got {units!r}; "
@@ -142,7 +162,24 @@ def masking_report(
     valid_range=valid_range,
     key=jax.random.key(seed),
   )
-  return measure(probe, attackers, radius=radius)
+  found = measure(probe, attackers, radius=radius)
+  if not thorough:
+    return found
+  more, checks = thorough_lib.measure(
+    probe,
+    data,
+    device,
+    model,
+    loss=loss,
+    radius=radius,
+    white=found["accuracy"]["white box"],
+    least=_least(probe),
+    surrogate=surrogate,
+    check=_check,
+  )
+  checks = [*found["checks"], *checks]
+  passed = all(check["passed"] for check in checks)
+  return {**found, **more, "checks": checks, "passed": passed}
 
 
 def some(data: batches.Data, number: int) -> batches.Data:
@@ -191,7 +228,7 @@ def measure(
   scales = {
     name: [(s, left(name, radius, s)) for s in SCALES] for name in attackers
   }
-  least = max(TOLERANCE, 1 / probe.num_examples) + 1e-6
+  least = _least(probe)
   checks = [
     *_curve_checks(curve, copied, probe.num_classes, least),
     *_rival_checks(attacked, least),
@@ -232,6 +269,11 @@ def summary_check(found: Mapping[str, Any]) -> dict[str, Any]:
     "required": False,
     "message": message,
   }
+
+
+def _least(probe: probes.Probe) -> float:
+  """The smallest difference of shares that counts."""
+  return max(TOLERANCE, 1 / probe.num_examples) + 1e-6
 
 
 def _check(name, passed, message):

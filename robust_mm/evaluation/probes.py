@@ -35,7 +35,7 @@ class Probe:
     self.norm, self._data, self._units = norm, data, units
     self._range, self._key = valid_range, key
     self._rows = np.arange(data.size)
-    self._clean = self.right()
+    self.clean = self.right()
 
   def right(self, inputs: Mapping[str, Any] | None = None) -> np.ndarray:
     """Which examples are right, with these inputs instead of their own."""
@@ -48,30 +48,42 @@ class Probe:
     self, attacker: matrix.Attacker, radius: float, *, scale: float = 1.0
   ) -> float:
     """The share left by an attack on logits divided by ``scale``."""
-    rows = np.flatnonzero(self._clean)
+    rows = np.flatnonzero(self.clean)
     names = self._data.names
     struck = attacker(self._key, self._data, rows, names, radius, scale=scale)
     return float((len(rows) - struck.broken.sum()) / self._data.size)
 
   def left(self, radius: float, **given: Any) -> float:
     """The share left by an attack of a few calls; ``attacks.make`` makes it."""
-    attack = attacks.make(
+    attack = self._make(radius, **given)
+    moved = self._moved(attack, self._model, self._device)
+    return float(np.mean(self.clean & self.right(moved)))
+
+  def moved_by(
+    self, model, device, radius: float, **given: Any
+  ) -> dict[str, np.ndarray]:
+    """Adversarial inputs of PGD on another model."""
+    return self._moved(self._make(radius, name="pgd", **given), model, device)
+
+  def _make(self, radius, **given):
+    return attacks.make(
       norm=self.norm,
       budget=radius,
       units=self._units,
       valid_range=self._range,
       **given,
     )
-    searched, params = self._device.frozen(self._model)
-    search = self._device.compile(_attack_fn(searched, attack), once=True)
-    moved = self._device.map(
+
+  def _moved(self, attack, model, device):
+    searched, params = device.frozen(model)
+    search = device.compile(_attack_fn(searched, attack), once=True)
+    return device.map(
       lambda _, state, chunk, key: search(params, state, chunk, key),
       self._data,
       self._rows,
-      self._device.chunk_size(self.num_examples),
+      device.chunk_size(self.num_examples),
       extra=lambda number: (self._key,),
     )
-    return float(np.mean(self._clean & self.right(moved)))
 
   def left_by_noise(self, radius: float, *, num_draws: int) -> float:
     """The share left by noise of that size, a mean over draws.
@@ -96,7 +108,7 @@ class Probe:
         m: self._cut(m, x + radius * self._units[m] * noise[m], x)
         for m, x in self._floats().items()
       }
-      shares.append(np.mean(self._clean & self.right(moved)))
+      shares.append(np.mean(self.clean & self.right(moved)))
     return float(np.mean(shares))
 
   def _floats(self):
@@ -134,7 +146,7 @@ class Probe:
     distance = np.where(usable, distance, np.inf)
     nearest, reach = distance.argmin(axis=1), distance.min(axis=1)
     copies = {m: x[nearest] for m, x in self._floats().items()}
-    left = self._clean & (self.right(copies) | ~np.isfinite(reach))
+    left = self.clean & (self.right(copies) | ~np.isfinite(reach))
     reached = reach[np.isfinite(reach) & ~left]
     return float(reached.max(initial=0.0)), float(np.mean(left))
 

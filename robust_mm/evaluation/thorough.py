@@ -1,0 +1,181 @@
+"""Checks of the gradients that cost many attacks: effort, objectives, transfer.
+
+Beside those of ``masking``, and only when asked for.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robust_mm._types import Model
+from robust_mm.evaluation import batches
+from robust_mm.evaluation import probes
+
+# (steps, restarts): a doubling of each at the end.
+EFFORTS = ((10, 1), (50, 1), (100, 1), (200, 1), (50, 5), (50, 10), (50, 20))
+DOUBLED = (((100, 1), (200, 1)), ((50, 10), (50, 20)))
+OBJECTIVES = ("margin", "cross_entropy", "dlr")
+STEPS = 50
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Surrogate:
+  """Another model of the same inputs, whose adversarial points are borrowed.
+
+  Best one of the same architecture, trained with plain cross-entropy from
+  another seed.
+
+  Attributes:
+    model: of the same modalities and classes.
+    params: its parameters.
+    state: its state.
+  """
+
+  model: Model
+  params: Any
+  state: Any = None
+
+
+def measure(
+  probe: probes.Probe,
+  data: batches.Data,
+  device: batches.Device,
+  model: Model,
+  *,
+  loss: str,
+  radius: float,
+  white: float,
+  least: float,
+  surrogate: Surrogate | None,
+  check: Callable[..., dict],
+) -> tuple[dict[str, Any], list[dict]]:
+  """``(found, checks)``, to go into a masking report.
+
+  Args:
+    probe: of the examples.
+    data: the examples.
+    device: where the model runs.
+    model: the one that is judged.
+    loss: of the attack that is judged.
+    radius: in units.
+    white: what that attack leaves.
+    least: the smallest difference that counts.
+    surrogate: to borrow adversarial points from; None for no such check.
+    check: ``check(name, passed, message)`` makes an entry of the report.
+  """
+  effort = {
+    (steps, restarts): probe.left(
+      radius, name="pgd", loss=loss, num_steps=steps, num_restarts=restarts
+    )
+    for steps, restarts in EFFORTS
+  }
+  objectives = {
+    name: probe.left(
+      radius, name="pgd", loss=name, num_steps=STEPS, targets="any"
+    )
+    for name in OBJECTIVES
+  }
+  # The first restart raises any class, the next ones each wrong class in turn,
+  # the second best first.
+  objectives["margin of every class"] = probe.left(
+    radius,
+    name="pgd",
+    loss="margin",
+    num_steps=STEPS,
+    num_restarts=probe.num_classes,
+  )
+  found = {
+    "effort": [[*key, share] for key, share in effort.items()],
+    "objectives": objectives,
+    "statistics": {"model": statistics(model, data, device)},
+  }
+  gains = [effort[half] - effort[whole] for half, whole in DOUBLED]
+  best = min(objectives, key=objectives.get)
+  checks = [
+    check(
+      "more_effort_finds_no_more",
+      max(gains) <= least,
+      f"Twice the steps break {gains[0]:.1%} more, twice the restarts "
+      f"{gains[1]:.1%}.",
+    ),
+    check(
+      "no_objective_is_stronger",
+      white <= objectives[best] + least,
+      f"The attack leaves {white:.0%}; with {STEPS} steps the objective "
+      f"{best!r} leaves {objectives[best]:.0%}.",
+    ),
+  ]
+  if surrogate is not None:
+    other = batches.Device(surrogate.params, surrogate.state or {})
+    moved = probe.moved_by(
+      surrogate.model, other, radius, loss=loss, num_steps=STEPS
+    )
+    left = float(np.mean(probe.clean & probe.right(moved)))
+    found["transfer"] = left
+    found["statistics"]["surrogate"] = statistics(surrogate.model, data, other)
+    checks.append(
+      check(
+        "white_box_beats_transfer",
+        white <= left + least,
+        f"The attack leaves {white:.0%}, points made for another model "
+        f"{left:.0%}.",
+      )
+    )
+  return found, checks
+
+
+def statistics(
+  model: Model, data: batches.Data, device: batches.Device
+) -> dict[str, list[float]]:
+  """Quantiles of what a masked gradient shows in, over the examples.
+
+  Returns:
+    ``{"quantiles", "margin", "logit_norm", "gradient_norm"}``: of the label's
+    margin, of the logits' l2 norm, and of the gradient of that margin in all
+    inputs together.
+  """
+
+  def one(params, state, chunk):
+    present, label = chunk["present"], chunk["label"]
+
+    def margin(inputs):
+      logits = model.apply(params, state, inputs, present)[0].logits
+      chosen = jax.nn.one_hot(label, logits.shape[-1], dtype=bool)
+      rival = jnp.max(jnp.where(chosen, -jnp.inf, logits), axis=-1)
+      own = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
+      return jnp.sum(own - rival), (own - rival, logits)
+
+    floats = {
+      m: x
+      for m, x in chunk["inputs"].items()
+      if jnp.issubdtype(x.dtype, jnp.floating)
+    }
+    rest = {m: x for m, x in chunk["inputs"].items() if m not in floats}
+    slopes, (margins, logits) = jax.grad(
+      lambda x: margin({**x, **rest}), has_aux=True
+    )(floats)
+    squares = sum(
+      jnp.sum(jnp.square(jnp.reshape(g, (g.shape[0], -1))), axis=1)
+      for g in slopes.values()
+    )
+    return {
+      "margin": margins,
+      "logit_norm": jnp.linalg.norm(logits, axis=-1),
+      "gradient_norm": jnp.sqrt(squares),
+    }
+
+  rows = np.arange(data.size)
+  size = device.chunk_size(data.size)
+  values = device.map(device.compile(one, once=True), data, rows, size)
+  return {
+    "quantiles": list(_QUANTILES),
+    **{
+      name: np.quantile(value, _QUANTILES).tolist()
+      for name, value in values.items()
+    },
+  }
