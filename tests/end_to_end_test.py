@@ -80,6 +80,13 @@ def test_quickstart_holds_what_the_readme_says(tmp_path):
   page = (tmp_path / "report.html").read_text()
   assert "data:image/png;base64," in page
   assert "certified" in page
+  run = tmp_path / "certified"
+  out = finish(start("certify", f"--workdir={run}", "--limit=90"))
+  assert "certified accuracy, 90 test examples" in out
+  with (run / "certificates.csv").open(newline="") as file:
+    rows = list(csv.DictReader(file))
+  held = [row["radius"] for row in rows if row["prediction"] == row["label"]]
+  assert np.mean(np.array(held, float) > 0.5) > 0.55
 
 
 TRAIN = (
