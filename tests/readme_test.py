@@ -4,6 +4,8 @@ import pathlib
 import re
 import shlex
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from robust_mm import cli
@@ -24,6 +26,10 @@ def test_python_blocks_run_one_after_the_other():
     exec(compile(block, "README.md", "exec"), namespace)
   assert namespace["certificate"].sound
   assert namespace["adversarial"]["left"].shape == (64, 8, 4, 1)
+  # d/dp |a - w(p)|^2 with w = b / (1 + e^p) in closed form.
+  w = namespace["weights"]
+  slope = -2 * ((jnp.array([1.5, -0.5]) - w) * -w / 2).sum()
+  np.testing.assert_allclose(namespace["gradient"], slope, rtol=1e-4)
 
 
 def commands():
