@@ -78,7 +78,7 @@ def test_scaling_the_head_leaves_radii_and_units_divide_them():
     bias=10 * bias,
     slack=heads.NO_SLACK,
   )
-  np.testing.assert_allclose(tenfold.radius, found.radius, rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(tenfold.radius, found.radius, rtol=1e-5, atol=1e-6)
   units = {"audio": 4.0, "image": 0.5, "text": 1.0}
   scaled = certification.margin_certificate(
     terms,
@@ -115,6 +115,13 @@ def test_permuting_classes_and_modalities_permutes_the_outputs():
   )
   np.testing.assert_allclose(permuted.radius, found.radius, rtol=1e-6)
   np.testing.assert_array_equal(order[permuted.prediction], found.prediction)
+  for m in heads.NAMES:
+    for value, expected in (
+      (permuted.modality_radius[m], found.modality_radius[m]),
+      (permuted.vulnerability[m], found.vulnerability[m]),
+      (permuted.sensitivity[m], found.sensitivity[m][:, order]),
+    ):
+      np.testing.assert_allclose(value, expected, rtol=1e-6)
   np.testing.assert_array_equal(
     order[permuted.nearest_class], found.nearest_class
   )
