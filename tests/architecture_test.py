@@ -31,6 +31,7 @@ FLOORS = {
   "losses": 3,
   "masking": 3,
   "smoothing": 3,
+  "config_checks": 1,
   "config": 4,
   "data": 4,
   "models": 4,
