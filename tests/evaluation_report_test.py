@@ -105,6 +105,7 @@ def test_folder_holds_every_promised_file_and_nothing_else(folder):
       "radius_joint",
       "radius_modalities",
       "subsets",
+      "contributions",
       "vulnerability",
       "region",
       "tightness",
