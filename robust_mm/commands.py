@@ -275,6 +275,8 @@ def make_protocol(
     tightness=tuple(settings.tightness),
     # Runs of earlier versions do not state it.
     masking_examples=settings.get("masking_examples", 64),
+    missing_rates=tuple(settings.get("missing_rates", ())),
+    corruptions="suite" if settings.get("corruptions") == "suite" else None,
   )
 
 

@@ -16,6 +16,7 @@ from ml_collections import config_dict
 
 from robust_mm import _validate
 from robust_mm import arguments
+from robust_mm import config_checks
 
 RECIPES = ("joint", "crmt", "certified_radius")
 FUSIONS = ("concat", "orthogonal", "token", "trunk")
@@ -102,6 +103,9 @@ def default() -> ml_collections.ConfigDict:
   config.evaluation.strength = 1  # of "auto"
   # Examples on which it is checked that gradients do not mislead; 0 = no check.
   config.evaluation.masking_examples = 64
+  # Shares of absent modalities, such as (0.1, 0.3, 0.5, 0.7); () = no curve.
+  config.evaluation.missing_rates = ()
+  config.evaluation.corruptions = "none"  # or "suite": every kind, severity
   config.evaluation.certificate = "auto"
   # Certificate "smoothing" only; train with the same noise.
   config.evaluation.smoothing = ml_collections.ConfigDict()
@@ -352,7 +356,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
     0, **{"config.evaluation.masking_examples": settings.masking_examples}
   )
   _check_length(config)
-  _check_smoothing(settings.smoothing)
+  config_checks.check_smoothing(settings.smoothing)
   _validate.positive(**{"config.optimizer.lr": config.optimizer.lr})
   _validate.non_negative(
     **{
@@ -372,7 +376,8 @@ def _check(config: ml_collections.ConfigDict) -> None:
           f"{value!r}."
         )
       _validate.positive(**{f"config.evaluation.{key}": value})
-  _check_rules(config.mesh.rules)
+  config_checks.check_shifts(settings)
+  config_checks.check_rules(config.mesh.rules)
 
 
 def _check_length(config: ml_collections.ConfigDict) -> None:
@@ -385,44 +390,6 @@ def _check_length(config: ml_collections.ConfigDict) -> None:
       f"({config.num_epochs}) both set the length of training; set the other "
       f"one to 0."
     )
-
-
-def _check_smoothing(settings: ml_collections.ConfigDict) -> None:
-  path = "config.evaluation.smoothing"
-  _validate.non_negative(**{f"{path}.sigma": settings.sigma})
-  _validate.at_least(
-    1,
-    **{
-      f"{path}.num_selection": settings.num_selection,
-      f"{path}.num_estimation": settings.num_estimation,
-      f"{path}.chunk_size": settings.chunk_size,
-      **{f"{path}.keep.{name}": k for name, k in settings.keep.items()},
-    },
-  )
-  if not 0 < settings.alpha < 1:
-    raise _validate.UserError(
-      f"{path}.alpha must lie in (0, 1), got {settings.alpha}."
-    )
-
-
-def _check_rules(rules) -> None:
-  for rule in rules:
-    if (
-      not isinstance(rule, (tuple, list))
-      or len(rule) != 2
-      or not isinstance(rule[0], str)
-      or not isinstance(rule[1], (tuple, list))
-    ):
-      raise _validate.UserError(
-        f"config.mesh.rules must look like (('.*kernel', ('data', None)),), "
-        f"got the rule {rule!r}."
-      )
-    try:
-      re.compile(rule[0])
-    except re.error as error:
-      raise _validate.UserError(
-        f"config.mesh.rules: {rule[0]!r} is no regular expression: {error}."
-      ) from error
 
 
 # Groups whose keys are the keyword arguments of a factory.

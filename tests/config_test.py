@@ -40,6 +40,9 @@ def test_own_file_wins_over_the_shipped_one(tmp_path, monkeypatch):
     ("--config.data.modalities=left,right", ("left", "right")),
     ("--config.data.modalities=left", ("left",)),
     ("--config.evaluation.radii=0.1,0.5", (0.1, 0.5)),
+    ("--config.evaluation.missing_rates=0.1,0.5", (0.1, 0.5)),
+    ("--config.evaluation.missing_rates=0.5", (0.5,)),
+    ("--config.evaluation.corruptions=suite", "suite"),
     ("--config.data.path=/a/b", "/a/b"),
     ("--config.recipe.options.variant=mixup", "mixup"),
   ],
@@ -85,6 +88,21 @@ def test_override_keeps_the_type(override, expected):
     ("configs/joint.py", ["--configs.seed=1"], "unknown argument"),
     ("configs/joint.py", ["--config.evaluation.radii=0,1"], "radii"),
     ("configs/joint.py", ["--config.evaluation.attack=pgdd"], "'pgd'"),
+    (
+      "configs/joint.py",
+      ["--config.evaluation.missing_rates=0.5,2"],
+      "missing_rates must lie",
+    ),
+    (
+      "configs/joint.py",
+      ["--config.evaluation.missing_rates=a,b"],
+      "missing_rates must be numbers",
+    ),
+    (
+      "configs/joint.py",
+      ["--config.evaluation.corruptions=sute"],
+      "Did you mean 'suite'",
+    ),
     ("configs/joint.py", ["--config.evaluation.loss=hinge"], "evaluation.loss"),
     ("configs/joint.py", ["--config.evaluation.batch_size=0"], "batch_size"),
     (

@@ -256,7 +256,7 @@ def contrast(colour):
 def test_every_text_is_large_and_dark_enough(results, histories):
   scaled = [{**r, "units": {"left": 3.0, "right": 2.0}} for r in results]
   drawn = plots.figures(scaled, histories)
-  assert len(drawn) == 7
+  assert len(drawn) == 9
   for name, figure in drawn.items():
     style.png(figure)
     texts = [t for t in figure.findobj(Text) if t.get_text().strip()]

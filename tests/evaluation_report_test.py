@@ -105,6 +105,7 @@ def test_folder_holds_every_promised_file_and_nothing_else(folder):
       "radius_joint",
       "radius_modalities",
       "subsets",
+      "contributions",
       "vulnerability",
       "region",
       "tightness",
@@ -116,7 +117,7 @@ def test_folder_holds_every_promised_file_and_nothing_else(folder):
 def test_page_is_self_contained_and_holds_the_plots(folder):
   page = (folder / "report.html").read_text()
   pictures = embedded(page)
-  assert len(pictures) == 7
+  assert len(pictures) == 8
   stored = {path.read_bytes() for path in (folder / "plots").iterdir()}
   assert set(pictures) == stored
   assert all(picture.startswith(PNG) for picture in pictures)
@@ -237,6 +238,7 @@ def test_plots_of_odd_runs_are_drawn(report, tmp_path):
     **report.results,
     "attacked": [],
     "subsets": {},
+    "contributions": None,
     "region": None,
     "tightness": None,
     "vulnerability": None,

@@ -75,6 +75,9 @@ def make_result(name="crmt-JT", *, sound=True, norm=2, units=1.0, drop=0.4):
     "settings": _settings(norm, sound, source if bounded else None),
     "clean": share(0.9),
     "subsets": {label: share(value) for label, value in SUBSETS.items()},
+    "contributions": {"values": {"left": 0.3, "right": 0.5}, "empty": 0.1},
+    "missing": _missing(),
+    "corrupted": None,
     "attacked": attacked,
     "certified": certified if bounded else [],
     "smoothed": None,
@@ -93,6 +96,21 @@ def make_result(name="crmt-JT", *, sound=True, norm=2, units=1.0, drop=0.4):
       "peak_memory_mib": 584.41015625,
     },
   }
+
+
+def _missing():
+  """Accuracy falls by half of the missing rate."""
+  rows = [
+    {
+      "rate": rate,
+      "achieved": rate,
+      "accuracy": 0.9 - 0.5 * rate,
+      "by_seed": [0.88 - 0.5 * rate, 0.92 - 0.5 * rate],
+      "num_examples": 200,
+    }
+    for rate in (0.1, 0.3, 0.5)
+  ]
+  return {"protocol": "per_sample", "seeds": [0, 1], "rows": rows}
 
 
 def _settings(norm, sound, source):

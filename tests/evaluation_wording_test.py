@@ -157,7 +157,7 @@ def test_numbers_of_a_page_have_few_digits(results, tmp_path):
 def test_every_figure_has_an_alternative_with_its_numbers(page):
   found = re.findall(r'<img alt="([^"]*)"', page)
   alternatives = dict(text.split(". ", 1) for text in found)
-  assert len(alternatives) == 7
+  assert len(alternatives) == 9
   for body in alternatives.values():
     assert "crmt-JT: " in body
   joint = alternatives[
@@ -166,6 +166,10 @@ def test_every_figure_has_an_alternative_with_its_numbers(page):
   assert "attacked by pgd 80.0 % at 0.25, 70.0 % at 0.5" in joint
   assert "estimated 50.0 % at 0.25, 10.0 % at 0.5" in joint
   assert "left 60.0 %" in alternatives["Accuracy with missing modalities"]
+  missing = alternatives["Accuracy against the missing rate"]
+  assert "85.0 % at 0.10, 75.0 % at 0.30" in missing
+  contributions = alternatives["What each modality contributes"]
+  assert "left 0.300, right 0.500" in contributions
   region = alternatives["Two budgets at once"]
   assert "up to 0.49 of left alone or 0.49 of right alone" in region
   assert "certified accuracy 0.6" in alternatives["Training curves"]

@@ -12,6 +12,7 @@ r"""Evaluation: what a model keeps when inputs are missing, attacked, bounded.
 renamed.
 """
 
+from robust_mm.evaluation import metrics
 from robust_mm.evaluation import plots
 from robust_mm.evaluation import protocol
 from robust_mm.evaluation import report
@@ -41,6 +42,20 @@ SCHEMA = {
   "subsets": (
     "{'left+right': {accuracy, interval, num_examples}}: only these "
     "modalities available; accuracy is null where no example has any"
+  ),
+  "contributions": (
+    "null, or {values {modality: Shapley contribution to clean accuracy}, "
+    "empty: the share of the commonest class, from which they count}"
+  ),
+  "missing": (
+    "null, or {protocol, seeds, rows [{rate, achieved, accuracy: mean over "
+    "seeds, by_seed, num_examples}]}: random cells absent, the same for every "
+    "model"
+  ),
+  "corrupted": (
+    "null, or {rows [{kind, modalities, severity, strength, accuracy, "
+    "interval, num_examples}], scores {kind: mean accuracy}, score: mean "
+    "corruption score, every kind alike}"
   ),
   "attacked": (
     "[{attack, norm (2 or 'inf'), radius, modalities [...], accuracy, "
@@ -82,9 +97,9 @@ SCHEMA = {
   "examples": "{num_examples, num_left_out, columns {name: meaning}}",
   "timing": (
     "{predict_seconds, attack_seconds, certify_seconds, tightness_seconds, "
-    "masking_seconds, smoothing_seconds, total_seconds}, compilation included; "
-    "table_seconds; one compiled call on a chunk: forward_chunk_seconds, "
-    "certify_chunk_seconds; peak_memory_mib"
+    "masking_seconds, smoothing_seconds, shift_seconds, total_seconds}, "
+    "compilation included; table_seconds; one compiled call on a chunk: "
+    "forward_chunk_seconds, certify_chunk_seconds; peak_memory_mib"
   ),
 }
 
@@ -95,6 +110,7 @@ __all__ = [
   "Surrogate",
   "evaluate",
   "masking_report",
+  "metrics",
   "plots",
   "protocol",
   "render",

@@ -97,6 +97,28 @@ def vulnerability(results: Sequence[dict]) -> Figure | None:
   return figure
 
 
+def contributions(results: Sequence[dict]) -> Figure | None:
+  """The Shapley contribution of each modality, a bar for each run."""
+  if not any(result.get("contributions") for result in results):
+    return None
+  names = rows_lib.names_of(results)
+  height = _height(len(names), results)
+  figure, (axes,) = style.panels(1, height=height, width=6.4)
+  axes.grid(False, axis="y")
+  _modality_bars(axes, results, names, _contribution, bound=False)
+  # A harmful modality has a negative one.
+  values = [_contribution(r, name) or 0.0 for r in results for name in names]
+  low, high = min([0.0, *values]), max([0.0, *values])
+  room = 0.12 * (high - low) or 1.0
+  axes.set_xlim(low - room if low < 0 else 0.0, high + room)
+  style.title(axes, "Shapley contribution to the clean accuracy")
+  return figure
+
+
+def _contribution(result: Mapping, name: str) -> float | None:
+  return ((result.get("contributions") or {}).get("values") or {}).get(name)
+
+
 def _modality_bars(axes, results, names, value_of: Callable, *, bound: bool):
   thickness = 0.8 / len(results)
   handles = []

@@ -93,6 +93,19 @@ def _subsets(result: Mapping, _) -> str:
   )
 
 
+def _contributions(result: Mapping, _) -> str:
+  found = result.get("contributions") or {"values": {}}
+  return ", ".join(f"{m} {value:.3f}" for m, value in found["values"].items())
+
+
+def _missing(result: Mapping, _) -> str:
+  found = result.get("missing") or {"rows": []}
+  return ", ".join(
+    f"{wording.percent(row['accuracy'])} at {row['achieved']:.2f}"
+    for row in found["rows"]
+  )
+
+
 def _vulnerability(result: Mapping, _) -> str:
   names = result["settings"]["modalities"]
   lost = {name: rows_lib.accuracy_lost(result, name) for name in names}
@@ -149,6 +162,8 @@ _CONTENT = {
   "radius_joint": _joint,
   "radius_modalities": _single,
   "subsets": _subsets,
+  "contributions": _contributions,
+  "missing": _missing,
   "vulnerability": _vulnerability,
   "region": _region,
   "tightness": _tightness,

@@ -14,6 +14,7 @@ _SECONDS = {
   "table_seconds": "certificates: tables of constants",
   "tightness_seconds": "attacks at multiples of the radius",
   "masking_seconds": "checks of the gradients",
+  "shift_seconds": "missing rates and corruptions",
   "total_seconds": "everything",
 }
 _CHUNKS = {
@@ -30,6 +31,13 @@ def details(result: Mapping) -> dict:
     ``(heading, whether it holds numbers)``, a row a tuple of texts.
   """
   tables = [_clean(result)]
+  # Results of earlier versions have none of these.
+  if result.get("contributions"):
+    tables.append(_contributions(result["contributions"]))
+  if result.get("missing"):
+    tables.append(_missing(result["missing"]))
+  if result.get("corrupted"):
+    tables.append(_corrupted(result))
   for name in result["settings"]["attacks"]:
     tables.append(_attack(result, name))
     if any(row.get("broken_by") for row in _rows_of(result, name)):
@@ -102,6 +110,69 @@ def _clean(result: Mapping) -> dict:
     "Clean and with missing modalities",
     "No attack. Absent modalities are marked absent.",
     [("all present", result["clean"]), *parts],
+  )
+
+
+def _contributions(found: Mapping) -> dict:
+  return _table(
+    "Contribution of each modality",
+    "Shapley values of the clean accuracies above: the mean gain from adding a "
+    "modality, over all orders. They sum to the accuracy of all less that of "
+    f"the commonest class, {found['empty']:.4f}.",
+    [("modality", False), ("contribution", True)],
+    [(name, f"{value:.4f}") for name, value in found["values"].items()],
+  )
+
+
+def _missing(found: Mapping) -> dict:
+  columns = [("rate", True), ("achieved", True), ("accuracy", True)]
+  columns += [("lowest seed", True), ("highest seed", True), ("examples", True)]
+  return _table(
+    "Missing rates",
+    "Random modalities of each example absent, at least one left; means over "
+    f"the masks of the seeds {', '.join(map(str, found['seeds']))}, which are "
+    "the same for every model.",
+    columns,
+    [
+      (
+        f"{row['rate']:g}",
+        f"{row['achieved']:.3f}",
+        f"{row['accuracy']:.4f}",
+        f"{min(row['by_seed']):.4f}",
+        f"{max(row['by_seed']):.4f}",
+        str(row["num_examples"]),
+      )
+      for row in found["rows"]
+    ],
+  )
+
+
+def _corrupted(result: Mapping) -> dict:
+  found = result["corrupted"]
+  severities = sorted({row["severity"] for row in found["rows"]})
+  lines = {}
+  for row in found["rows"]:
+    place = row["kind"], wording.where(row["modalities"], result)
+    lines.setdefault(place, {})[row["severity"]] = f"{row['accuracy']:.4f}"
+  return _table(
+    "Corrupted",
+    f"Accuracy by severity. Mean corruption score {found['score']:.4f}: the "
+    "mean over kinds of the mean over severities and modalities.",
+    [
+      ("kind", False),
+      ("modalities", False),
+      *((f"severity {severity}", True) for severity in severities),
+      ("mean of the kind", True),
+    ],
+    [
+      (
+        kind.replace("_", " "),
+        where,
+        *(at.get(severity, "-") for severity in severities),
+        f"{found['scores'][kind]:.4f}",
+      )
+      for (kind, where), at in lines.items()
+    ],
   )
 
 

@@ -23,19 +23,58 @@ def figures(
     histories: rows of ``metrics.jsonl`` for each result, or None.
 
   Returns:
-    ``{"radius_joint", "radius_modalities", "subsets", "vulnerability",
-    "region", "tightness", "training"}``, those there is data for.
+    ``{"radius_joint", "radius_modalities", "subsets", "contributions",
+    "missing", "vulnerability", "region", "tightness", "training"}``, those
+    there is data for.
   """
   drawn = {
     "radius_joint": radius_joint(results),
     "radius_modalities": radius_modalities(results),
     "subsets": bars.subsets(results),
+    "contributions": bars.contributions(results),
+    "missing": missing(results),
     "vulnerability": bars.vulnerability(results),
     "region": regions.region(results),
     "tightness": tightness(results),
     "training": histories_lib.training(results, histories),
   }
   return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def missing(results: Sequence[dict]) -> Figure | None:
+  """Accuracy against the share of modalities that are absent."""
+  if not any(result.get("missing") for result in results):
+    return None
+  figure, (axes,) = style.panels(1, height=3.8, width=6.4)
+  for index, result in enumerate(results):
+    rows = (result.get("missing") or {"rows": []})["rows"]
+    if not rows:
+      continue
+    rates = [row["achieved"] for row in rows]
+    colour = style.colour(index)
+    axes.plot(
+      rates,
+      [row["accuracy"] for row in rows],
+      color=colour,
+      linestyle=style.line_styles()[index % len(style.line_styles())],
+      marker="o",
+      markersize=4,
+      label=result["name"],
+    )
+    axes.fill_between(
+      rates,
+      [min(row["by_seed"]) for row in rows],
+      [max(row["by_seed"]) for row in rows],
+      color=colour,
+      alpha=0.15,
+      linewidth=0,
+    )
+  axes.set_ylim(0, 1)
+  axes.set_xlabel("missing rate (share of all modalities of all examples)")
+  axes.set_ylabel("accuracy")
+  axes.legend(frameon=False, fontsize=style.SMALL, loc="best")
+  style.title(axes, "Random modalities absent")
+  return figure
 
 
 def radius_joint(results: Sequence[dict]) -> Figure | None:

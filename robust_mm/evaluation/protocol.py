@@ -8,6 +8,7 @@ from typing import Any
 
 from robust_mm import _validate
 from robust_mm import certification
+from robust_mm import corruptions as corruptions_lib
 from robust_mm import modalities as modalities_lib
 
 DEFAULT_RADII = {
@@ -37,6 +38,15 @@ DEFAULT_SMOOTHING = {
   "chunk_size": 1000,
   "alpha": 1e-3,
 }
+CORRUPTION_SETTINGS = (
+  "kinds",
+  "severities",
+  "modalities",
+  "correlated",
+  "share",
+  "forms",
+  "unknown",
+)
 # Every subset of 6 modalities is 63 forward passes over the data.
 MAX_MODALITIES_ALL_SUBSETS = 6
 
@@ -63,6 +73,9 @@ class Protocol:
       perturbation has broken it; it counts as broken from there on.
     tightness: multiples of each example's own joint radius to attack at.
     masking_examples: so many examples for :func:`evaluation.masking_report`.
+    missing_rates: of the missing-rate curve, ascending.
+    missing_seeds: masks a rate.
+    corruptions: arguments of ``corruptions.suite``, or None for no table.
   """
 
   radii: tuple[float, ...]
@@ -79,6 +92,9 @@ class Protocol:
   survivors_only: bool
   tightness: tuple[float, ...]
   masking_examples: int
+  missing_rates: tuple[float, ...]
+  missing_seeds: int
+  corruptions: Mapping[str, Any] | None
 
   def modality_grid(self, modality: str) -> tuple[float, ...]:
     """The radii at which ``modality`` alone is attacked."""
@@ -139,6 +155,9 @@ def standard(
   survivors_only: bool = True,
   tightness: Sequence[float] = DEFAULT_TIGHTNESS,
   masking_examples: int = 64,
+  missing_rates: Sequence[float] = (),
+  missing_seeds: int = 5,
+  corruptions: Any = None,
 ) -> Protocol:
   """Clean, every subset of modalities, attacked and certified accuracy.
 
@@ -179,6 +198,13 @@ def standard(
       examples that gradients do not mislead the first attack, at the middle one
       of the radii: :func:`masking_report` without its single step. 0 for no
       check.
+    missing_rates: shares of absent cells at which accuracy is measured, with
+      the masks of ``missing.per_sample``; at least one modality of an example
+      stays. Empty for none.
+    missing_seeds: so many masks a rate, of the seeds 0, 1, ...
+    corruptions: ``"suite"``, or ``{"kinds", "severities", "modalities",
+      "correlated", "share", "forms", "unknown"}`` of ``corruptions.suite`` (all
+      of it where not named), or None for none.
 
   Returns:
     A frozen :class:`Protocol`.
@@ -202,6 +228,7 @@ def standard(
   if max_examples is not None:
     _validate.at_least(1, max_examples=max_examples)
   _validate.at_least(0, masking_examples=masking_examples)
+  _validate.at_least(1, missing_seeds=missing_seeds)
   _check_units(units)
   norm = _norm(norm)
   smoothing = _smoothing(smoothing, certificate, norm)
@@ -220,6 +247,9 @@ def standard(
     survivors_only=bool(survivors_only),
     tightness=_radii(tightness, "tightness"),
     masking_examples=int(masking_examples),
+    missing_rates=_rates(missing_rates),
+    missing_seeds=int(missing_seeds),
+    corruptions=_corruptions(corruptions),
   )
 
 
@@ -243,6 +273,26 @@ def _radii(values, name: str) -> tuple[float, ...]:
   for radius in radii:
     _validate.positive(**{name: radius})
   return radii
+
+
+def _rates(values) -> tuple[float, ...]:
+  rates = tuple(sorted({float(value) for value in values}))
+  for rate in rates:
+    _validate.in_unit_interval(missing_rates=rate)
+  return rates
+
+
+def _corruptions(given) -> dict | None:
+  if given is None:
+    return None
+  if isinstance(given, str):
+    _validate.one_of(("suite",), corruptions=given)
+    return {}
+  for name in given:
+    _validate.one_of(CORRUPTION_SETTINGS, corruptions=name)
+  # Refused now, and not after the attacks.
+  corruptions_lib.suite({"any": (2, 2)}, **{**given, "forms": None})
+  return dict(given)
 
 
 def _norm(norm):

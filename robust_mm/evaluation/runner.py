@@ -11,25 +11,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from robust_mm import __version__
 from robust_mm import _validate
 from robust_mm import certification
 from robust_mm._types import Batch
 from robust_mm._types import Model
 from robust_mm.evaluation import batches
 from robust_mm.evaluation import bounds as bounds_lib
+from robust_mm.evaluation import circumstances
 from robust_mm.evaluation import masking as masking_lib
 from robust_mm.evaluation import matrix
 from robust_mm.evaluation import probes
 from robust_mm.evaluation import protocol as protocol_lib
 from robust_mm.evaluation import report as report_lib
+from robust_mm.evaluation import shifts as shifts_lib
 from robust_mm.evaluation import smoothed as smoothed_lib
 from robust_mm.evaluation import summary
-
-try:
-  import resource
-except ImportError:  # Windows has none
-  resource = None
 
 SCHEMA_VERSION = 1
 
@@ -106,6 +102,7 @@ def evaluate(
   key = jax.random.key(seed) if key is None else key
   session = _Session(model, params, state, data, protocol, units, sharding)
   session.prepare_smoothing(key)
+  session.prepare_corruptions(reference)
   with _Ticker(progress, session.num_ticks(source)) as tick:
     predictions = session.predict(tick)
     prediction = predictions.pop(None)
@@ -115,14 +112,17 @@ def evaluate(
     tightness = session.tightness(key, bounds, tick)
     masking = session.masking(key, tick)
     smoothed = session.smooth(tick)
+    shifted = session.shift(key, tick)
   session.timing["total_seconds"] = time.perf_counter() - started
-  session.timing["peak_memory_mib"] = _peak_memory()
+  session.timing["peak_memory_mib"] = circumstances.peak_memory()
   columns = summary.example_columns(data, prediction, cells, bounds)
   if smoothed is not None:
     columns |= smoothed_lib.columns(smoothed, data.names)
   found = {
     "clean": summary.share(correct, data.counted),
     "subsets": summary.subset_rows(predictions, data),
+    "contributions": shifts_lib.contributions(predictions, data),
+    **shifted,
     "attacked": summary.attacked_rows(cells, protocol, data),
     **summary.bound_entries(bounds, protocol, correct, data),
     "smoothed": smoothed_lib.entry(smoothed, protocol, data),
@@ -141,8 +141,8 @@ def evaluate(
   settings = {
     **protocol.settings,
     "attacks": session.attack_settings,
-    "certificate": _certificate_settings(protocol, bounds, reason),
-    **_circumstances(model, data, reference, sharding),
+    "certificate": circumstances.certificate_settings(protocol, bounds, reason),
+    **circumstances.settings(model, data, reference, sharding),
   }
   labels = {
     "schema_version": SCHEMA_VERSION,
@@ -179,13 +179,14 @@ class _Session:
     self.attack_settings, self._attackers = {}, {}
     self._forward = matrix.Forward(model, self._device, size=self._size)
     self._make_attackers()
-    self._counter = None
+    self._counter, self._corruptions = None, {}
 
   def num_ticks(self, source) -> int:
     """How often the stages will report progress."""
     plan = matrix.attack_plan(self._protocol, self._data.names)
     ticks = 1 + len(self._protocol.attacks) * len(plan)
     ticks += self._protocol.checks_masking
+    ticks += len(self._protocol.missing_rates) + len(self._corruptions)
     if self._counter is not None:
       ticks += self._counter.num_blocks
     return ticks if source is None else ticks + 1 + len(self._factors)
@@ -321,6 +322,29 @@ class _Session:
       alpha=self._protocol.smoothing["alpha"], units=self._units
     )
 
+  def prepare_corruptions(self, reference) -> None:
+    """Refuses what cannot be made before anything is measured."""
+    if self._protocol.missing_rates and len(self._data.names) < 2:
+      raise ValueError("missing_rates needs at least two modalities.")
+    self._corruptions = shifts_lib.suite(self._protocol, self._data, reference)
+
+  def shift(self, key, tick) -> dict:
+    """Accuracy by missing rate and under corruption, None where not asked."""
+    start = time.perf_counter()
+    bench = shifts_lib.Bench(
+      self._forward, self._device, self._data, self._size
+    )
+    own = jax.random.fold_in(key, len(self._protocol.attacks) + 3)
+    found = {
+      "missing": shifts_lib.missing(bench, self._protocol, tick),
+      "corrupted": shifts_lib.corrupted(
+        bench, self._corruptions, key=own, tick=tick
+      ),
+    }
+    if any(found.values()):
+      self.timing["shift_seconds"] = time.perf_counter() - start
+    return found
+
   def certify(self, source, reason, reference, tick):
     """``(bounds of every example or None, the reason in words)``.
 
@@ -372,51 +396,6 @@ def _units(protocol, names, reference) -> dict[str, float]:
     measured = certification.relative_units(reference, ball)
     return {name: float(measured[name]) for name in names}
   return {name: float(protocol.units.get(name, 1.0)) for name in names}
-
-
-def _certificate_settings(protocol, bounds, reason) -> dict:
-  return {
-    "asked": protocol.certificate,
-    "source": None if bounds is None else bounds.source,
-    "sound": None if bounds is None else bounds.sound,
-    "norm": None if bounds is None else bounds.norm,
-    "slack": certification.Slack()._asdict(),
-    "reason": reason,
-  }
-
-
-def _peak_memory() -> float | None:
-  """MiB: of the device where it tells, else of this process."""
-  statistics = jax.local_devices()[0].memory_stats()
-  if statistics and "peak_bytes_in_use" in statistics:
-    return statistics["peak_bytes_in_use"] / 2**20
-  if resource is None:
-    return None
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  # Bytes on macOS, kibibytes elsewhere.
-  return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def _circumstances(model, data, reference, sharding) -> dict:
-  num_reference = None
-  if reference is not None:
-    num_reference = len(reference["present"][data.names[0]])
-  device = jax.devices()[0]
-  return {
-    "modalities": list(data.names),
-    "num_classes": model.num_classes,
-    "input_shapes": {m: list(x.shape[1:]) for m, x in data.inputs.items()},
-    "input_types": {m: str(x.dtype) for m, x in data.inputs.items()},
-    "num_reference": num_reference,
-    "matmul_precision": batches.PRECISION,
-    "device": f"{device.platform} ({device.device_kind})",
-    "num_devices": 1 if sharding is None else len(sharding.device_set),
-    "versions": {
-      "robust_mm": __version__,
-      "jax": jax.__version__,
-      "numpy": np.__version__,
-    },
-  }
 
 
 class _Ticker:

@@ -6,6 +6,8 @@ TITLES = {
   "radius_joint": "Accuracy against the size of a change to all modalities",
   "radius_modalities": "Accuracy when only one modality is changed",
   "subsets": "Accuracy with missing modalities",
+  "contributions": "What each modality contributes",
+  "missing": "Accuracy against the missing rate",
   "vulnerability": "Which modality is the weak one",
   "region": "Two budgets at once",
   "tightness": "How far beyond its radius an example has to be attacked",
@@ -21,6 +23,16 @@ _CAPTIONS = {
     "Each bar is the accuracy when only the named modalities are available; "
     "the others are marked as absent and no value of them is used. Thin lines "
     "are 95 % intervals."
+  ),
+  "contributions": (
+    "The mean gain in clean accuracy from adding a modality, over all orders "
+    "in which they could be added (Shapley values): together they are the "
+    "accuracy with all, less that of always saying the commonest class."
+  ),
+  "missing": (
+    "Modalities of each example are absent at random, at least one is left. "
+    "The line is the mean over several masks, which are the same for every "
+    "model; the band reaches from the lowest to the highest of them."
   ),
   "vulnerability": (
     "Where there is a bound: each modality's share of the squared sensitivity "

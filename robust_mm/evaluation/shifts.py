@@ -1,0 +1,207 @@
+"""What is kept under random absence and under corruption, and by whom."""
+
+import dataclasses
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from robust_mm import corruptions as corruptions_lib
+from robust_mm import missing as missing_lib
+from robust_mm import modalities
+from robust_mm._types import Batch
+from robust_mm.evaluation import batches
+from robust_mm.evaluation import matrix
+from robust_mm.evaluation import metrics
+from robust_mm.evaluation import protocol as protocol_lib
+from robust_mm.evaluation import summary
+
+# Swapped samples come from so many evenly spaced examples.
+MAX_DONORS = 512
+
+Tick = Callable[[str], None]
+
+
+class Bench(NamedTuple):
+  """What a measurement needs.
+
+  Attributes:
+    forward: predicts; compiled once for everything.
+    device: runs it.
+    data: the examples.
+    size: rows a call.
+  """
+
+  forward: matrix.Forward
+  device: batches.Device
+  data: batches.Data
+  size: int
+
+
+def suite(
+  protocol: protocol_lib.Protocol, data: batches.Data, reference: Batch | None
+) -> dict[str, corruptions_lib.Corruption]:
+  """The corruptions a protocol asks for, none or many.
+
+  Raises:
+    ValueError: naming ``reference`` if noise needs it and it is missing.
+  """
+  if protocol.corruptions is None:
+    return {}
+  chosen = dict(protocol.corruptions)
+  kinds = chosen.get("kinds") or corruptions_lib.kinds()
+  scale = 1.0
+  if "additive" in kinds:
+    if reference is None:
+      raise ValueError(
+        "reference is missing; additive noise is in units of the standard "
+        "deviation of training data."
+      )
+    scale = corruptions_lib.deviations(reference)
+  shapes = {
+    name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+    for name, x in data.inputs.items()
+  }
+  return corruptions_lib.suite(shapes, scale=scale, **chosen)
+
+
+def missing(
+  bench: Bench, protocol: protocol_lib.Protocol, tick: Tick
+) -> dict | None:
+  """Accuracy by missing rate: per-sample masks, the same for every model."""
+  if not protocol.missing_rates:
+    return None
+  data = bench.data.take(np.flatnonzero(bench.data.counted))
+  seeds = list(range(protocol.missing_seeds))
+  drawn = [
+    missing_lib.scores(data.names, data.size, seed=seed, present=data.present)
+    for seed in seeds
+  ]
+  rows = []
+  for rate in protocol.missing_rates:
+    hits = []
+    for scores in drawn:
+      masks = missing_lib.per_sample(scores, rate)
+      seen = dataclasses.replace(data, present=masks.present)
+      found = bench.forward(seen, np.arange(data.size), data.names)
+      hits.append(found == data.label)
+    by_seed = [float(np.mean(hit)) for hit in hits]
+    rows.append(
+      {
+        "rate": rate,
+        "achieved": masks.rate,
+        "accuracy": float(np.mean(by_seed)),
+        "by_seed": by_seed,
+        "num_examples": data.size,
+      }
+    )
+    tick(f"missing rate {rate:g}")
+  return {"protocol": "per_sample", "seeds": seeds, "rows": rows}
+
+
+def corrupted(
+  bench: Bench,
+  suite: Mapping[str, corruptions_lib.Corruption],
+  *,
+  key: Any,
+  tick: Tick,
+) -> dict | None:
+  """The accuracy under every corruption, and the mean corruption score."""
+  if not suite:
+    return None
+  run = _run_fn(bench)
+  data, rows = bench.data, []
+  donors = bench.device.replicate(_donors(data))
+  counted = np.flatnonzero(data.counted)
+  prediction = np.full(data.size, -1, np.int32)
+  for name, corruption in suite.items():
+    given = donors if corruption.kind == "swap" else None
+    extra = (corruption, key, given)
+    prediction[counted] = bench.device.map(
+      run, data, counted, bench.size, extra=lambda number, extra=extra: extra
+    )
+    rows.append(
+      {
+        "kind": corruption.kind,
+        "modalities": list(corruption.modalities),
+        "severity": corruption.severity,
+        "strength": corruption.strength,
+        **summary.share(prediction == data.label, data.counted),
+      }
+    )
+    tick(name)
+  return {"rows": rows, **corruption_scores(rows)}
+
+
+def _run_fn(bench):
+  def change(params, state, chunk, corruption, key, donors):
+    inputs, present = corruption(
+      key,
+      chunk["inputs"],
+      chunk["present"],
+      id=chunk["id"],
+      label=chunk["label"],
+      donors=donors,
+    )
+    return {**chunk, "inputs": inputs, "present": present}, ()
+
+  # A program for each kind and modality, run at few severities.
+  changed = bench.device.compile(change, moved=True, once=True)
+
+  def run(params, state, chunk, corruption, key, donors):
+    moved, _ = changed(params, state, chunk, corruption, key, donors)
+    every = matrix.keep_only(moved["inputs"], moved["inputs"])
+    # The clean pass is compiled already.
+    return bench.forward.compiled(params, state, moved, every)
+
+  return run
+
+
+def _donors(data: batches.Data) -> dict:
+  count = min(MAX_DONORS, data.size)
+  return data.chunk(np.linspace(0, data.size - 1, count).round().astype(int))
+
+
+def corruption_scores(rows) -> dict:
+  """``{"score", "scores": {kind: mean accuracy}}``; every kind counts alike."""
+  table = {}
+  for row in rows:
+    at = row["severity"], *row["modalities"]
+    table.setdefault(row["kind"], {})[at] = row["accuracy"]
+  return {
+    "score": metrics.mean_corruption_score(table),
+    "scores": {k: float(np.mean(list(v.values()))) for k, v in table.items()},
+  }
+
+
+def contributions(predictions: Mapping, data: batches.Data) -> dict | None:
+  """Shapley contributions to the accuracy, from the predictions of all subsets.
+
+  An example that a subset leaves nothing counts as guessed, like the empty
+  subset: as the commonest class.
+
+  Args:
+    predictions: ``{subset: (prediction [n], counted bool[n])}``.
+    data: the examples.
+
+  Returns:
+    ``{"values": {m: contribution}, "empty": share of the commonest class}``,
+    None where a subset was not measured or there is one modality.
+  """
+  wanted = modalities.subsets(data.names)
+  if not 1 < len(data.names) <= metrics.MAX_MODALITIES:
+    return None
+  if not all(subset in predictions for subset in wanted):
+    return None
+  label = data.label[data.counted]
+  guess = np.bincount(label).argmax()
+  scores = {}
+  for subset in wanted:
+    prediction, counted = predictions[subset]
+    said = np.where(counted, prediction, guess)[data.counted]
+    scores[subset] = float(np.mean(said == label))
+  empty = float(np.mean(label == guess))
+  return {"values": metrics.shapley(scores, empty=empty), "empty": empty}

@@ -1,0 +1,206 @@
+"""Missing rates, corruptions and contributions of an evaluation."""
+
+import dataclasses
+
+import evaluation_models as toy
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+
+from robust_mm import corruptions
+from robust_mm import evaluation
+from robust_mm import missing
+from robust_mm import modalities
+from robust_mm.evaluation import batches
+from robust_mm.evaluation import metrics
+from robust_mm.evaluation import shifts
+
+RATES = (0.0, 0.25, 0.5)
+PLAIN = {"radii": (), "attack": None, "certificate": None}
+
+
+def _evaluate(batch, *, sharding=None, **settings):
+  model = toy.linear_model()
+  params, _ = model.init(jax.random.key(0))
+  return evaluation.evaluate(
+    model,
+    params,
+    batch,
+    protocol=evaluation.standard(**PLAIN, **settings),
+    reference=batch,
+    sharding=sharding,
+  )
+
+
+def _accuracy(batch, inputs, present):
+  model = toy.linear_model()
+  params, _ = model.init(jax.random.key(0))
+  inputs = modalities.mask(inputs, present)
+  outputs, _ = model.apply(params, {}, inputs, present)
+  return float(np.mean(np.argmax(outputs.logits, -1) == batch["label"]))
+
+
+@pytest.fixture(scope="module")
+def batch():
+  found = toy.make_batch(60)
+  ones = np.ones(60, bool)
+  return {**found, "present": {name: ones for name in toy.DIMS}}
+
+
+@pytest.fixture(scope="module")
+def report(batch):
+  return _evaluate(
+    batch, missing_rates=RATES, missing_seeds=3, corruptions="suite"
+  )
+
+
+def test_nothing_of_it_is_measured_unless_asked(batch):
+  results = _evaluate(batch).results
+  assert results["missing"] is None
+  assert results["corrupted"] is None
+  assert "shift_seconds" not in results["timing"]
+
+
+def test_the_missing_curve_is_that_of_the_stored_seeds(report, batch):
+  found = report.results["missing"]
+  assert found["seeds"] == [0, 1, 2]
+  assert [row["rate"] for row in found["rows"]] == list(RATES)
+  for row in found["rows"]:
+    for seed, accuracy in zip(found["seeds"], row["by_seed"]):
+      scores = missing.scores(tuple(toy.DIMS), 60, seed=seed)
+      masks = missing.per_sample(scores, row["rate"])
+      assert masks.rate == row["achieved"]
+      expected = _accuracy(batch, batch["inputs"], masks.present)
+      assert accuracy == pytest.approx(expected)
+    assert row["accuracy"] == pytest.approx(np.mean(row["by_seed"]))
+  clean = report.results["clean"]["accuracy"]
+  assert found["rows"][0]["accuracy"] == pytest.approx(clean)
+
+
+def test_the_corruption_table_is_that_of_the_suite(report, batch):
+  found = report.results["corrupted"]
+  suite = corruptions.suite(
+    {name: (size,) for name, size in toy.DIMS.items()},
+    scale=corruptions.deviations(batch),
+  )
+  assert len(found["rows"]) == len(suite)
+  table = {}
+  for row, corruption in zip(found["rows"], suite.values()):
+    assert (row["kind"], row["severity"]) == (
+      corruption.kind,
+      corruption.severity,
+    )
+    at = row["severity"], *row["modalities"]
+    table.setdefault(row["kind"], {})[at] = row["accuracy"]
+    if row["severity"] == 5:
+      inputs, present = corruption(
+        # No attack: the numbers 0 to 2 are left for other stages.
+        jax.random.fold_in(jax.random.key(0), 3),
+        batch["inputs"],
+        batch["present"],
+        id=np.arange(60),
+        label=batch["label"],
+      )
+      expected = _accuracy(batch, inputs, present)
+      assert row["accuracy"] == pytest.approx(expected)
+  assert found["score"] == pytest.approx(metrics.mean_corruption_score(table))
+
+
+def test_several_devices_and_batch_sizes_find_the_same(report, batch):
+  mesh = jax.make_mesh((4,), ("data",), (jax.sharding.AxisType.Auto,))
+  other = _evaluate(
+    batch,
+    sharding=NamedSharding(mesh, PartitionSpec("data")),
+    missing_rates=RATES,
+    missing_seeds=3,
+    corruptions="suite",
+    batch_size=16,
+  )
+  for entry in ("missing", "corrupted", "contributions"):
+    assert other.results[entry] == report.results[entry]
+
+
+def test_contributions_sum_to_the_accuracy_less_that_of_guessing(report, batch):
+  results = report.results
+  found = results["contributions"]
+  empty = np.bincount(batch["label"]).max() / 60
+  assert found["empty"] == pytest.approx(empty)
+  total = sum(found["values"].values())
+  assert total == pytest.approx(results["clean"]["accuracy"] - empty)
+  scores = {k: row["accuracy"] for k, row in results["subsets"].items()}
+  expected = metrics.shapley(scores, empty=empty)
+  assert found["values"] == pytest.approx(expected)
+
+
+def test_who_has_nothing_left_counts_as_guessed(batch):
+  data = batches.Data(
+    inputs={},
+    present={},
+    label=np.array([1, 1, 0, 2]),
+    id=np.arange(4),
+    counted=np.array([True, True, True, False]),
+  )
+  data = dataclasses.replace(data, inputs={"a": None, "b": None})
+  everyone = np.ones(4, bool)
+  predictions = {
+    ("a",): (np.array([-1, 1, 1, 0]), np.array([False, True, True, True])),
+    ("b",): (np.array([0, 1, 0, 0]), everyone),
+    ("a", "b"): (np.array([1, 1, 0, 0]), everyone),
+  }
+  found = shifts.contributions(predictions, data)
+  # Of the three that count: nothing 2/3, a 2/3, b 2/3, both 1.
+  assert found["empty"] == pytest.approx(2 / 3)
+  assert found["values"] == pytest.approx({"a": 1 / 6, "b": 1 / 6})
+  del predictions["b",]
+  assert shifts.contributions(predictions, data) is None
+
+
+def test_the_report_shows_them(report, batch, tmp_path):
+  settings = {"kinds": ["swap", "clip"], "severities": (1, 5)}
+  other = _evaluate(batch, missing_rates=(0.5,), corruptions=settings)
+  names = {row["kind"] for row in other.results["corrupted"]["rows"]}
+  assert names == {"swap", "clip"}
+  report.save(tmp_path / "one")
+  plots = {path.stem for path in (tmp_path / "one" / "plots").iterdir()}
+  assert {"missing", "contributions"} <= plots
+  page = (tmp_path / "one" / "report.html").read_text()
+  for words in (
+    "Missing rates",
+    "Mean corruption score",
+    "severity 5",
+    "scalar gaussian",
+    "Contribution of each modality",
+    "Accuracy against the missing rate",
+  ):
+    assert words in page
+  before = {**other.results, "name": "earlier"}
+  for key in ("missing", "corrupted", "contributions"):
+    del before[key]
+  path = tmp_path / "both.html"
+  evaluation.render([before, report.results], path=path)
+  assert "earlier" in path.read_text()
+
+
+@pytest.mark.parametrize(
+  "settings, word",
+  [
+    ({"missing_rates": (1.5,)}, "missing_rates"),
+    ({"missing_seeds": 0}, "missing_seeds"),
+    ({"corruptions": "all"}, "corruptions"),
+    ({"corruptions": {"kind": ["swap"]}}, "corruptions.*Did you mean"),
+    ({"corruptions": {"kinds": ["swapp"]}}, "Did you mean 'swap'"),
+  ],
+)
+def test_a_bad_setting_is_refused_by_name(settings, word):
+  with pytest.raises(ValueError, match=word):
+    evaluation.standard(**settings)
+
+
+def test_noise_without_training_data_is_refused(batch):
+  model = toy.linear_model()
+  params, _ = model.init(jax.random.key(0))
+  protocol = evaluation.standard(**PLAIN, corruptions="suite")
+  with pytest.raises(ValueError, match="reference is missing"):
+    evaluation.evaluate(model, params, batch, protocol=protocol)
