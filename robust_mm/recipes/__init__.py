@@ -2,7 +2,9 @@
 
 from robust_mm.recipes.crmt import certified_radius
 from robust_mm.recipes.crmt import crmt
+from robust_mm.recipes.decoders import statistics as feature_statistics
 from robust_mm.recipes.joint import joint
+from robust_mm.recipes.modal_immune import modal_immune
 from robust_mm.recipes.phases import Job
 from robust_mm.recipes.phases import Phase
 from robust_mm.recipes.phases import Recipe
@@ -13,5 +15,7 @@ __all__ = [
   "Recipe",
   "certified_radius",
   "crmt",
+  "feature_statistics",
   "joint",
+  "modal_immune",
 ]

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import jax
 
+from robust_mm import _compiling
 from robust_mm import data
 from robust_mm.recipes import Job
 from robust_mm.recipes import Phase
@@ -26,7 +27,12 @@ class Jobs:
     out = (run.shardings(phase), sharding.replicated(run.mesh))
     self._jobs = []
     for index, job in enumerate(phase.jobs):
-      fn = jax.jit(_keyed(job, index), donate_argnums=0, out_shardings=out)
+      fn = jax.jit(
+        _keyed(job, index),
+        donate_argnums=0,
+        out_shardings=out,
+        compiler_options=_compiling.options_for_once(),
+      )
       self._jobs.append((job, fn, _stream(run, job, job.times(step - start))))
     self._key = key
 

@@ -89,13 +89,16 @@ def _gradient_step(phase: Phase) -> Callable:
   return advance
 
 
-def make_predict(model: Model, *, units=None, certified: bool) -> Callable:
+def make_predict(
+  model: Model, *, units=None, certified: bool, subsets: bool = False
+) -> Callable:
   """``predict(params, state, batch) -> {correct, loss, counted, radius?}``.
 
   Each is ``[b]``; ``counted`` is False for an example without any modality.
 
   ``radius`` is the joint certified l2 radius; it is there for models that
-  state sound constants, and when ``certified`` asks for it.
+  state sound constants, and when ``certified`` asks for it. ``subset_correct``
+  and ``subset_counted`` are ``[b, s]``, one column an availability set.
   """
 
   def predict(params, model_state, batch):
@@ -117,9 +120,29 @@ def make_predict(model: Model, *, units=None, certified: bool) -> Callable:
       # A radius is about the prediction of the pass that computed it.
       result["correct"] = certificate.prediction == label
       result["radius"] = certificate.radius
+    if subsets:
+      result.update(_by_subset(model, params, outputs.embeddings, batch))
     return result
 
   return predict
+
+
+def _by_subset(model: Model, params, embeddings, batch) -> dict:
+  """What is right with each availability set; one pass of the encoders."""
+  present = batch["present"]
+  sets = modalities.availability_sets(model.modalities)
+  stacked = {
+    name: jnp.stack([flag & (name in subset) for subset in sets])
+    for name, flag in present.items()
+  }
+
+  def one(left):
+    logits = model.fuse(params, modalities.mask(embeddings, left), left).logits
+    right = jnp.argmax(logits, axis=-1) == batch["label"]
+    return right, jnp.any(modalities.stack(left), axis=0)
+
+  right, counted = jax.lax.map(one, stacked)
+  return {"subset_correct": right.T, "subset_counted": counted.T}
 
 
 def make_encode(model: Model) -> Callable:
