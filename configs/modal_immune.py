@@ -32,10 +32,8 @@ VARIANTS = (
 )
 CONTROLS = ("leave_one_out", "random_subset")
 APART = (
-  ("published", "no_gate", "l2", *CONTROLS),
+  ("published", *CONTROLS),
   ("no_collapse", "no_spectral", "l2", *CONTROLS),
-  ("no_collapse", "no_gate"),
-  ("published", "uniform"),
 )
 
 # No activation, and no normalisation, after the last layer of an adapter.

@@ -89,7 +89,13 @@ def embedding_dims(settings: immunity.Settings, params) -> dict[str, int]:
 
   def encode(params):
     _, state = model.init(jax.random.key(0))
-    inputs = {n: jnp.zeros((1, *s)) for n, s in model.input_shapes.items()}
+    # Those without features may be tokens; other encoders take integers too.
+    inputs = {
+      name: jnp.zeros(
+        (1, *shape), jnp.float32 if name in settings.features else jnp.int32
+      )
+      for name, shape in model.input_shapes.items()
+    }
     present = {n: jnp.ones(1, bool) for n in inputs}
     return model.encode(params, state, inputs, present, train=False)[0]
 
