@@ -116,13 +116,7 @@ def make_update(
     weights = settings.weights(meta_parameters(settings, extra))
     warm = extra["count"] < settings.warmup_steps
     arm = draw(settings, draw_key, extra, warm)
-    available = modalities.removed(present, arm)
-    if settings.removal == "subset":
-      chosen = modalities.random_presence(subset_key, present)
-      attacked = arm < settings.num_arms
-      available = {
-        n: jnp.where(attacked, chosen[n], present[n]) for n in chosen
-      }
+    available = left(settings, subset_key, present, arm)
 
     def encode(params):
       return model.encode(
@@ -140,18 +134,12 @@ def make_update(
       state.params, embeddings, extra.get("decoders", {}), available, batch
     )
     grads = jax.tree.map(jnp.add, by_params, pull(by_embeddings)[0])
-    options, collapse = {"value": loss}, jnp.zeros(())
+    options, found = {"value": loss}, jnp.zeros(())
     if settings.collapse_weight:
-
-      def destroy(embeddings):
-        found, rank = immunity.collapse(
-          settings, embeddings, present, arm, weights[1], noise_key
-        )
-        return jnp.where(warm, 0, weights[0]) * found, (found, rank)
-
-      (added, (collapse, _)), pushed = jax.value_and_grad(
-        destroy, has_aux=True
-      )(embeddings)
+      active = (jnp.where(warm, 0, weights[0]), weights[1])
+      added, found, pushed = _destroy(
+        settings, embeddings, present, arm, active, noise_key
+      )
       # Not finite: the mask leaves it out of its block, and counts that.
       loss = loss + jnp.where(jnp.isfinite(added), added, 0)
       options["destructive"] = pull(pushed)[0]
@@ -174,7 +162,7 @@ def make_update(
     return state, {
       "loss": loss,
       **parts,
-      "collapse_loss": collapse,
+      "collapse_loss": found,
       "collapse_weight": jnp.where(warm, 0, weights[0]),
       "spectral_weight": weights[1],
       "attacked": (arm < settings.num_arms).astype(jnp.float32),
@@ -182,6 +170,29 @@ def make_update(
     }
 
   return update
+
+
+def left(settings: immunity.Settings, key, present, arm):
+  """What is available without the arm, or a random subset in its place."""
+  if settings.removal == "arm":
+    return modalities.removed(present, arm)
+  chosen = modalities.random_presence(key, present)
+  attacked = arm < settings.num_arms
+  return {n: jnp.where(attacked, chosen[n], present[n]) for n in chosen}
+
+
+def _destroy(settings, embeddings, present, arm, weights, key):
+  """(weighted loss, loss, gradient in the embeddings) of the collapse."""
+
+  def weighted(embeddings):
+    loss = immunity.collapse(
+      settings, embeddings, present, arm, weights[1], key
+    )
+    return weights[0] * loss, loss
+
+  grad_fn = jax.value_and_grad(weighted, has_aux=True)
+  (added, loss), pushed = grad_fn(embeddings)
+  return added, loss, pushed
 
 
 def make_task(settings: immunity.Settings) -> Callable:

@@ -5,7 +5,6 @@ parameters and a batch.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,34 +85,18 @@ def task_loss(model: Model, params, embeddings, present, label):
   )
 
 
-def collapse(settings: Settings, embeddings, present, arm, kappa, key=None):
-  """(loss, stable rank) of the attacked modality, or the mean over all.
+def collapse(settings: Settings, embeddings, present, arm, kappa, key):
+  """Of the attacked modality, or the mean over all; 0 for an arm beyond.
 
-  0 for an arm beyond the last. ``lax.switch``: one trace, one eigenvalue.
+  All are computed (of d x d numbers) and one is selected: one trace, and, on a
+  mesh, no communication inside a branch.
   """
-
-  def one(name, key):
-    found = spectrum.collapse(
-      embeddings[name],
-      spectral_weight=kappa,
-      target=settings.gaussian_target if key is not None else "expected",
-      key=key,
-      weights=present[name],
-      adaptive=settings.adaptive,
-    )
-    return found.loss, found.stable_rank
-
-  ordered = modalities.names(embeddings)
-  nothing = lambda: (jnp.zeros(()), jnp.zeros(()))  # noqa: E731
+  terms = _every_collapse(
+    settings, embeddings, present, kappa, settings.gaussian_target, key
+  )
   if settings.collapse_on == "all":
-
-    def every():
-      pairs = [one(name, key) for name in ordered]
-      return tuple(sum(values) / len(pairs) for values in zip(*pairs))
-
-    return jax.lax.cond(arm < len(ordered), every, nothing)
-  branches = [functools.partial(one, name, key) for name in ordered]
-  return jax.lax.switch(arm, [*branches, nothing])
+    return jnp.where(arm < len(terms), jnp.mean(terms), 0)
+  return jnp.sum(jnp.where(jnp.arange(len(terms)) == arm, terms, 0))
 
 
 def separable_collapse(settings: Settings, params, state, batch, weights):
@@ -126,23 +109,32 @@ def separable_collapse(settings: Settings, params, state, batch, weights):
   return collapse_weight * jnp.sum(terms)
 
 
-def _every_collapse(settings, embeddings, present, kappa):
-  """``[M]``, expected targets."""
+def _every_collapse(
+  settings, embeddings, present, kappa, target="expected", key=None
+):
+  """``[M]`` losses."""
 
-  def one(embedding, weights):
+  def one(embedding, weights, key):
     return spectrum.collapse(
       embedding,
       spectral_weight=kappa,
+      target=target,
+      key=key,
       weights=weights,
       adaptive=settings.adaptive,
     ).loss
 
   ordered = modalities.names(embeddings)
+  keys = jax.random.split(
+    jax.random.key(0) if key is None else key, len(ordered)
+  )
   if len({embeddings[name].shape for name in ordered}) == 1:
     # One batched eigendecomposition: compiles M times as fast.
     weights = modalities.stack({name: present[name] for name in ordered})
-    return jax.vmap(one)(modalities.stack(embeddings), weights)
-  return jnp.stack([one(embeddings[n], present[n]) for n in ordered])
+    return jax.vmap(one)(modalities.stack(embeddings), weights, keys)
+  return jnp.stack(
+    [one(embeddings[n], present[n], k) for n, k in zip(ordered, keys)]
+  )
 
 
 def expected_loss(settings: Settings, params, phi, batch):
