@@ -1,13 +1,113 @@
-"""Refuses parts of a configuration; ``config`` calls it for all of them."""
+"""What the values of a configuration may be; jax is not imported here."""
 
 import re
-from typing import Any
+
+import ml_collections
 
 from robust_mm import _validate
 
+RECIPES = ("joint", "crmt", "certified_radius", "modal_immune")
+FUSIONS = ("concat", "masked", "orthogonal", "token", "trunk")
+ATTACKS = ("apgd", "auto", "fgm", "minimum_norm", "pgd", "square")
+ATTACK_LOSSES = ("margin", "cross_entropy", "dlr")
+CERTIFICATES = (
+  "auto",
+  "global",
+  "local",
+  "relaxation",
+  "best",
+  "empirical",
+  "smoothing",
+  "none",
+)
+SELECTION_METRICS = (
+  "accuracy",
+  "certified_accuracy",
+  "mean_over_subsets",
+  "loss",
+  "last",
+)
 
-def check_smoothing(settings: Any) -> None:
-  """``config.evaluation.smoothing``."""
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Refuses values by the name of their key; the keys are known to be there.
+
+  Raises:
+    ValueError: one sentence.
+  """
+  _validate.one_of(RECIPES, **{"config.recipe.name": config.recipe.name})
+  _validate.one_of(FUSIONS, **{"config.model.fusion": config.model.fusion})
+  _validate.one_of(
+    SELECTION_METRICS, **{"config.selection.metric": config.selection.metric}
+  )
+  _validate.one_of(
+    ("raw", "relative"), **{"config.evaluation.units": config.evaluation.units}
+  )
+  _validate.one_of(
+    ("l2", "linf"), **{"config.evaluation.norm": config.evaluation.norm}
+  )
+  settings = config.evaluation
+  _validate.one_of(ATTACKS, **{"config.evaluation.attack": settings.attack})
+  _validate.one_of(ATTACK_LOSSES, **{"config.evaluation.loss": settings.loss})
+  _validate.one_of(
+    CERTIFICATES, **{"config.evaluation.certificate": settings.certificate}
+  )
+  _validate.at_least(
+    1,
+    **{
+      "config.evaluation.num_steps": settings.num_steps,
+      "config.evaluation.num_restarts": settings.num_restarts,
+      "config.evaluation.num_queries": settings.num_queries,
+      "config.evaluation.strength": settings.strength,
+      "config.evaluation.batch_size": settings.batch_size,
+      "config.data.batch_size": config.data.batch_size,
+      "config.training.log_every": config.training.log_every,
+      "config.training.eval_every": config.training.eval_every,
+      "config.training.checkpoint_every": config.training.checkpoint_every,
+      "config.training.keep_checkpoints": config.training.keep_checkpoints,
+    },
+  )
+  _validate.at_least(
+    0, **{"config.evaluation.masking_examples": settings.masking_examples}
+  )
+  _check_length(config)
+  _check_smoothing(settings.smoothing)
+  _validate.positive(**{"config.optimizer.lr": config.optimizer.lr})
+  _validate.non_negative(
+    **{
+      "config.selection.radius": config.selection.radius,
+      "config.optimizer.weight_decay": config.optimizer.weight_decay,
+      "config.optimizer.clip_norm": config.optimizer.clip_norm,
+    },
+  )
+  _validate.in_unit_interval(
+    **{"config.data.missing_rate": config.data.missing_rate}
+  )
+  for key in ("radii", "tightness"):
+    for value in config.evaluation[key]:
+      if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _validate.UserError(
+          f"config.evaluation.{key} must be numbers such as 0.1,0.5; got "
+          f"{value!r}."
+        )
+      _validate.positive(**{f"config.evaluation.{key}": value})
+  _check_shifts(settings)
+  _check_rules(config.mesh.rules)
+
+
+def _check_length(config: ml_collections.ConfigDict) -> None:
+  _validate.at_least(0, **{"config.num_epochs": config.num_epochs})
+  if not config.num_epochs:
+    _validate.at_least(1, **{"config.num_steps": config.num_steps})
+  elif config.num_steps:
+    raise _validate.UserError(
+      f"config.num_steps ({config.num_steps}) and config.num_epochs "
+      f"({config.num_epochs}) both set the length of training; set the other "
+      f"one to 0."
+    )
+
+
+def _check_smoothing(settings: ml_collections.ConfigDict) -> None:
   path = "config.evaluation.smoothing"
   _validate.non_negative(**{f"{path}.sigma": settings.sigma})
   _validate.at_least(
@@ -25,8 +125,7 @@ def check_smoothing(settings: Any) -> None:
     )
 
 
-def check_rules(rules: Any) -> None:
-  """``config.mesh.rules``."""
+def _check_rules(rules) -> None:
   for rule in rules:
     if (
       not isinstance(rule, (tuple, list))
@@ -46,8 +145,7 @@ def check_rules(rules: Any) -> None:
       ) from error
 
 
-def check_shifts(settings: Any) -> None:
-  """``config.evaluation.missing_rates`` and ``corruptions``."""
+def _check_shifts(settings: ml_collections.ConfigDict) -> None:
   path = "config.evaluation"
   for rate in settings.missing_rates:
     if isinstance(rate, bool) or not isinstance(rate, (int, float)):

@@ -51,6 +51,26 @@ def subsets(
   )
 
 
+def availability_sets(
+  modalities: Iterable[str], *, most: int = 6
+) -> tuple[tuple[str, ...], ...]:
+  """What a model is asked to do without: every non-empty subset.
+
+  Of more than ``most`` modalities only each alone, all but each, and all.
+
+  >>> len(availability_sets("abcdef")), len(availability_sets("abcdefg"))
+  (63, 15)
+  """
+  ordered = names(modalities)
+  if len(ordered) <= most:
+    return subsets(ordered)
+  return tuple(
+    s
+    for k in (1, len(ordered) - 1, len(ordered))
+    for s in itertools.combinations(ordered, k)
+  )
+
+
 def subset_name(subset: Iterable[str]) -> str:
   """The name of a subset in reports and files: ``"left+right"``."""
   return "+".join(names(subset))
@@ -124,6 +144,19 @@ def without(batch: Batch, name: str) -> dict:
   present = batch["present"]
   left = {**present, name: present[name] & (_number(present) < 2)}
   return {**batch, "present": left, "inputs": mask(batch["inputs"], left)}
+
+
+def removed(present: Present, arm: int | Array) -> dict[str, Bool[Array, " b"]]:
+  """``present`` without modality number ``arm`` in sorted order.
+
+  :func:`without` for a number that may be traced: an example whose only
+  modality it is keeps it, and a number beyond the last removes none.
+  """
+  many = _number(present) > 1
+  return {
+    name: present[name] & ~((arm == index) & many)
+    for index, name in enumerate(names(present))
+  }
 
 
 def leave_one_out(

@@ -31,8 +31,8 @@ FLOORS = {
   "losses": 3,
   "masking": 3,
   "smoothing": 3,
-  "config_checks": 1,
-  "config": 4,
+  "config": 5,
+  "config_checks": 4,
   "data": 4,
   "models": 4,
   "recipes": 5,
@@ -60,6 +60,7 @@ ALLOWED = {
   "tensorboardX": ("training/writers.py",),
   "ml_collections": (
     "config.py",
+    "config_checks.py",
     "commands.py",
     "preflight.py",
     "training/context.py",

@@ -50,6 +50,35 @@ def test_every_data_set_takes_its_steps(file, name, data_dir, tmp_path):
   smoke(f"configs/{file}.py:{name}", tmp_path, data_dir)
 
 
+# Every variant is in one of them; the first has every part.
+IMMUNE = (
+  "digits",
+  "digits,published,no_spectral,no_reconstruction",
+  "digits,no_collapse,fixed",
+  "digits,l2,no_gate,fixed",
+  "digits,no_gate,uniform,fixed",
+  "digits,leave_one_out",
+  "digits,random_subset",
+  "mfeat,fixed",
+  "utd_mhad,fixed,no_gate",
+  "av_digits,fixed,no_gate",
+  "mosi,no_gate",
+)
+
+
+@pytest.mark.parametrize("argument", IMMUNE)
+def test_modal_immune_takes_its_steps(argument, data_dir, tmp_path):
+  path = "" if argument.startswith("digits") else data_dir
+  smoke(f"configs/modal_immune.py:{argument}", tmp_path, path)
+
+
+def test_every_variant_of_modal_immune_is_run_above():
+  path, _ = config_lib.find("configs/modal_immune.py")
+  known = runpy.run_path(str(path))
+  words = {word for argument in IMMUNE for word in argument.split(",")}
+  assert words == {*known["VARIANTS"], *known["DATASETS"]} - {"smoke"}
+
+
 def descent(tx, num_steps):
   """Parameters of a gradient of 1, beginning at 1: [num_steps]."""
 

@@ -89,12 +89,20 @@ def test_quickstart_holds_what_the_readme_says(tmp_path):
   assert np.mean(np.array(held, float) > 0.5) > 0.55
 
 
-TRAIN = (
-  "train",
-  "--config=configs/joint.py:digits",
+LENGTH = (
   "--config.num_steps=400",
   "--config.training.checkpoint_every=20",
   "--config.training.log_every=10",
+)
+TRAIN = ("train", "--config=configs/joint.py:digits", *LENGTH)
+# With a controller, gates, decoders and learnt weights in its checkpoints.
+IMMUNE = (
+  "train",
+  "--config=configs/modal_immune.py:digits",
+  *LENGTH,
+  "--config.recipe.options.warmup_steps=5",
+  "--config.recipe.options.controller_period=3",
+  "--config.recipe.options.outer_period=25",
 )
 
 
@@ -112,12 +120,13 @@ def kill_after_a_checkpoint(processes, workdir):
   assert writers.read(workdir)[-1]["step"] < 400, "it was not killed in time"
 
 
-def test_kill_dash_nine_and_the_same_command_again(tmp_path):
+@pytest.mark.parametrize("train", [TRAIN, IMMUNE], ids=["joint", "immune"])
+def test_kill_dash_nine_and_the_same_command_again(tmp_path, train):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
-  finish(start(*TRAIN, f"--workdir={whole}"))
-  process = start(*TRAIN, f"--workdir={killed}")
+  finish(start(*train, f"--workdir={whole}"))
+  process = start(*train, f"--workdir={killed}")
   kill_after_a_checkpoint([process], killed)
-  finish(start(*TRAIN, f"--workdir={killed}"))
+  finish(start(*train, f"--workdir={killed}"))
   assert_bit_identical(whole, killed)
   assert writers.read(whole) == writers.read(killed)
 

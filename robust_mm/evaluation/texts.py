@@ -83,6 +83,10 @@ _RECIPES = {
   "joint-noise": (
     "cross-entropy on noisy inputs, the base model of randomised smoothing"
   ),
+  "modal_immune": (
+    "cross-entropy with and without one modality, whose embeddings are "
+    "collapsed"
+  ),
   "certified_radius": "trained for a large certified radius",
 }
 _CRMT = (

@@ -8,6 +8,7 @@ from robust_mm.models import functional
 from robust_mm.models import fusion
 from robust_mm.models import lipschitz
 from robust_mm.models import lipschitz_layers
+from robust_mm.models import masked
 from robust_mm.models import normalization
 from robust_mm.models import trunk
 from robust_mm.models.encoders import custom
@@ -16,10 +17,12 @@ from robust_mm.models.fusion import ConcatFusion
 from robust_mm.models.fusion import OrthogonalFusion
 from robust_mm.models.fusion import TokenFusion
 from robust_mm.models.fusion import head_defect
+from robust_mm.models.masked import MaskedFusion
 from robust_mm.models.multimodal import build
 from robust_mm.models.multimodal import concat_fusion
 from robust_mm.models.multimodal import from_parts
 from robust_mm.models.multimodal import late_fusion
+from robust_mm.models.multimodal import masked_fusion
 from robust_mm.models.multimodal import token_fusion
 from robust_mm.models.multimodal import trunk_fusion
 from robust_mm.models.normalization import Normalization
@@ -30,6 +33,7 @@ from robust_mm.models.trunk import TrunkFusion
 __all__ = [
   "ConcatFusion",
   "Encoder",
+  "MaskedFusion",
   "Normalization",
   "OrthogonalFusion",
   "TokenFusion",
@@ -47,6 +51,8 @@ __all__ = [
   "late_fusion",
   "lipschitz",
   "lipschitz_layers",
+  "masked",
+  "masked_fusion",
   "normalization",
   "token_fusion",
   "trunk",

@@ -28,6 +28,7 @@ from robust_mm._types import Model
 from robust_mm.models import encoders as encoders_lib
 from robust_mm.models import functional
 from robust_mm.models import fusion as fusion_lib
+from robust_mm.models import masked
 from robust_mm.models import trunk
 from robust_mm.models.functional import Encoder
 from robust_mm.models.normalization import Normalization
@@ -111,8 +112,27 @@ def trunk_fusion(
   )
 
 
+def masked_fusion(
+  encoders: Mapping[str, Encoder],
+  num_classes: int,
+  *,
+  input_shapes: Mapping[str, Sequence[int]],
+  normalization: Mapping[str, Normalization] | None = None,
+  **fusion_options,
+) -> Model:
+  """Encoders and a perceptron with learnt vectors for absent modalities.
+
+  ``fusion_options`` are those of :class:`masked.MaskedFusion`.
+  """
+  head = masked.MaskedFusion(num_classes, **fusion_options)
+  return from_parts(
+    encoders, head, input_shapes=input_shapes, normalization=normalization
+  )
+
+
 FUSIONS = {
   "concat": fusion_lib.ConcatFusion,
+  "masked": masked.MaskedFusion,
   "orthogonal": fusion_lib.OrthogonalFusion,
   "token": fusion_lib.TokenFusion,
   "trunk": trunk.TrunkFusion,
@@ -131,7 +151,7 @@ def build(
   """The model a configuration describes.
 
   Args:
-    fusion: "orthogonal", "concat", "token" or "trunk".
+    fusion: "orthogonal", "concat", "masked", "token" or "trunk".
     encoders: ``{m: {"name": factory, **options}}``, see ``encoders.make``;
       ``embedding_radius`` is an option of all of them.
     num_classes: k.

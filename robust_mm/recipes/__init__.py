@@ -2,8 +2,20 @@
 
 from robust_mm.recipes.crmt import certified_radius
 from robust_mm.recipes.crmt import crmt
+from robust_mm.recipes.decoders import statistics as feature_statistics
 from robust_mm.recipes.joint import joint
+from robust_mm.recipes.modal_immune import modal_immune
+from robust_mm.recipes.phases import Job
 from robust_mm.recipes.phases import Phase
 from robust_mm.recipes.phases import Recipe
 
-__all__ = ["Phase", "Recipe", "certified_radius", "crmt", "joint"]
+__all__ = [
+  "Job",
+  "Phase",
+  "Recipe",
+  "certified_radius",
+  "crmt",
+  "feature_statistics",
+  "joint",
+  "modal_immune",
+]

@@ -17,6 +17,54 @@ Intervention = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Job:
+  """Work on the state of a run that is due now and then.
+
+  Right after the updates number ``start``, ``start + period``, ... of its phase
+  (counted from 1), and before anything is saved. Its metrics are logged as
+  ``{name}_{metric}``.
+
+  Attributes:
+    name: a word.
+    run: ``run(state, batch, key) -> (state, metrics)``, pure, jitted once;
+      metrics is a flat dict of scalars.
+    period: updates between two times.
+    start: the first time.
+    batch_size: of a batch of *validation* examples, shuffled; where there are
+      fewer, all of them (but for a remainder that the mesh does not divide).
+      Time ``i`` takes batch ``i``, so a resumed run sees what the undisturbed
+      one sees.
+    with_training: ``batch`` is the pair of that batch and of the training batch
+      of the update just done (as it came from the pipeline).
+  """
+
+  name: str
+  run: Callable[..., Any]
+  period: int
+  start: int
+  batch_size: int
+  with_training: bool = False
+
+  def __post_init__(self):
+    _validate.at_least(
+      1, period=self.period, start=self.start, batch_size=self.batch_size
+    )
+
+  def times(self, done: int) -> int:
+    """How often it has been due within the first ``done`` updates.
+
+    >>> job = Job(name="x", run=print, period=5, start=2, batch_size=1)
+    >>> [job.times(done) for done in (1, 2, 6, 7)]
+    [0, 1, 1, 2]
+    """
+    return max(0, (done - self.start) // self.period + 1)
+
+  def due(self, done: int) -> bool:
+    """Whether it is due after update number ``done``."""
+    return done >= self.start and (done - self.start) % self.period == 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Phase:
   """One stretch of training.
 
@@ -42,6 +90,16 @@ class Phase:
       against those ``before`` it, by the phase's own measure; ``cached`` and
       ``reference`` as in ``prepare``, but ``cached`` of the validation set and
       the parameters after. None where selection alone decides.
+    extra: ``extra(params, key) -> pytree`` of arrays: what the recipe itself
+      remembers (weights of a controller, meta-parameters), in ``state.extra``
+      from the beginning of the phase; checkpointed and restored with the rest,
+      replicated over the mesh. None for nothing.
+    update: ``update(state, batch, key) -> (state, metrics)``, pure, in place of
+      the gradient step on ``loss``: it replaces (``dataclasses.replace``)
+      ``params``, ``model_state``, ``opt_state`` and ``extra`` of the state it
+      is given; metrics must have ``loss``. The step is counted, and parameters
+      are projected, by the loop. Needs ``trainable=".*"``.
+    jobs: what is due every so many updates.
     binding: whether a judgement is obeyed: the phase's last model is judged,
       and the one before it taken back where the answer is no. Not binding, it
       is only reported, and selection chooses the model.
@@ -56,9 +114,17 @@ class Phase:
   prepare: Callable[..., Any] | None = None
   judge: Callable[..., Any] | None = None
   binding: bool = True
+  extra: Callable[..., Any] | None = None
+  update: Callable[..., Any] | None = None
+  jobs: tuple[Job, ...] = ()
 
   def __post_init__(self):
     _validate.at_least(1, num_steps=self.num_steps)
+    if self.update is not None and self.trainable != ".*":
+      raise ValueError("trainable must be '.*' for a phase with an update.")
+    names = [job.name for job in self.jobs]
+    if len(set(names)) < len(names):
+      raise ValueError(f"jobs must have different names, got {names}.")
 
   @property
   def judges_last(self) -> bool:

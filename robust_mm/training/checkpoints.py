@@ -52,7 +52,7 @@ class Checkpoints:
     """Saves a tree of arrays and metrics; waits for it."""
     self._checkpointer.save_checkpointables(
       step,
-      {_STATE: tree},
+      {_STATE: jax.tree.map(_plain, tree)},
       force=True,
       overwrite=True,
       metrics=dict(metrics or {}),
@@ -67,10 +67,10 @@ class Checkpoints:
       UserError: the checkpoint is of another model, naming the leaf.
     """
     step = self.latest_step if step is None else step
-    self._compare(step, abstract)
-    return self._checkpointer.load_checkpointables(step, {_STATE: abstract})[
-      _STATE
-    ]
+    stored = jax.tree.map(_plain_abstract, abstract)
+    self._compare(step, stored)
+    found = self._checkpointer.load_checkpointables(step, {_STATE: stored})
+    return jax.tree.map(_as_given, abstract, found[_STATE])
 
   def metrics(self, step: int | None = None) -> dict[str, float]:
     """What was said when that checkpoint was saved."""
@@ -99,6 +99,31 @@ class Checkpoints:
           f"{self._folder / str(step)} is a checkpoint of another model: "
           f"{name} has shape {list(stored[name])} there and {list(shape)} here."
         )
+
+
+def _is_key(leaf) -> bool:
+  return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+# On disk a typed key is its numbers: their shape is what metadata tell.
+def _plain(leaf):
+  return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _plain_abstract(leaf):
+  if not _is_key(leaf):
+    return leaf
+  numbers = jax.eval_shape(jax.random.key_data, leaf)
+  return jax.ShapeDtypeStruct(
+    numbers.shape, numbers.dtype, sharding=leaf.sharding
+  )
+
+
+def _as_given(abstract, leaf):
+  if not _is_key(abstract):
+    return leaf
+  wrap = jax.jit(jax.random.wrap_key_data, out_shardings=abstract.sharding)
+  return wrap(leaf)
 
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:

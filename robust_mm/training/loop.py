@@ -24,6 +24,7 @@ from robust_mm import data
 from robust_mm.recipes import Phase
 from robust_mm.training import checkpoints
 from robust_mm.training import context
+from robust_mm.training import jobs as jobs_lib
 from robust_mm.training import metrics as metrics_lib
 from robust_mm.training import runs
 from robust_mm.training import selection
@@ -130,6 +131,7 @@ def _plan(config) -> _Plan:
     for phase in recipe.phases:
       abstract = context.abstract_state(setup.model, phase)
       sharding.state_shardings(abstract, mesh, config.mesh.rules, phase)
+      jobs_lib.check(phase, setup.validation, mesh)
     _stream(config, setup, mesh)  # a batch larger than the set is refused here
     return _Plan(
       mesh=mesh,
@@ -217,7 +219,7 @@ def _run_phases(run: context.Run, progress) -> Result:
     start += phase.num_steps
     if position + 1 < len(phases):
       state = _enter(run, phases[position + 1], state)
-    run.rolling.save(start, state)
+    run.rolling.save(start, state_lib.stored(state))
   kept = run.facts["finished"][phases[-1].name]["metrics"]
   return Result(step=start, finished=True, metrics=kept, timing={})
 
@@ -255,13 +257,19 @@ def _restore(run: context.Run, phase: Phase) -> state_lib.TrainState:
   abstract = checkpoints.abstract_like(
     run.abstract(phase), run.shardings(phase)
   )
-  return run.rolling.restore(abstract)
+  tree = run.rolling.restore(state_lib.stored(abstract))
+  return state_lib.TrainState(**tree)
 
 
 def _enter(run: context.Run, phase: Phase, state) -> state_lib.TrainState:
   """The state at the beginning of a later phase."""
+
+  def create(step, params, model_state):
+    key, _ = _keys(run.config.seed)
+    return state_lib.create(step, params, model_state, phase, key)
+
   enter = jax.jit(
-    lambda *arrays: state_lib.create(*arrays, phase),
+    create,
     out_shardings=run.shardings(phase),
     compiler_options=_compiling.options_for_once(),
   )
@@ -292,28 +300,34 @@ def _run_phase(run: context.Run, phase: Phase, state, start, batches, progress):
   clock = _Clock(progress, run.recipe.num_steps)
   best = selection.Best(run, phase)
   step = int(state.step)
+  jobs = jobs_lib.Jobs(run, phase, key, start=start, step=step)
   while step < end:
     state, step_metrics = step_fn(state, batch, key)
     step += 1
     seen.push(step, step_metrics)
+    state = jobs.work(step, state, batch)
     stopping = _should_stop(run, step, start)
     saving = stopping or _due(step, start, run.config.training.checkpoint_every)
     if saving or step == end:
       # What is saved has been looked at: no checkpoint holds a NaN.
       _log(run, phase, step, seen, clock)
+      jobs.log()
     elif _due(step, start, run.config.training.log_every):
       # The newest step may still be computing; it is read a period later.
       _log(run, phase, step, seen, clock, newest=False)
+      jobs.log()
     if _due(step, start, run.config.training.eval_every) or step == end:
       best.consider(step, state)
     if step < end:
       if saving:
-        run.rolling.save(step, state)
+        run.rolling.save(step, state_lib.stored(state))
       if stopping:
         run.say(f"stopped at step {step}; the same command goes on from here")
+        jobs.close()
         return state, True
       batch = next(batches)
   best.close()
+  jobs.close()
   run.timing["train"] = (
     run.timing.get("train", 0.0) + time.perf_counter() - began
   )

@@ -267,18 +267,31 @@ def make_recipe(
   num_steps = config.num_epochs * epoch or config.num_steps
   tx = optimizers.make(num_steps=num_steps, **config.optimizer.to_dict())
   factory = getattr(recipes, config.recipe.name)
-  options["units"] = resolve_units(
-    options.get("units", "raw"), facts, "config.recipe.options.units"
-  )
-  if config.recipe.name != "certified_radius":  # the others may attack
+  if config.recipe.name != "modal_immune":  # the others have sizes
+    options["units"] = resolve_units(
+      options.get("units", "raw"), facts, "config.recipe.options.units"
+    )
+  if config.recipe.name in ("joint", "crmt"):  # they may attack
     options.setdefault("valid_range", value_range(facts))
   if config.recipe.name == "crmt":  # its published step 2 counts epochs
     options.setdefault("steps_per_epoch", epoch)
     options.setdefault("batch_size", config.data.batch_size)
+  if config.recipe.name == "modal_immune":
+    options.setdefault("steps_per_epoch", epoch)
+    options.setdefault("features", _features(facts, setup.reference))
   try:
     return factory(setup.model, num_steps=num_steps, tx=tx, **options)
   except TypeError as error:
     raise _validate.UserError(f"config.recipe.options: {error}.") from error
+
+
+def _features(facts: dict, reference: dict) -> dict:
+  """Statistics of what decoders are to tell, of modalities that are floats."""
+  return {
+    name: recipes.feature_statistics(value, reference["present"][name])
+    for name, value in reference["inputs"].items()
+    if facts["kinds"][name] == "float" and np.any(reference["present"][name])
+  }
 
 
 def value_range(facts: dict) -> dict | None:

@@ -109,7 +109,10 @@ def _check_rule(path, shape, axes, mesh: Mesh) -> None:
 def state_shardings(
   state: state_lib.TrainState, mesh: Mesh, rules: Rules, phase: Phase
 ) -> state_lib.TrainState:
-  """Shardings of a whole state: the optimiser's follow its parameters'."""
+  """Shardings of a whole state: the optimiser's follow its parameters'.
+
+  What a phase itself remembers is replicated.
+  """
   params = parameter_shardings(state.params, mesh, rules)
   chosen, _ = state_lib.split(params, phase.trainable)
   everywhere = replicated(mesh)
@@ -125,6 +128,7 @@ def state_shardings(
     params=params,
     model_state=jax.tree.map(lambda leaf: everywhere, state.model_state),
     opt_state=opt_state,
+    extra=jax.tree.map(lambda leaf: everywhere, state.extra),
   )
 
 

@@ -12,6 +12,9 @@ from robust_mm._types import Model
 from robust_mm._types import PyTree
 from robust_mm.recipes import Phase
 
+# Folded into a run's key: far from the small numbers that others fold in.
+_EXTRA = 0x65787472
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,12 +27,25 @@ class TrainState:
     model_state: state of the model (statistics), nested dict.
     opt_state: state of the current phase's optimiser, over its trainable
       parameters only.
+    extra: what the current phase itself remembers (``Phase.extra``).
   """
 
   step: Any
   params: PyTree
   model_state: PyTree
   opt_state: PyTree
+  extra: PyTree = dataclasses.field(default_factory=dict)
+
+
+def stored(state: TrainState) -> dict[str, PyTree]:
+  """What a checkpoint holds; ``TrainState(**tree)`` is the inverse.
+
+  Without an empty ``extra``, as in runs from before there was any.
+  """
+  tree = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+  if not jax.tree.leaves(state.extra):
+    del tree["extra"]
+  return tree
 
 
 def paths(tree: PyTree, separator: str = "/") -> PyTree:
@@ -76,15 +92,28 @@ def merge(trainable: PyTree, frozen: PyTree) -> PyTree:
 
 
 def create(
-  step, params: PyTree, model_state: PyTree, phase: Phase
+  step, params: PyTree, model_state: PyTree, phase: Phase, key
 ) -> TrainState:
-  """The state at the beginning of a phase: a fresh optimiser."""
+  """The state at the beginning of a phase: a fresh optimiser.
+
+  Args:
+    step: updates done so far.
+    params: parameters.
+    model_state: state of the model.
+    phase: that begins.
+    key: of the run.
+  """
   chosen, _ = split(params, phase.trainable)
+  extra = {}
+  if phase.extra is not None:
+    key = jax.random.fold_in(jax.random.fold_in(key, _EXTRA), step)
+    extra = phase.extra(params, key)
   return TrainState(
     step=step,
     params=params,
     model_state=model_state,
     opt_state=phase.tx.init(chosen),
+    extra=extra,
   )
 
 
@@ -93,6 +122,6 @@ def initializer(model: Model, phase: Phase) -> Callable[..., TrainState]:
 
   def initialize(key):
     params, model_state = model.init(key)
-    return create(jnp.zeros((), jnp.int32), params, model_state, phase)
+    return create(jnp.zeros((), jnp.int32), params, model_state, phase, key)
 
   return initialize

@@ -1,5 +1,6 @@
 """The pure steps: one update, one evaluation pass over a batch."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -35,56 +36,69 @@ def make_train_step(phase: Phase, project: Callable | None = None) -> Callable:
   resumed run draws what the undisturbed one draws.
 
   Args:
-    phase: loss, optimiser, trainable parameters and interventions.
+    phase: its own update, or loss, optimiser and trainable parameters; and
+      interventions.
     project: from ``projection``; applied every ``PROJECT_EVERY`` updates.
   """
-  # Those that keep the best parameters are told the loss.
-  tx = optax.with_extra_args_support(phase.tx)
+  advance = phase.update or _gradient_step(phase)
 
   def train_step(state: state_lib.TrainState, batch, run_key):
     key = jax.random.fold_in(run_key, state.step)
     loss_key, *keys = jax.random.split(key, 1 + len(phase.interventions))
     for intervention, subkey in zip(phase.interventions, keys):
       batch = intervention(subkey, state.params, state.model_state, batch)
+    state, metrics = advance(state, batch, loss_key)
+    params = state.params
+    if project is not None:
+      due = (state.step + 1) % PROJECT_EVERY == 0
+      params = jax.lax.cond(due, project, lambda params: params, params)
+    chosen, _ = state_lib.split(params, phase.trainable)
+    # Not finite as soon as one parameter is not.
+    metrics = {**metrics, "parameter_norm": optax.tree.norm(chosen)}
+    state = dataclasses.replace(state, step=state.step + 1, params=params)
+    return state, metrics
+
+  return train_step
+
+
+def _gradient_step(phase: Phase) -> Callable:
+  """The update of a phase that has none of its own: down its loss."""
+  # Those that keep the best parameters are told the loss.
+  tx = optax.with_extra_args_support(phase.tx)
+
+  def advance(state: state_lib.TrainState, batch, key):
     chosen, frozen = state_lib.split(state.params, phase.trainable)
 
     def loss_fn(chosen):
       params = state_lib.merge(chosen, frozen)
-      return phase.loss(params, state.model_state, batch, key=loss_key)
+      return phase.loss(params, state.model_state, batch, key=key)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, (model_state, metrics)), grads = grad_fn(chosen)
     updates, opt_state = tx.update(grads, state.opt_state, chosen, value=loss)
     chosen = optax.apply_updates(chosen, updates)
-    params = state_lib.merge(chosen, frozen)
-    if project is not None:
-      due = (state.step + 1) % PROJECT_EVERY == 0
-      params = jax.lax.cond(due, project, lambda params: params, params)
-    new_state = state_lib.TrainState(
-      step=state.step + 1,
-      params=params,
+    state = dataclasses.replace(
+      state,
+      params=state_lib.merge(chosen, frozen),
       model_state=model_state,
       opt_state=opt_state,
     )
-    metrics = {
-      "loss": loss,
-      **metrics,
-      "gradient_norm": optax.tree.norm(grads),
-      # Not finite as soon as one parameter is not.
-      "parameter_norm": optax.tree.norm(chosen),
-    }
-    return new_state, metrics
+    norm = optax.tree.norm(grads)
+    return state, {"loss": loss, **metrics, "gradient_norm": norm}
 
-  return train_step
+  return advance
 
 
-def make_predict(model: Model, *, units=None, certified: bool) -> Callable:
+def make_predict(
+  model: Model, *, units=None, certified: bool, subsets: bool = False
+) -> Callable:
   """``predict(params, state, batch) -> {correct, loss, counted, radius?}``.
 
   Each is ``[b]``; ``counted`` is False for an example without any modality.
 
   ``radius`` is the joint certified l2 radius; it is there for models that
-  state sound constants, and when ``certified`` asks for it.
+  state sound constants, and when ``certified`` asks for it. ``subset_correct``
+  and ``subset_counted`` are ``[b, s]``, one column an availability set.
   """
 
   def predict(params, model_state, batch):
@@ -106,9 +120,29 @@ def make_predict(model: Model, *, units=None, certified: bool) -> Callable:
       # A radius is about the prediction of the pass that computed it.
       result["correct"] = certificate.prediction == label
       result["radius"] = certificate.radius
+    if subsets:
+      result.update(_by_subset(model, params, outputs.embeddings, batch))
     return result
 
   return predict
+
+
+def _by_subset(model: Model, params, embeddings, batch) -> dict:
+  """What is right with each availability set; one pass of the encoders."""
+  present = batch["present"]
+  sets = modalities.availability_sets(model.modalities)
+  stacked = {
+    name: jnp.stack([flag & (name in subset) for subset in sets])
+    for name, flag in present.items()
+  }
+
+  def one(left):
+    logits = model.fuse(params, modalities.mask(embeddings, left), left).logits
+    right = jnp.argmax(logits, axis=-1) == batch["label"]
+    return right, jnp.any(modalities.stack(left), axis=0)
+
+  right, counted = jax.lax.map(one, stacked)
+  return {"subset_correct": right.T, "subset_counted": counted.T}
 
 
 def make_encode(model: Model) -> Callable:

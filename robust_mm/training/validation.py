@@ -22,7 +22,11 @@ Validator = Callable[[PyTree, PyTree], dict[str, float]]
 
 
 def make(config, setup: setup_lib.Setup, mesh) -> Validator:
-  """``validate(params, state) -> {accuracy, loss, certified_accuracy?}``.
+  """``validate(params, state) -> {accuracy, loss, ...}``.
+
+  Also ``certified_accuracy`` of models with constants and, where models are
+  selected by it, ``mean_over_subsets``: accuracy with each availability set
+  (``modalities.availability_sets``) in turn, averaged.
 
   Examples without any modality are left out of every mean.
 
@@ -45,6 +49,7 @@ def make(config, setup: setup_lib.Setup, mesh) -> Validator:
       model,
       units=setup_lib.units(config, setup.facts),
       certified=certified,
+      subsets=config.selection.metric == "mean_over_subsets",
     ),
     out_shardings=axis,
   )
@@ -67,6 +72,12 @@ def make(config, setup: setup_lib.Setup, mesh) -> Validator:
     if certified:
       sure = rows["correct"] & (rows["radius"] > radius)
       metrics["certified_accuracy"] = float(np.mean(sure[counted]))
+    if "subset_correct" in rows:
+      left = rows["subset_counted"]
+      right = np.sum(rows["subset_correct"] & left, axis=0)
+      metrics["mean_over_subsets"] = float(
+        np.mean(right / np.maximum(np.sum(left, axis=0), 1))
+      )
     return metrics
 
   return validate

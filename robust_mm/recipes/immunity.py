@@ -1,0 +1,211 @@
+r"""What ModalImmune adds up: removal, collapse, reconstruction, expectations.
+
+Shared by its update, its jobs and its tests; everything is a pure function of
+parameters and a batch.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robust_mm import controllers
+from robust_mm import modalities
+from robust_mm import spectrum
+from robust_mm._types import Model
+from robust_mm.recipes import decoders as decoders_lib
+from robust_mm.recipes import objectives
+
+REMOVALS = ("arm", "subset")
+COLLAPSED = ("arm", "all")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Settings:
+  """The arguments of :func:`modal_immune`, checked and filled in."""
+
+  model: Model
+  fidelity: str
+  controller: controllers.Controller
+  controller_period: int
+  warmup_steps: int
+  collapse_weight: float
+  spectral_weight: float
+  clean_weight: float
+  attack_weight: float
+  reconstruction_weight: float
+  features: Mapping[str, Any]
+  removal: str
+  collapse_on: str
+  gaussian_target: str
+  adaptive: bool
+  gain: str
+  gates: bool
+  adapt: bool
+  outer_period: int
+  guard_tolerance: float | None
+  batch_size: int
+
+  @property
+  def num_arms(self) -> int:
+    """M."""
+    return len(self.model.modalities)
+
+  def phi(self) -> dict:
+    """The meta-parameters: logarithms of the weights that are not 0."""
+    weights = {
+      "collapse_weight": self.collapse_weight,
+      "spectral_weight": self.spectral_weight,
+    }
+    return {
+      name: jnp.asarray(np.log(value), jnp.float32)
+      for name, value in weights.items()
+      if value
+    }
+
+  def weights(self, phi: Mapping) -> tuple[Any, Any]:
+    """(lambda, kappa) of meta-parameters; 0 stays 0."""
+    return tuple(
+      jnp.exp(phi[name]) if name in phi else jnp.zeros(())
+      for name in ("collapse_weight", "spectral_weight")
+    )
+
+
+def task_loss(model: Model, params, embeddings, present, label):
+  """(cross-entropy, accuracy) of what is present."""
+  kept = modalities.mask(embeddings, present)
+  logits = model.fuse(params, kept, present).logits
+  batch = {"label": label, "present": present}
+  return (
+    objectives.classification(logits, batch),
+    objectives.accuracy(logits, batch),
+  )
+
+
+def collapse(settings: Settings, embeddings, present, arm, kappa, key):
+  """Of the attacked modality, or the mean over all; 0 for an arm beyond.
+
+  All are computed (of d x d numbers) and one is selected: one trace, and, on a
+  mesh, no communication inside a branch.
+  """
+  terms = _every_collapse(
+    settings, embeddings, present, kappa, settings.gaussian_target, key
+  )
+  if settings.collapse_on == "all":
+    return jnp.where(arm < len(terms), jnp.mean(terms), 0)
+  return jnp.sum(jnp.where(jnp.arange(len(terms)) == arm, terms, 0))
+
+
+def separable_collapse(settings: Settings, params, state, batch, weights):
+  """``lambda * sum over all m of L_col(Z_m)``: what gates look at."""
+  collapse_weight, kappa = weights
+  embeddings, _ = settings.model.encode(
+    params, state, batch["inputs"], batch["present"], train=False
+  )
+  terms = _every_collapse(settings, embeddings, batch["present"], kappa)
+  return collapse_weight * jnp.sum(terms)
+
+
+def _every_collapse(
+  settings, embeddings, present, kappa, target="expected", key=None
+):
+  """``[M]`` losses."""
+
+  def one(embedding, weights, key):
+    return spectrum.collapse(
+      embedding,
+      spectral_weight=kappa,
+      target=target,
+      key=key,
+      weights=weights,
+      adaptive=settings.adaptive,
+    ).loss
+
+  ordered = modalities.names(embeddings)
+  keys = jax.random.split(
+    jax.random.key(0) if key is None else key, len(ordered)
+  )
+  if len({embeddings[name].shape for name in ordered}) == 1:
+    # One batched eigendecomposition: compiles M times as fast.
+    weights = modalities.stack({name: present[name] for name in ordered})
+    return jax.vmap(one)(modalities.stack(embeddings), weights, keys)
+  return jnp.stack(
+    [one(embeddings[n], present[n], k) for n, k in zip(ordered, keys)]
+  )
+
+
+def expected_loss(settings: Settings, params, phi, batch):
+  r"""The inner loss: the expectation of the training loss over arms.
+
+  In evaluation mode, with expected Gaussian targets. ``batch`` has the training
+  ``batch``, the model's ``state``, probabilities ``p`` [M] (constants) and
+  ``decoders``.
+  """
+  data, p = batch["batch"], jax.lax.stop_gradient(batch["p"])
+  present, label = data["present"], data["label"]
+  model = settings.model
+  embeddings, _ = model.encode(
+    params, batch["state"], data["inputs"], present, train=False
+  )
+  total = jnp.zeros(())
+  if settings.clean_weight:
+    clean, _ = task_loss(model, params, embeddings, present, label)
+    total += settings.clean_weight * clean
+  left = left_out(present)
+
+  def without(present):
+    attacked, _ = task_loss(model, params, embeddings, present, label)
+    if not settings.reconstruction_weight:
+      return attacked, jnp.zeros(())
+    return attacked, decoders_lib.loss(
+      batch["decoders"], settings.features, embeddings, present, data
+    )
+
+  attacked, rebuilt = jax.vmap(without)(left)
+  attacked = jnp.sum(p * attacked)
+  if settings.removal == "subset":
+    attacked = mean_over_sets(model, params, embeddings, data)
+  total += settings.attack_weight * attacked
+  total += settings.reconstruction_weight * jnp.sum(p * rebuilt)
+  collapse_weight, kappa = settings.weights(phi)
+  terms = _every_collapse(settings, embeddings, present, kappa)
+  if settings.collapse_on == "all":
+    p = jnp.full_like(p, jnp.sum(p) / len(p))
+  return total + collapse_weight * jnp.sum(p * terms)
+
+
+def left_out(present):
+  """Presence without each modality in turn, stacked: ``{m: bool[M, b]}``."""
+  every = [modalities.removed(present, arm) for arm in range(len(present))]
+  return jax.tree.map(lambda *flags: jnp.stack(flags), *every)
+
+
+def outer_loss(settings: Settings, params, phi, batch):
+  """Mean task loss over availability sets, of a validation batch.
+
+  With everything present alone, no weight at all would be best.
+  """
+  del phi
+  data = batch["batch"]
+  embeddings, _ = settings.model.encode(
+    params, batch["state"], data["inputs"], data["present"], train=False
+  )
+  return mean_over_sets(settings.model, params, embeddings, data)
+
+
+def mean_over_sets(model: Model, params, embeddings, batch):
+  """Task loss, averaged over availability sets; one pass of the encoders."""
+  present = batch["present"]
+  sets = modalities.availability_sets(present)
+  stacked = {
+    name: jnp.stack([flag & (name in subset) for subset in sets])
+    for name, flag in present.items()
+  }
+
+  def one(present):
+    return task_loss(model, params, embeddings, present, batch["label"])[0]
+
+  return jnp.mean(jax.vmap(one)(stacked))

@@ -1,0 +1,319 @@
+r"""ModalImmune: training that destroys one modality on purpose.
+
+Each step draws a modality, trains the task with and without it, and collapses
+its embeddings. None of it certifies robustness, and whether it helps at all is
+to be measured against ``removal="subset"`` alone (random-subset dropout), which
+beat the whole method in our first runs.
+
+References:
+  `Fu et al. (2026) <https://arxiv.org/abs/2602.16197>`_; the form is our
+  reading of it.
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+
+from robust_mm import _validate
+from robust_mm import controllers
+from robust_mm import masking
+from robust_mm._types import Model
+from robust_mm.recipes import destruction
+from robust_mm.recipes import immunity
+from robust_mm.recipes import phases
+
+FIDELITIES = ("default", "published")
+CONTROLLERS = ("hedge", "exp3", "exp3s", "uniform")
+GATES = ("hessian", "directional", "published", "none")
+GAINS = ("hinge", "squared")
+_TARGETS = ("expected", "sampled")
+# (default, published) of the arguments that fidelity decides.
+_BY_FIDELITY = {
+  "clean_weight": (1.0, 0.0),
+  "controller": ("hedge", "exp3"),
+  "gain": ("hinge", "squared"),
+  "gate": ("hessian", "published"),
+  "gaussian_target": ("expected", "sampled"),
+}
+_OUTER_STEPS = 30
+
+
+def modal_immune(
+  model: Model,
+  *,
+  num_steps: int,
+  tx: optax.GradientTransformation,
+  fidelity: str = "default",
+  collapse_weight: float = 0.1,
+  spectral_weight: float = 0.01,
+  collapse_on: str = "arm",
+  gaussian_target: str | None = None,
+  adaptive: bool = False,
+  attack_weight: float = 1.0,
+  clean_weight: float | None = None,
+  removal: str = "arm",
+  reconstruction_weight: float | None = None,
+  features: Mapping[str, Any] | None = None,
+  controller: str | controllers.Controller | None = None,
+  controller_period: int = 20,
+  gain: str | None = None,
+  gate: str | None = None,
+  gate_period: int | None = None,
+  tau: float | None = None,
+  adapt: bool | None = None,
+  outer_period: int | None = None,
+  warmup_steps: int | None = None,
+  steps_per_epoch: int | None = None,
+  guard_tolerance: float | None = 0.05,
+  clip: float | None = 1.0,
+  batch_size: int = 64,
+) -> phases.Recipe:
+  r"""Self-destructive training for missing modalities.
+
+  .. math:: L = w_{clean} L(a) + w_{attack} L(a \setminus m) + \lambda
+            L_{col}(Z_m) + w_{rec} L_{rec}(a \setminus m)
+
+  with the arm m drawn by the controller. The collapse part is descended through
+  the curvature gates, on the encoder of m alone; :math:`\lambda` and the weight
+  of the spectral ratio are adapted on validation data.
+
+  Formal guarantees:
+    - The loss without m has a gradient of exactly 0 in the encoder of m.
+    - ``collapse_weight=0, controller="uniform", gate="none"`` is leave-one-out
+      modality dropout beside the clean loss; no trace of the rest is left.
+    - One trace for all arms, gates and meta-parameters.
+
+  What is *not* covered: robustness, of any kind. Validation examples choose the
+  arm and the weights: select nothing else on them that you mean to report.
+
+  Args:
+    model: its ``params["encoders"]`` has one entry a modality, and a removed
+      modality has no value path (every fusion of ``models``). No LayerNorm on
+      embeddings, and no projection on a ball: either pins their scale.
+    num_steps: optimiser updates.
+    tx: the optimiser; the curvature mask is put around it.
+    fidelity: ``published``: squared gains, sampled targets, the gate that never
+      closes, exp3, no clean term, and the published hyper-gradient; each where
+      the argument of that part is not given.
+    collapse_weight: lambda at the beginning, after the warm-up; 0: no collapse.
+    spectral_weight: kappa at the beginning; 0: shrinkage alone, for good.
+    collapse_on: ``arm``, or ``all`` embeddings at the same total weight.
+    gaussian_target: ``expected`` or ``sampled``.
+    adaptive: scale the collapse by how far the spectrum is from collapsed.
+    attack_weight: of the loss without the arm.
+    clean_weight: of the loss with everything present.
+    removal: ``arm``, or ``subset``: a random subset of modalities per example
+      in its place (each is dropped with probability 1/2, one at least stays).
+    reconstruction_weight: of decoders that tell the features of every modality
+      from what is left; 0 for none. 0.1 where ``features`` are given.
+    features: ``{m: (mean, deviation)}`` of pooled training inputs
+      (``recipes.feature_statistics``); those named get a decoder.
+    controller: ``hedge``, ``exp3``, ``exp3s``, ``uniform``, or a value of
+      ``robust_mm.controllers``.
+    controller_period: updates between two rounds of it.
+    gain: ``hinge`` or ``squared``.
+    gate: ``hessian``, ``directional``, ``published`` or ``none``.
+    gate_period: updates between refreshes; that of the gate by default.
+    tau: threshold of the gate; its default where not given.
+    adapt: whether lambda and kappa are adapted; by default where there is any.
+    outer_period: updates between two such steps; by default a thirtieth of all.
+    warmup_steps: without collapse, arms alike; two epochs by default where
+      ``steps_per_epoch`` says how long one is (a tenth of all at most), else a
+      tenth.
+    steps_per_epoch: updates in one pass over the training set.
+    guard_tolerance: no arm is attacked while the running mean of the clean loss
+      is worse than its best by this share; None for no such guard.
+    clip: norm to which the gradient of every encoder, and of the rest, is
+      clipped by itself, the destructive one likewise; None for none.
+    batch_size: of the validation batches of the jobs.
+
+  Raises:
+    ValueError: naming the argument that is wrong.
+  """
+  _validate.one_of(FIDELITIES, fidelity=fidelity)
+  chosen = _chosen(
+    fidelity,
+    clean_weight=clean_weight,
+    controller=controller,
+    gain=gain,
+    gate=gate,
+    gaussian_target=gaussian_target,
+  )
+  _check_model(model)
+  _validate.at_least(
+    1, controller_period=controller_period, batch_size=batch_size
+  )
+  _validate.one_of(GAINS, gain=chosen["gain"])
+  _validate.one_of(_TARGETS, gaussian_target=chosen["gaussian_target"])
+  _validate.one_of(immunity.REMOVALS, removal=removal)
+  _validate.one_of(immunity.COLLAPSED, collapse_on=collapse_on)
+  features = dict(features or {})
+  _validate.known(model.modalities, features=features)
+  if reconstruction_weight is None:
+    reconstruction_weight = 0.1 if features else 0.0
+  _validate.non_negative(
+    collapse_weight=collapse_weight,
+    spectral_weight=spectral_weight,
+    attack_weight=attack_weight,
+    clean_weight=chosen["clean_weight"],
+    reconstruction_weight=reconstruction_weight,
+  )
+  if reconstruction_weight and not features:
+    raise ValueError("reconstruction_weight must be 0 without features.")
+  if guard_tolerance is not None:
+    _validate.non_negative(guard_tolerance=guard_tolerance)
+  if adapt and not collapse_weight:
+    raise ValueError("adapt must be False where collapse_weight is 0.")
+  warmup_steps = _warmup(warmup_steps, num_steps, steps_per_epoch)
+  settings = immunity.Settings(
+    model=model,
+    fidelity=fidelity,
+    controller=_controller(
+      chosen["controller"],
+      len(model.modalities),
+      max(1, (num_steps - warmup_steps) // controller_period),
+    ),
+    controller_period=controller_period,
+    warmup_steps=warmup_steps,
+    collapse_weight=collapse_weight,
+    spectral_weight=spectral_weight,
+    clean_weight=chosen["clean_weight"],
+    attack_weight=attack_weight,
+    reconstruction_weight=reconstruction_weight,
+    features=features,
+    removal=removal,
+    collapse_on=collapse_on,
+    gaussian_target=chosen["gaussian_target"],
+    adaptive=adaptive,
+    gain=chosen["gain"],
+    gates=bool(collapse_weight) and chosen["gate"] not in ("none", "published"),
+    adapt=bool(collapse_weight) if adapt is None else adapt,
+    outer_period=outer_period or max(1, num_steps // _OUTER_STEPS),
+    guard_tolerance=guard_tolerance,
+    batch_size=batch_size,
+  )
+  tx = _masked(tx, chosen["gate"], gate_period, tau, clip)
+  phase = phases.Phase(
+    name="immune",
+    num_steps=num_steps,
+    loss=_no_loss,
+    tx=tx,
+    extra=destruction.make_extra(settings),
+    update=destruction.make_update(settings, tx),
+    jobs=_jobs(settings),
+  )
+  suffix = "-published" if fidelity == "published" else ""
+  return phases.Recipe(name=f"modal_immune{suffix}", phases=(phase,))
+
+
+def _no_loss(*_, **__):
+  raise NotImplementedError("modal_immune has an update of its own.")
+
+
+def _chosen(fidelity: str, **given) -> dict:
+  position = FIDELITIES.index(fidelity)
+  return {
+    name: _BY_FIDELITY[name][position] if value is None else value
+    for name, value in given.items()
+  }
+
+
+def _check_model(model: Model) -> None:
+  if len(model.modalities) < 2:
+    raise ValueError(
+      f"modal_immune needs a model of at least two modalities (names), got "
+      f"{', '.join(model.modalities)}."
+    )
+  if "rest" in model.modalities:
+    raise ValueError("a modality must not be named 'rest' for modal_immune.")
+  params, _ = jax.eval_shape(model.init, jax.random.key(0))
+  encoders = params.get("encoders", {}) if isinstance(params, dict) else {}
+  for name in model.modalities:
+    if name not in encoders:
+      raise ValueError(
+        f"modal_immune needs a model with params['encoders'][{name!r}]: what "
+        f"it destroys is the encoder of one modality."
+      )
+
+
+def _warmup(warmup_steps, num_steps: int, steps_per_epoch) -> int:
+  if warmup_steps is None:
+    warmup_steps = num_steps // 10
+    if steps_per_epoch:
+      warmup_steps = min(warmup_steps, 2 * steps_per_epoch)
+  _validate.at_least(0, warmup_steps=warmup_steps)
+  if warmup_steps >= num_steps:
+    raise ValueError(
+      f"warmup_steps must be below num_steps ({num_steps}), got {warmup_steps}."
+    )
+  return warmup_steps
+
+
+def _controller(value, num_arms: int, num_rounds: int):
+  if isinstance(value, controllers.Controller):
+    if value.num_arms != num_arms:
+      raise ValueError(
+        f"controller must have {num_arms} arms, one a modality, got "
+        f"{value.num_arms}."
+      )
+    return value
+  _validate.one_of(CONTROLLERS, controller=value)
+  if value == "uniform":
+    return controllers.uniform(num_arms)
+  return getattr(controllers, value)(num_arms, num_rounds=num_rounds)
+
+
+def _masked(tx, gate: str, period, tau, clip) -> optax.GradientTransformation:
+  """The optimiser with gates around it, and a clip by block before them."""
+  _validate.one_of(GATES, gate=gate)
+  options = {} if tau is None else {"tau": tau}
+  if options and gate not in ("hessian", "directional"):
+    raise ValueError(f"tau must be left out where gate is {gate!r}.")
+  if gate == "published":
+    with warnings.catch_warnings():
+      # That it never closes is said above.
+      warnings.simplefilter("ignore", UserWarning)
+      chosen = {"fidelity": "published", "gate": masking.published_gate()}
+  elif gate == "none":
+    chosen = {"gated": ()}
+  else:
+    chosen = {"gate": getattr(masking, f"{gate}_gate")(**options)}
+  masked = masking.curvature_mask(
+    tx,
+    destruction.block_labels,
+    period=period,
+    separable=True,
+    destructive_clip=clip,
+    **chosen,
+  )
+  if clip is None:
+    return masked
+  return optax.chain(destruction.clip_by_block(clip), masked)
+
+
+def _jobs(settings: immunity.Settings) -> tuple[phases.Job, ...]:
+  def first(period):
+    """The first multiple of the period after the warm-up."""
+    return (settings.warmup_steps // period + 1) * period
+
+  probe = phases.Job(
+    name="probe",
+    run=destruction.make_probe(settings),
+    period=settings.controller_period,
+    start=first(settings.controller_period),
+    batch_size=settings.batch_size,
+  )
+  if not settings.adapt:
+    return (probe,)
+  outer = phases.Job(
+    name="outer",
+    run=destruction.make_outer(settings),
+    period=settings.outer_period,
+    start=first(settings.outer_period),
+    batch_size=settings.batch_size,
+    with_training=True,
+  )
+  return (probe, outer)

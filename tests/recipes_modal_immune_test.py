@@ -1,0 +1,456 @@
+"""ModalImmune: what is destroyed, what is not, and what it reduces to."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from robust_mm import controllers
+from robust_mm import hypergrad
+from robust_mm import losses
+from robust_mm import masking
+from robust_mm import modalities
+from robust_mm import models
+from robust_mm import recipes
+from robust_mm.models import encoders
+from robust_mm.recipes import decoders
+from robust_mm.recipes import destruction
+from robust_mm.training import state as state_lib
+from robust_mm.training import steps
+
+SHAPES = {"a": (6,), "b": (3, 2), "c": (5,)}
+NAMES = tuple(SHAPES)
+FEATURES = {
+  name: (np.zeros(np.prod(s), np.float32), np.ones(np.prod(s), np.float32))
+  for name, s in SHAPES.items()
+}
+DROPOUT = {
+  "collapse_weight": 0.0,
+  "controller": "uniform",
+  "gate": "none",
+  "clip": None,
+  "guard_tolerance": None,
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+  encoder = encoders.mlp(hidden_sizes=(6,), embedding_dim=4, activation="gelu")
+  return models.masked_fusion(
+    dict.fromkeys(SHAPES, encoder), 3, input_shapes=SHAPES, width=8
+  )
+
+
+def make_batch(seed=0, size=24, missing=0.3):
+  rng = np.random.default_rng(seed)
+  present = {n: jnp.asarray(rng.random(size) >= missing) for n in SHAPES}
+  inputs = {
+    name: jnp.asarray(rng.normal(size=(size, *shape)), jnp.float32)
+    for name, shape in SHAPES.items()
+  }
+  return {
+    "inputs": modalities.mask(inputs, present),
+    "present": present,
+    "label": jnp.asarray(rng.integers(0, 3, size)),
+    "id": jnp.arange(size),
+  }
+
+
+def make(model, *, num_steps=50, tx=None, **options):
+  recipe = recipes.modal_immune(
+    model, num_steps=num_steps, tx=tx or optax.sgd(1.0), **options
+  )
+  return recipe.phases[0]
+
+
+def begin(model, phase):
+  return jax.jit(state_lib.initializer(model, phase))(jax.random.key(0))
+
+
+def settings_of(monkeypatch, model, **options):
+  """What the arguments have been made into."""
+  found = []
+  real = destruction.make_update
+
+  def spy(settings, tx):
+    found.append(settings)
+    return real(settings, tx)
+
+  monkeypatch.setattr(destruction, "make_update", spy)
+  make(model, **options)
+  return found[0]
+
+
+def leave_one_out_loss(model, params, state, batch, arm):
+  """Leave-one-out modality dropout, written down once more."""
+  dropped = modalities.without(batch, NAMES[arm])
+  outputs, _ = model.apply(
+    params, state, dropped["inputs"], dropped["present"], train=True
+  )
+  each = losses.cross_entropy(outputs.logits, batch["label"])
+  counted = jnp.any(modalities.stack(dropped["present"]), axis=0)
+  return jnp.sum(jnp.where(counted, each, 0)) / jnp.sum(counted)
+
+
+def test_without_collapse_it_is_leave_one_out_dropout(model):
+  phase = make(model, clean_weight=0.0, warmup_steps=0, **DROPOUT)
+  state, batch = begin(model, phase), make_batch()
+  step = jax.jit(steps.make_train_step(phase))
+  plain = jax.jit(
+    jax.value_and_grad(
+      lambda params, arm: jax.lax.switch(
+        arm,
+        [
+          lambda p, i=i: leave_one_out_loss(model, p, {}, batch, i)
+          for i in range(3)
+        ],
+        params,
+      )
+    )
+  )
+  arms = set()
+  for _ in range(8):
+    before = state.params
+    state, metrics = step(state, batch, jax.random.key(1))
+    arm = int(state.extra["arm"])
+    arms.add(arm)
+    loss, grads = plain(before, arm)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    moved = jax.tree.map(jnp.subtract, before, state.params)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), moved, grads
+    )
+  assert arms == {0, 1, 2}
+
+
+def test_a_removed_modality_has_no_gradient_at_all(model):
+  """Of every row that has another one, bit for bit; NaN goes nowhere."""
+  phase = make(model, clean_weight=0.0, warmup_steps=0, **DROPOUT)
+  state, batch = begin(model, phase), make_batch(missing=0.0)
+  step = jax.jit(steps.make_train_step(phase))
+  for _ in range(5):
+    before = state.params
+    state, _ = step(state, batch, jax.random.key(3))
+    arm = NAMES[int(state.extra["arm"])]
+    for name in NAMES:
+      same = jax.tree.map(
+        lambda a, b: bool(np.all(a == b)),
+        before["encoders"][name],
+        state.params["encoders"][name],
+      )
+      assert all(jax.tree.leaves(same)) == (name == arm), (name, arm)
+
+
+@pytest.fixture(scope="module")
+def whole(model):
+  """(phase, step, number of traces) of all parts together."""
+  phase = make(
+    model,
+    tx=optax.adamw(1e-2),
+    features=FEATURES,
+    gate_period=5,
+    warmup_steps=3,
+  )
+  traces = []
+
+  def counted(state, batch, key):
+    traces.append(1)
+    return phase.update(state, batch, key)
+
+  counting = dataclasses.replace(phase, update=counted)
+  return phase, jax.jit(steps.make_train_step(counting)), traces
+
+
+def test_nan_of_a_missing_input_reaches_neither_loss_nor_parameters(
+  model, whole
+):
+  phase, step, _ = whole
+  batch = make_batch()
+  poisoned = {
+    name: jnp.where(
+      jnp.reshape(batch["present"][name], (-1,) + (1,) * (x.ndim - 1)),
+      x,
+      jnp.nan,
+    )
+    for name, x in batch["inputs"].items()
+  }
+  clean = dirty = begin(model, phase)
+  for _ in range(6):  # the collapse begins at the fourth
+    clean, expected = step(clean, batch, jax.random.key(1))
+    dirty, found = step(dirty, {**batch, "inputs": poisoned}, jax.random.key(1))
+    assert expected == found
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(dirty.params))
+  jax.tree.map(np.testing.assert_array_equal, clean.params, dirty.params)
+
+
+def flip_gates(state):
+  def flip(node):
+    if not isinstance(node, masking.CurvatureMaskState):
+      return node
+    return node._replace(gates={n: ~gate for n, gate in node.gates.items()})
+
+  is_mask = lambda n: isinstance(n, masking.CurvatureMaskState)  # noqa: E731
+  opt_state = jax.tree.map(flip, state.opt_state, is_leaf=is_mask)
+  return dataclasses.replace(state, opt_state=opt_state)
+
+
+def test_one_trace_for_all_arms_and_gates(model, whole):
+  phase, step, traces = whole
+  state, arms = begin(model, phase), set()
+  for index in range(50):
+    state, metrics = step(state, make_batch(index), jax.random.key(0))
+    arms.add(int(state.extra["arm"]))
+    if index % 7 == 0:
+      state = flip_gates(state)
+    assert np.isfinite(metrics["loss"])
+  assert {0, 1, 2} <= arms
+  assert len(traces) == 1
+  report = masking.gate_report(state.opt_state)
+  assert any(0 < line["rate"] < 1 for line in report.values())
+
+
+def test_collapse_waits_for_the_warm_up(model, whole):
+  phase, step, _ = whole
+  state, batch = begin(model, phase), make_batch()
+  weights = []
+  for _ in range(5):
+    state, metrics = step(state, batch, jax.random.key(0))
+    weights.append(round(float(metrics["collapse_weight"]), 5))
+  assert weights == [0, 0, 0, 0.1, 0.1]
+  assert phase.jobs[0].start > 3
+
+
+@pytest.mark.parametrize("spectral_weight", [0.0, 0.1])
+def test_destruction_touches_the_attacked_encoder_alone(model, spectral_weight):
+  phase = make(
+    model,
+    attack_weight=0.0,
+    clean_weight=0.0,
+    warmup_steps=0,
+    guard_tolerance=None,
+    gate="none",
+    spectral_weight=spectral_weight,
+  )
+  state, batch = begin(model, phase), make_batch()
+  step = jax.jit(steps.make_train_step(phase))
+  size = lambda params, name: np.linalg.norm(  # noqa: E731
+    model.encode(params, {}, batch["inputs"], batch["present"])[0][name]
+  )
+  for _ in range(4):
+    before = state.params
+    state, _ = step(state, batch, jax.random.key(2))
+    arm = NAMES[int(state.extra["arm"])]
+    moved = {
+      jax.tree_util.keystr(path, simple=True, separator="/")
+      for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(before),
+        jax.tree.leaves(state.params),
+      )
+      if np.any(a != b)
+    }
+    assert moved
+    assert all(name.startswith(f"encoders/{arm}/") for name in moved), moved
+    if not spectral_weight:
+      assert size(state.params, arm) < size(before, arm)
+
+
+@pytest.fixture(scope="module")
+def outer(model):
+  phase = make(model, features=FEATURES, gate="none")
+  job = next(job for job in phase.jobs if job.name == "outer")
+  return phase, jax.jit(job.run)
+
+
+def test_meta_parameters_move_only_where_the_step_is_accepted(model, outer):
+  phase, adapt = outer
+  state = begin(model, phase)
+  fresh, used = make_batch(1), make_batch(2)
+  after, metrics = adapt(state, (fresh, used), jax.random.key(0))
+  moved = jax.tree.map(
+    lambda a, b: float(abs(a - b)),
+    after.extra["outer"].phi,
+    state.extra["outer"].phi,
+  )
+  assert metrics["accepted"] == 1
+  assert all(0 < value <= 0.1 for value in jax.tree.leaves(moved))
+  spoiled = {
+    **fresh["inputs"],
+    "a": jnp.full_like(fresh["inputs"]["a"], np.nan),
+  }
+  same, metrics = adapt(
+    after, ({**fresh, "inputs": spoiled}, used), jax.random.key(0)
+  )
+  assert metrics["accepted"] == 0
+  assert metrics["acceptance_rate"] == 0.5
+  assert same.extra["outer"].phi == after.extra["outer"].phi
+  jax.tree.map(np.testing.assert_array_equal, same.params, state.params)
+
+
+def test_published_fidelity_differs_where_it_is_said_to(monkeypatch, model):
+  ours = settings_of(monkeypatch, model)
+  monkeypatch.undo()
+  theirs = settings_of(monkeypatch, model, fidelity="published")
+  assert (ours.gain, theirs.gain) == ("hinge", "squared")
+  assert (ours.gaussian_target, theirs.gaussian_target) == (
+    "expected",
+    "sampled",
+  )
+  assert (ours.clean_weight, theirs.clean_weight) == (1.0, 0.0)
+  assert (ours.controller.kind, theirs.controller.kind) == ("hedge", "exp3")
+  assert ours.controller.share > 0
+  assert (ours.gates, theirs.gates) == (True, False)
+
+  def operator(settings):
+    return destruction.outer_step(settings).update.args[0].operator
+
+  assert isinstance(operator(ours), hypergrad.Damped)
+  assert isinstance(operator(theirs), hypergrad.Published)
+  again = recipes.modal_immune(
+    model, num_steps=9, tx=optax.sgd(1.0), fidelity="published", gain="hinge"
+  )
+  assert again.name == "modal_immune-published"
+
+
+def test_published_form_takes_steps(model):
+  phase = make(model, fidelity="published", warmup_steps=0, tx=optax.adam(1e-2))
+  state, batch = begin(model, phase), make_batch()
+  step = jax.jit(steps.make_train_step(phase))
+  seen = set()
+  for _ in range(4):
+    state, metrics = step(state, batch, jax.random.key(0))
+    expected = (
+      metrics["attacked_loss"]
+      + metrics["collapse_weight"] * (metrics["collapse_loss"])
+    )
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    seen.add(float(metrics["collapse_loss"]))
+  assert len(seen) == 4  # fresh noise
+  assert not masking.gate_report(state.opt_state)["a"]["rate"]
+
+
+def test_a_probe_is_one_round_of_the_controller(model):
+  phase = make(model, gate="none", adapt=False)
+  state, batch = begin(model, phase), make_batch(missing=0.0)
+  (probe,) = phase.jobs
+  after, metrics = jax.jit(probe.run)(state, batch, jax.random.key(0))
+  gains = np.array([metrics[f"gain_{name}"] for name in NAMES])
+  assert np.all(gains >= 0)
+  assert int(after.extra["controller"].rounds) == 1
+  expected = controllers.scale_gains(
+    controllers.initial_scale(), jnp.asarray(gains)
+  )
+  np.testing.assert_allclose(after.extra["gain_scale"], expected.scale)
+  order = np.argsort(after.extra["controller"].log_weights)
+  if gains.max() > 1e-6:
+    assert order[-1] == gains.argmax()
+  assert all(metrics[f"rank_{name}"] > 0 for name in NAMES)
+
+
+def test_nothing_is_attacked_while_the_clean_loss_is_worse_than_it_was(
+  monkeypatch, model
+):
+  settings = settings_of(monkeypatch, model, guard_tolerance=0.05)
+  extra = {
+    "controller": settings.controller.init(),
+    "clean_loss": jnp.asarray(1.06),
+    "best_clean_loss": jnp.asarray(1.0),
+  }
+  key, cold = jax.random.key(0), jnp.asarray(False)
+  assert destruction.draw(settings, key, extra, cold) == 3
+  assert destruction.draw(settings, key, extra, ~cold) < 3
+  fine = {**extra, "clean_loss": jnp.asarray(1.04)}
+  assert destruction.draw(settings, key, fine, cold) < 3
+  present = make_batch()["present"]
+  left = modalities.removed(present, 3)
+  jax.tree.map(np.testing.assert_array_equal, left, present)
+
+
+def test_the_traced_removal_is_the_static_one():
+  batch = make_batch()
+  for arm, name in enumerate(NAMES):
+    traced = jax.jit(modalities.removed)(batch["present"], arm)
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      traced,
+      modalities.without(batch, name)["present"],
+    )
+
+
+def test_decoders_see_neither_the_removed_nor_the_absent():
+  batch = make_batch()
+  embeddings = {name: jnp.ones((24, 4)) for name in NAMES}
+  made = decoders.init(jax.random.key(0), FEATURES, dict.fromkeys(SHAPES, 4))
+
+  def loss(embeddings, inputs):
+    return decoders.loss(
+      made,
+      FEATURES,
+      embeddings,
+      modalities.removed(batch["present"], 1),
+      {**batch, "inputs": inputs},
+    )
+
+  spoiled = {
+    n: jnp.where(
+      jnp.reshape(batch["present"][n], (-1,) + (1,) * (x.ndim - 1)), x, np.nan
+    )
+    for n, x in batch["inputs"].items()
+  }
+  value, grads = jax.value_and_grad(loss)(embeddings, batch["inputs"])
+  assert loss(embeddings, spoiled) == value
+  alone = (
+    batch["present"]["b"] & ~batch["present"]["a"] & ~(batch["present"]["c"])
+  )
+  assert np.all(np.asarray(grads["b"])[~np.asarray(alone)] == 0)
+  assert np.any(grads["a"] != 0)
+
+
+def test_features_are_pooled_until_they_are_few():
+  assert decoders.pooled(np.ones((2, 8, 4))).shape == (2, 32)
+  assert decoders.pooled(np.ones((2, 40, 32))).shape == (2, 32)
+  assert decoders.pooled(np.ones((2, 5, 40, 32))).shape == (2, 32)
+  mean, deviation = recipes.feature_statistics(
+    np.array([[1.0, 5.0], [3.0, 5.0], [99.0, 0.0]]),
+    np.array([True, True, False]),
+  )
+  np.testing.assert_allclose(mean, [2, 5])
+  np.testing.assert_allclose(deviation, [1, 1])
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    ({"fidelity": "corrected"}, "fidelity"),
+    ({"collapse_weight": -1.0}, "collapse_weight"),
+    ({"gate": "fisher"}, "gate"),
+    ({"gate": "none", "tau": 0.1}, "tau must be left out"),
+    ({"controller": controllers.uniform(2)}, "controller must have 3 arms"),
+    ({"removal": "all"}, "removal"),
+    ({"collapse_weight": 0.0, "adapt": True}, "adapt must be False"),
+    ({"reconstruction_weight": 0.1}, "reconstruction_weight must be 0"),
+    ({"features": {"d": ()}}, "features"),
+    ({"warmup_steps": 50}, "warmup_steps must be below"),
+  ],
+)
+def test_bad_arguments_are_refused_by_name(model, options, message):
+  with pytest.raises(ValueError, match=message):
+    make(model, **options)
+
+
+def test_models_without_encoders_of_their_own_are_refused():
+  alone = models.masked_fusion(
+    {"a": encoders.mlp()}, 3, input_shapes={"a": (3,)}
+  )
+  with pytest.raises(ValueError, match="at least two modalities"):
+    make(alone)
+  plain = models.from_function(
+    lambda w, inputs: inputs["a"] @ w + inputs["b"] @ w,
+    jnp.eye(3),
+    num_classes=3,
+    input_shapes={"a": (3,), "b": (3,)},
+  )
+  with pytest.raises(ValueError, match=r"params\['encoders'\]\['a'\]"):
+    make(plain)
