@@ -88,7 +88,6 @@ def make_phase(model, name, tx):
   return recipes.Phase(
     name=name,
     num_steps=6,
-    loss=loss_fn,
     tx=tx,
     extra=extra,
     update=update,
@@ -188,11 +187,14 @@ def test_extra_is_drawn_anew_for_every_phase():
 
 def test_phases_refuse_what_they_cannot_run():
   job = recipes.Job(name="a", run=print, period=1, start=1, batch_size=1)
-  common = {"name": "x", "num_steps": 1, "loss": print, "tx": optax.sgd(1.0)}
+  common = {"name": "x", "num_steps": 1, "tx": optax.sgd(1.0)}
   with pytest.raises(ValueError, match="trainable must be"):
     recipes.Phase(**common, update=lambda *_: None, trainable="head")
   with pytest.raises(ValueError, match="different names"):
-    recipes.Phase(**common, jobs=(job, job))
+    recipes.Phase(**common, loss=print, jobs=(job, job))
+  for both in ({}, {"loss": print, "update": print}):
+    with pytest.raises(ValueError, match="either a loss or an update"):
+      recipes.Phase(**common, **both)
   with pytest.raises(ValueError, match="period"):
     dataclasses.replace(job, period=0)
 

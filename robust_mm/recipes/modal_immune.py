@@ -199,7 +199,6 @@ def modal_immune(
   phase = phases.Phase(
     name="immune",
     num_steps=num_steps,
-    loss=_no_loss,
     tx=tx,
     extra=destruction.make_extra(settings),
     update=destruction.make_update(settings, tx),
@@ -207,10 +206,6 @@ def modal_immune(
   )
   suffix = "-published" if fidelity == "published" else ""
   return phases.Recipe(name=f"modal_immune{suffix}", phases=(phase,))
-
-
-def _no_loss(*_, **__):
-  raise NotImplementedError("modal_immune has an update of its own.")
 
 
 def _chosen(fidelity: str, **given) -> dict:

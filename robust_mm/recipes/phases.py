@@ -72,7 +72,8 @@ class Phase:
     name: a word for file names and plots.
     num_steps: optimiser updates.
     loss: ``loss(params, state, batch, *, key) -> (scalar, (state, metrics))``;
-      differentiated with respect to the trainable parameters only.
+      differentiated with respect to the trainable parameters only. None with
+      an ``update``.
     tx: the optimiser, started afresh at the beginning of the phase.
     trainable: regex over parameter paths such as
       ``encoders/left/dense_0/kernel``; what does not match stays bit-identical.
@@ -107,7 +108,7 @@ class Phase:
 
   name: str
   num_steps: int
-  loss: LossFn
+  loss: LossFn | None = None
   tx: optax.GradientTransformation
   trainable: str = ".*"
   interventions: tuple[Intervention, ...] = ()
@@ -120,6 +121,8 @@ class Phase:
 
   def __post_init__(self):
     _validate.at_least(1, num_steps=self.num_steps)
+    if (self.loss is None) == (self.update is None):
+      raise ValueError(f"phase {self.name!r} needs either a loss or an update.")
     if self.update is not None and self.trainable != ".*":
       raise ValueError("trainable must be '.*' for a phase with an update.")
     names = [job.name for job in self.jobs]
