@@ -283,6 +283,7 @@ def _radius_ratios(logits, sensitivity, label, budgets, fusion):
   if fusion == "joint":
     if budgets is None:
       return margins.joint_ratios(margin, sensitivity, ball="l1")
+    margins.check_budgets(sensitivity, budgets)
     weighted = {m: sensitivity[m] * budgets[m] for m in budgets}
     return margins.joint_ratios(margin, weighted)
   if budgets is None:

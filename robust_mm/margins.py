@@ -311,11 +311,16 @@ def budget_ratios(
   The budgets are certified where every entry exceeds 1. A modality that is not
   named has budget 0.
   """
-  _validate.known(modalities.names(sensitivity), budgets=budgets)
+  check_budgets(sensitivity, budgets)
   cost = {name: sensitivity[name] * budgets[name] for name in budgets}
-  if not cost:
-    raise ValueError("budgets must name at least one modality.")
   return ratio(margins, joint_sensitivity(cost, ball="linf"))
+
+
+def check_budgets(sensitivity: Mapping, budgets: Mapping) -> None:
+  """ValueError for budgets of nothing, or of an unknown modality."""
+  _validate.known(modalities.names(sensitivity), budgets=budgets)
+  if not budgets:
+    raise ValueError("budgets must name at least one modality.")
 
 
 def radii(ratios: Float[Array, "*b k"]) -> Float[Array, "*b"]:

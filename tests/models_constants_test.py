@@ -12,6 +12,8 @@ from robust_mm.models import functional
 
 SHAPES = {
   "cnn": ((20, 18, 2), encoders.cnn(features=(4, 5), embedding_dim=6)),
+  # A map that is pooled, and cropped by the pooling.
+  "cnn pooled": ((19, 35, 1), encoders.cnn(features=(2,), embedding_dim=6)),
   "cnn of video": ((3, 7, 5, 1), encoders.cnn(features=(4,), embedding_dim=6)),
   "gelu": (
     (9,),

@@ -66,6 +66,9 @@ def certify(
       this network, evaluation mode, in real arithmetic with these parameters.
     - With ``source="empirical"`` or ``fidelity="published"``: none; the
       certificate has ``sound=False`` and ``kind == "estimated"``.
+    - Weights that a model makes of its parameters (orthonormal ones) are those
+      that float32 makes; of ill-conditioned parameters exact arithmetic makes
+      visibly other ones.
     - Nothing about correctness (``certified_accuracy``), about raw data before
       preprocessing, or about other threats.
 
@@ -92,7 +95,7 @@ def certify(
 
       ``"global"`` costs a forward pass; the others some hundred, and grow with
       the square of the width: use small batches. Ignored where ``tables`` are
-      given, but for ``"best"`` and ``"local"``.
+      given, but for ``"best"`` and ``"local"``, which take sound ones.
     tables: from ``sensitivity_tables`` or ``empirical_tables``. Without them
       ``"empirical"`` estimates on this very batch.
     units: ``{m: s_m}``, the size that counts as 1; ``relative_units`` makes
@@ -124,6 +127,8 @@ def certify(
       f"fidelity must be 'corrected' with source={source!r}; the published "
       "form rests on estimated constants."
     )
+  if source in BALL_SOURCES and tables is not None and not tables.sound:
+    tables = None  # estimates have no place beside balls that are proved
   additive = _is_additive(model, params, source)
   if additive:
     geometries.need_geometry(model)
@@ -165,8 +170,6 @@ def certify(
     )
   except (TypeError, ValueError) as error:
     reason = batches.explain(model, params, state, inputs, present)
-    if reason is None and source == "local":
-      raise ValueError(f"{error} {_HINT}") from error
     if reason is None:
       raise
     raise reason from error
@@ -179,7 +182,9 @@ def certify(
   if margins.known_values(agree) and not np.all(np.asarray(agree)):
     raise ValueError(
       "geometry does not explain the logits: they must be the sum over "
-      "present modalities of head[m] @ embedding[m], plus bias."
+      "present modalities of head[m] @ embedding[m], plus bias, or with "
+      "geometry.fusion='joint' move no faster with the embeddings than the "
+      "rows of the head differ."
     )
   if certificate.sound and margins.known_values(*inputs.values(), agree):
     programs.check_rows(
@@ -223,13 +228,18 @@ def _certify(
     size * jnp.max(margins.norm(geometry.head[name]))
     for name, size in sizes.items()
   )
-  agree = _agreement(geometry, outputs, contributions, present, rounding)
+  if contributions is None:
+    agree = programs.trunk_keeps(model, params, geometry, outputs, present)
+  else:
+    agree = _agreement(geometry, outputs, contributions, present, rounding)
   inside = _inside(geometry, outputs, present)
   # What refutes the geometry carries no certificate.
   trusted = functools.reduce(jnp.logical_and, inside.values(), agree)
   contributions = jax.tree.map(
     lambda value: jnp.where(trusted[..., None], value, jnp.nan), contributions
   )
+  # Of a trunk there are none to say so by: endless rounding says it.
+  rounding = jnp.where(trusted, rounding, jnp.inf)
   certificate = arrays.margin_certificate(
     contributions,
     tables,
@@ -250,7 +260,7 @@ def _certify(
       model, params, state, inputs, present, units, certificate.prediction
     )
     if network is None and source == "local":
-      raise reason
+      raise ValueError(f"{reason} {_HINT}") from reason
     if network is not None:
       certificate = combined.widened(
         certificate,
@@ -348,8 +358,6 @@ def _sizes(geometry, outputs, inputs, present):
 
 def _agreement(geometry, outputs, contributions, present, rounding) -> Array:
   """Whether contributions and bias add up to the logits, per example."""
-  if contributions is None:
-    return jnp.ones(outputs.logits.shape[:-1], bool)
   bias = jnp.broadcast_to(geometry.bias, outputs.logits.shape)
   terms = contributions
   if geometry.reduction == "mean":

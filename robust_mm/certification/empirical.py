@@ -75,6 +75,11 @@ def empirical_tables(
   """
   _validate.one_of(("difference", "split"), form=form)
   geometry = geometries.model_geometry(model, params)
+  if form == "split" and geometry.fusion != "additive":
+    raise ValueError(
+      "fidelity must be 'corrected' for a model with a trunk: the published "
+      "form is about per-modality scores."
+    )
   if form == "split":
     constants = empirical_lipschitz(
       model, params, batch, state=state, chunk=chunk

@@ -69,6 +69,8 @@ def missing_constants(
       certified, as long as nothing less is asked; nothing else is certified
       unless this is empty then.
   """
+  # Behind a trunk nothing is certified against replacement.
+  bounded = bounded and geometry.fusion == "additive"
   radii = (geometry.embedding_radius or {}) if bounded else {}
   return tuple(
     name

@@ -82,6 +82,50 @@ def check_rows(model, params, state, inputs, present, embeddings, sizes):
       )
 
 
+def trunk_keeps(model, params, geometry, outputs, present):
+  """Whether logits behind a trunk move as slowly as its rows say: ``bool [b]``.
+
+  The slope of every logit difference in all embeddings, at the embeddings of
+  the batch and at none: what a claim that is too small shows in. It proves
+  nothing elsewhere. Rows that differ between modalities are refused.
+  """
+  heads = list(geometry.head.values())
+  same = functools.reduce(
+    jnp.logical_and, [jnp.all(head == heads[0]) for head in heads]
+  )
+  rows, names = heads[0], sorted(geometry.head)
+  embeddings = {name: outputs.embeddings[name] for name in names}
+
+  def one(embeddings, present):
+    here = {name: flag[None] for name, flag in present.items()}
+
+    def logits(values):
+      given = {name: value[None] for name, value in values.items()}
+      return model.fuse(params, given, here).logits[0]
+
+    return logits(embeddings), jax.jacrev(logits)(embeddings)
+
+  with jax.default_matmul_precision("highest"):
+    alone, slopes = jax.vmap(one)(embeddings, {n: present[n] for n in names})
+  slope = jnp.concatenate([slopes[name] for name in names], axis=-1)
+
+  def keeps(row):
+    # Differences to one class at a time, [b, k].
+    steep = jnp.linalg.norm(slope - slope[:, row][:, None], axis=-1)
+    allowed = jnp.linalg.norm(rows - rows[row][None], axis=-1)
+    return jnp.all(steep <= 1.0001 * allowed[None] + 1e-6, axis=-1)
+
+  slow = jnp.all(jnp.stack([keeps(j) for j in range(len(rows))]), axis=0)
+  scale = jnp.max(jnp.abs(outputs.logits), axis=-1) + jnp.max(
+    jnp.linalg.norm(rows, axis=-1)
+  ) * sum(jnp.linalg.norm(value, axis=-1) for value in embeddings.values())
+  difference = jnp.max(jnp.abs(alone - outputs.logits), axis=-1)
+  unlike = difference > SAME_ROW * scale
+  # What is not a number proves nothing: the certificate deals with it.
+  bad = jnp.isnan(difference) | jnp.any(jnp.isnan(slope), axis=(1, 2))
+  return same & (bad | (slow & ~unlike))
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(model, params, state, inputs, present):
   with jax.default_matmul_precision("highest"):

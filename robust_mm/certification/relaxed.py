@@ -30,6 +30,7 @@ METHODS = ("local", "relaxation")
 NUM_STEPS = 16  # of bisection: the last one moves a radius by 2^-15
 _GRID = (0.1, 10.0, 17)  # times the first radius, of the local constants
 _JUMP = 1e-3
+_ROUNDING = 256.0  # machine epsilons of what inputs contribute to a logit
 _SLACK = 64.0  # machine epsilons of the largest logit, below a margin
 
 
@@ -84,12 +85,12 @@ def explains(
 
   ``network`` was taken from one example: what a model makes of others (batch
   statistics) is not in it. Tried in the batch, and in the batch beside as many
-  rows of zeros. Up to rounding; NaN agrees, it proves nothing.
+  rows of ones. Up to rounding; NaN agrees, it proves nothing.
   """
   sizes = _sizes(problem)
   number = problem.prediction.shape[0]
   double = {
-    name: jnp.concatenate([x, jnp.zeros_like(x)])
+    name: jnp.concatenate([x, jnp.ones_like(x)])
     for name, x in problem.inputs.items()
   }
   here = {m: jnp.concatenate([x, x]) for m, x in problem.present.items()}
@@ -98,17 +99,26 @@ def explains(
 
   def one(bound, ball, rows):
     del rows
-    found, slopes = jax.jvp(bound, (dict(ball.center),), (dict(ball.center),))
-    return found, jnp.max(jnp.abs(slopes))
+    found, pull = jax.vjp(bound, dict(ball.center))
+    slopes = jax.vmap(pull)(jnp.eye(found.shape[0], dtype=found.dtype))[0]
+    terms = [
+      jnp.sum(
+        jnp.abs(slope * ball.center[name][None]).reshape(len(slope), -1), 1
+      )
+      for name, slope in slopes.items()
+    ]
+    return found, jnp.max(sum(terms))
 
   zero = jnp.zeros_like(problem.prediction, dtype=_dtype(problem))
   norm = tuple((name, "l2") for name in modalities.names(problem.inputs))
   found, moved = _each(one, network, problem, sizes, zero, norm)
-  # Rounding is relative to what inputs contribute, which biases may cancel.
-  scale = jnp.max(jnp.abs(logits), axis=-1) + moved
+  # Rounding is relative to what single inputs contribute, which others and
+  # biases may cancel.
+  rounding = _ROUNDING * float(jnp.finfo(logits.dtype).eps) * moved
+  limit = programs.SAME_ROW * jnp.max(jnp.abs(logits), axis=-1) + rounding
   among = jnp.stack([logits, outputs.logits[:number]])
   difference = jnp.max(jnp.abs(found[None] - among), axis=(0, -1))
-  return ~(difference > programs.SAME_ROW * scale)
+  return ~(difference > limit)
 
 
 def balls(

@@ -97,6 +97,8 @@ def chain_table(
   geometry: Geometry, name: str, *, num_iters: int = 16
 ) -> Float[Array, "k k"] | None:
   """``lipschitz.dense_chain`` of a modality's encoder and head, or None."""
+  if geometry.fusion != "additive":  # a chain ends in the rows of the head
+    return None
   layers = (geometry.chain or {}).get(name)
   if layers is None:
     return None
@@ -110,6 +112,8 @@ def _smallest(geometry, name, distance):
   """The general form, or the chain bound where that is smaller."""
   bound = geometry.lipschitz.get(name)
   capped = (geometry.embedding_radius or {}).get(name) is not None
+  # Behind a trunk there is no drop of one modality.
+  capped = capped and geometry.fusion == "additive"
   if bound is None and capped:
     # A bounded embedding costs its drop at most, however fast it gets there.
     bound = jnp.asarray(jnp.inf, distance.dtype)

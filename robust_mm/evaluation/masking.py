@@ -117,6 +117,13 @@ def masking_report(
   _validate.at_least(1, max_examples=max_examples)
   if surrogate is not None and not thorough:
     raise ValueError("surrogate goes with thorough=True.")
+  if surrogate is not None:
+    for name in ("modalities", "num_classes"):
+      mine, other = (getattr(m, name) for m in (model, surrogate.model))
+      if mine != other:
+        raise ValueError(
+          f"surrogate must have the {name} of the model, {mine}; got {other}."
+        )
   if isinstance(units, str):
     raise ValueError(
       f"units must map modalities to sizes, got {units!r}; "

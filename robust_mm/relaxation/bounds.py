@@ -268,7 +268,8 @@ def _length(values, axis):
   peak = jnp.max(jnp.abs(values), axis=axis, keepdims=True)
   scaled = values / jnp.where(peak > 0, peak, 1)
   total = jnp.sum(jnp.square(scaled), axis=axis)
-  return jnp.squeeze(peak, axis) * jnp.sqrt(total)
+  endless = jnp.squeeze(~jnp.isfinite(peak), axis)
+  return jnp.where(endless, jnp.inf, jnp.squeeze(peak, axis) * jnp.sqrt(total))
 
 
 def _dot(rows, values):

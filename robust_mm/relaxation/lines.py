@@ -86,6 +86,10 @@ def _piecewise(slopes, low, high, lean) -> Lines:
   chord = jnp.where(across, chord, only)
   shift = jnp.where(across, shift, 0)
   tangent = jnp.where(across, tangent, only)
+  # A box that is not known (an overflow before it) bounds nothing.
+  unknown = jnp.isnan(low) | jnp.isnan(high)
+  chord = jnp.where(unknown, jnp.nan, chord)
+  tangent = jnp.where(unknown, jnp.nan, tangent)
   if negative <= positive:
     return Lines(tangent, None, chord, shift)
   return Lines(chord, shift, tangent, None)
