@@ -127,11 +127,7 @@ def get_config(argument: str = ""):
       if name in config.recipe.options:
         del config.recipe.options[name]
   if dataset == "utd_mhad":
-    # Attacks on convolutions over video are slow without an accelerator.
-    config.evaluation.radii = (0.1, 0.2, 0.4)
-    config.evaluation.num_steps = 20
-    config.evaluation.num_restarts = 2
-    config.evaluation.tightness = ()
+    base.spare_attacks(config)
   if "smoke" in variants:
     base.shrink(config)
     options = config.recipe.options

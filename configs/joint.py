@@ -84,11 +84,7 @@ def get_config(argument: str = ""):
     config.evaluation.units = "relative"
     config.recipe.options.units = "relative"
   if dataset == "utd_mhad":
-    # Attacks on convolutions over video are slow without an accelerator.
-    config.evaluation.radii = (0.1, 0.2, 0.4)
-    config.evaluation.num_steps = 20
-    config.evaluation.num_restarts = 2
-    config.evaluation.tightness = ()
+    base.spare_attacks(config)
   if "smoke" in variants:
     base.shrink(config)
   return config

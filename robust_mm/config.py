@@ -159,6 +159,14 @@ def parse(
   return dataset, frozenset(words) - {dataset}
 
 
+def spare_attacks(config: ml_collections.ConfigDict) -> None:
+  """Fewer attacks, in place: on video they are slow without an accelerator."""
+  config.evaluation.radii = (0.1, 0.2, 0.4)
+  config.evaluation.num_steps = 20
+  config.evaluation.num_restarts = 2
+  config.evaluation.tightness = ()
+
+
 def shrink(config: ml_collections.ConfigDict) -> None:
   """The smoke form of a configuration: every part runs, nothing is learnt."""
   config.num_steps = 4

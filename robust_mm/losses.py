@@ -278,7 +278,7 @@ def mixup_margin(
 
 
 def _radius_ratios(logits, sensitivity, label, budgets, fusion):
-  _validate.one_of(("additive", "joint"), fusion=fusion)
+  _validate.one_of(margins.FUSIONS, fusion=fusion)
   margin = margins.pairwise(logits, label)
   if fusion == "joint":
     if budgets is None:

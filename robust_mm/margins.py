@@ -24,6 +24,7 @@ from jaxtyping import Float
 from robust_mm import _validate
 from robust_mm import modalities
 
+FUSIONS = ("additive", "joint")  # see ``Geometry.fusion``
 BALLS = ("l2", "linf", "l1")
 
 

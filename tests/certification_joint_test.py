@@ -131,25 +131,28 @@ def test_budgets_of_a_loss_are_refused_by_name(fusion):
       )
 
 
-@pytest.mark.parametrize("scale", [1e19, 1e20, 1e30])
-def test_slopes_that_overflow_certify_nothing_too_much(scale):
-  """relu(s relu(x)) less a threshold: the class turns at x = 0.1."""
+@pytest.mark.parametrize("scale", [1e10, 1e19, 1e20, 1e25])
+def test_a_neuron_whose_slope_overflows_is_not_a_dead_one(scale):
+  """Steep behind a threshold: off at -0.1, and on just above 0."""
+  steep = jnp.diag(jnp.array([scale, 1.0]))
 
-  def fn(weight, inputs):
-    hidden = jnp.maximum(weight * jnp.maximum(inputs["x"], 0), 0)
-    on = hidden[:, :1] / weight
-    return jnp.concatenate([0.1 - on, on - 0.1], axis=-1)
+  def fn(steep, inputs):
+    hidden = jnp.maximum(jnp.matmul(inputs["x"], steep, precision="highest"), 0)
+    shift = jnp.array([[-1.0, 0.0]]) * steep[0, 0]
+    hidden = jnp.matmul(hidden, steep, precision="highest") + shift
+    return jnp.maximum(hidden, 0)[:, ::-1]
 
   model = rmm.models.from_function(
-    fn, jnp.asarray(scale), num_classes=2, input_shapes={"x": (1,)}
+    fn, steep, num_classes=2, input_shapes={"x": (2,)}
   )
-  x = jnp.array([[-0.05]])
-  found = rmm.certify(
-    model, jnp.asarray(scale), {"inputs": {"x": x}}, source="relaxation"
-  )
+  x = jnp.array([[-0.1, 1.0]])
+  found = rmm.certify(model, steep, {"inputs": {"x": x}}, source="relaxation")
+  assert int(found.prediction[0]) == 0
+  # relu(s relu(s x) - s) in exact arithmetic, at a distance of 0.15.
+  turned = max(scale * (scale * 0.05) - scale, 0.0)
+  assert turned > 1.0
   assert found.radius[0] <= 0.15
-  turned = fn(jnp.asarray(scale), {"x": x + 0.16})
-  assert int(jnp.argmax(turned)) != int(found.prediction[0])
+  assert found.radius[0] > (0.05 if scale < 1e20 else -np.inf)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])

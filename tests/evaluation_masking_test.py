@@ -285,6 +285,20 @@ def test_a_stronger_objective_and_unfinished_efforts_are_named():
   }
 
 
+@pytest.mark.parametrize(
+  "change", [{"modalities": ("left",)}, {"num_classes": 2}], ids=str
+)
+def test_a_surrogate_of_another_task_is_refused(change):
+  """Its points would be no attack, and the check would pass for nothing."""
+  other = _surrogate()
+  model = dataclasses.replace(other.model, **change)
+  other = dataclasses.replace(other, model=model)
+  with pytest.raises(
+    ValueError, match=f"surrogate must have the {next(iter(change))}"
+  ):
+    _report(toy.linear_model(), thorough=True, surrogate=other)
+
+
 def test_surrogate_goes_with_thorough():
   with pytest.raises(ValueError, match="surrogate goes with thorough=True"):
     _report(toy.linear_model(), surrogate=_surrogate())

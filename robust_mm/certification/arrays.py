@@ -126,7 +126,7 @@ def margin_certificate(
 
 def _check_settings(fidelity, fusion, reduction, slack):
   _validate.one_of(FIDELITIES, fidelity=fidelity)
-  _validate.one_of(geometries.FUSIONS, fusion=fusion)
+  _validate.one_of(margins.FUSIONS, fusion=fusion)
   _validate.one_of(geometries.REDUCTIONS, reduction=reduction)
   if fusion == "joint" and reduction != "sum":
     raise ValueError("reduction must be 'sum' with fusion='joint'.")

@@ -5,12 +5,12 @@ import functools
 import jax
 
 from robust_mm import _validate
+from robust_mm import margins
 from robust_mm import modalities
 from robust_mm._types import Geometry
 from robust_mm._types import Model
 from robust_mm._types import Params
 
-FUSIONS = ("additive", "joint")
 REDUCTIONS = ("sum", "mean")
 
 
@@ -23,7 +23,7 @@ def model_geometry(model: Model, params: Params) -> Geometry:
   if geometry is None:
     raise ValueError("model.geometry must return a Geometry, got None.")
   _validate.one_of(REDUCTIONS, **{"geometry.reduction": geometry.reduction})
-  _validate.one_of(FUSIONS, **{"geometry.fusion": geometry.fusion})
+  _validate.one_of(margins.FUSIONS, **{"geometry.fusion": geometry.fusion})
   return geometry
 
 
