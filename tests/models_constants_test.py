@@ -83,10 +83,13 @@ def test_matrices_of_the_penalty_bound_the_constant(name):
   assert constant(params) <= product * slopes * (1 + 1e-4)
 
 
-@pytest.mark.parametrize("name", ["transformer", "resnet18"])
+@pytest.mark.parametrize(
+  "name", ["transformer", "resnet18", "temporal_resnet", "video_resnet"]
+)
 def test_no_constant_is_made_up_for_normalised_networks(name):
   encoder = encoders.make(name, embedding_dim=4, width=8)
-  shape = (5, 3) if name == "transformer" else (8, 8, 1)
+  shapes = {"resnet18": (8, 8, 1), "video_resnet": (4, 8, 8, 1)}
+  shape = shapes.get(name, (5, 3))
   functions = functional.encoder_functions(encoder, shape)
   params, _ = jax.eval_shape(functions.init, jax.random.key(0))
   assert functional.encoder_linear(functions, params) is None

@@ -32,6 +32,12 @@ ENCODERS = {
     (9, 4),
     encoders.temporal_cnn(features=(4,), kernel_size=3, embedding_dim=8),
   ),
+  "temporal_resnet": (
+    (9, 4),
+    encoders.temporal_resnet(
+      width=8, num_blocks=1, kernel_size=3, velocity=2.0, embedding_dim=8
+    ),
+  ),
   "tokens": (
     (6,),
     encoders.transformer(
@@ -41,6 +47,12 @@ ENCODERS = {
   "transformer": (
     (5, 3),
     encoders.transformer(width=8, num_layers=1, num_heads=2, embedding_dim=8),
+  ),
+  "video_resnet": (
+    (4, 8, 8, 1),
+    encoders.video_resnet(
+      features=(4,), pooling=2, width=8, num_blocks=1, embedding_dim=8
+    ),
   ),
 }
 SHAPES = {name: shape for name, (shape, _) in ENCODERS.items()}

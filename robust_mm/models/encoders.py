@@ -3,8 +3,8 @@
 A factory returns an :class:`Encoder`: a description that is built once the
 input shape is known. ``mlp``, ``cnn`` and ``temporal_cnn`` state the product of
 their layers' norms as a Lipschitz constant, which says little unless training
-kept it small; of ``transformer`` and ``resnet18`` none is known; the
-``lipschitz_*`` ones state 1.
+kept it small; of ``transformer``, ``resnet18``, ``temporal_resnet`` and
+``video_resnet`` none is known; the ``lipschitz_*`` ones state 1.
 
 >>> make("mlp", hidden_sizes=(32,), embedding_dim=16).embedding_dim
 16
@@ -23,6 +23,7 @@ from flax import nnx
 from robust_mm import _validate
 from robust_mm.models import lipschitz
 from robust_mm.models import networks
+from robust_mm.models import residual
 from robust_mm.models.functional import Encoder
 
 lipschitz_mlp = lipschitz.lipschitz_mlp
@@ -198,6 +199,98 @@ def resnet18(*, embedding_dim: int = 512, width: int = 64) -> Encoder:
   return Encoder(name="resnet18", embedding_dim=embedding_dim, build=build)
 
 
+def temporal_resnet(
+  *,
+  width: int = 96,
+  num_blocks: int = 2,
+  kernel_size: int = 5,
+  dropout: float = 0.0,
+  velocity: float = 0.0,
+  embedding_dim: int = 64,
+) -> Encoder:
+  """A residual network over time for ``t d``, mean and maximum, dense.
+
+  Axes after the first of an input are flattened into features.
+
+  Args:
+    width: features of all convolutions.
+    num_blocks: residual blocks; each halves the time.
+    kernel_size: frames a convolution sees.
+    dropout: rate in every block, and before the last layer.
+    velocity: the differences of consecutive frames, times this, join the
+      input; 0 for none.
+    embedding_dim: d.
+  """
+  _validate.at_least(1, width=width, embedding_dim=embedding_dim)
+  _validate.at_least(1, num_blocks=num_blocks, kernel_size=kernel_size)
+  _rates(dropout, velocity)
+
+  def build(input_shape, rngs):
+    return residual.TemporalResNet(
+      input_shape,
+      rngs,
+      width=width,
+      num_blocks=num_blocks,
+      kernel_size=kernel_size,
+      dropout=dropout,
+      velocity=velocity,
+      embedding_dim=embedding_dim,
+    )
+
+  return Encoder(
+    name="temporal_resnet", embedding_dim=embedding_dim, build=build
+  )
+
+
+def video_resnet(
+  *,
+  features: Sequence[int] = (16, 32, 64),
+  pooling: int = 1,
+  width: int = 96,
+  num_blocks: int = 2,
+  dropout: float = 0.0,
+  velocity: float = 1.0,
+  appearance: bool = True,
+  embedding_dim: int = 64,
+) -> Encoder:
+  """Strided convolutions frame by frame, then a residual network over time.
+
+  Args:
+    features: of the convolutions in space, each with stride 2.
+    pooling: pixels of a side that are averaged first; divides the frame.
+    width: features of a frame, and of the convolutions over time.
+    num_blocks: residual blocks over time; each halves it.
+    dropout: rate before and in the network over time, and at its end.
+    velocity: the differences of consecutive frames and their absolute values,
+      times this, are inputs; 0 for none.
+    appearance: whether the frames themselves are. Without them there is less to
+      recognise persons and places by, and few of them to train on do less harm.
+    embedding_dim: d.
+  """
+  _widths(features=features)
+  _validate.at_least(1, pooling=pooling, width=width, num_blocks=num_blocks)
+  _validate.at_least(1, embedding_dim=embedding_dim)
+  _rates(dropout, velocity)
+  if not velocity and not appearance:
+    raise ValueError("velocity must be positive where appearance is False.")
+
+  def build(input_shape, rngs):
+    return residual.VideoResNet(
+      input_shape,
+      rngs,
+      features=tuple(features),
+      pooling=pooling,
+      width=width,
+      num_blocks=num_blocks,
+      dropout=dropout,
+      velocity=velocity,
+      appearance=appearance,
+      embedding_dim=embedding_dim,
+    )
+
+  return Encoder(name="video_resnet", embedding_dim=embedding_dim, build=build)
+
+
 def custom(
   build: Callable[..., Any],
   embedding_dim: int,
@@ -257,6 +350,12 @@ def from_linen(
   return custom(build, embedding_dim, lipschitz=lipschitz, tokens=tokens)
 
 
+def _rates(dropout: float, velocity: float) -> None:
+  _validate.non_negative(velocity=velocity, dropout=dropout)
+  if dropout >= 1:
+    raise ValueError(f"dropout must be below 1, got {dropout}.")
+
+
 def _widths(**arguments) -> None:
   for name, widths in arguments.items():
     for width in widths:
@@ -272,5 +371,7 @@ FACTORIES = {
   "mlp": mlp,
   "resnet18": resnet18,
   "temporal_cnn": temporal_cnn,
+  "temporal_resnet": temporal_resnet,
   "transformer": transformer,
+  "video_resnet": video_resnet,
 }
