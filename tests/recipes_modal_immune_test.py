@@ -18,6 +18,7 @@ from robust_mm import recipes
 from robust_mm.models import encoders
 from robust_mm.recipes import decoders
 from robust_mm.recipes import destruction
+from robust_mm.recipes import immunity
 from robust_mm.training import state as state_lib
 from robust_mm.training import steps
 
@@ -454,3 +455,64 @@ def test_models_without_encoders_of_their_own_are_refused():
   )
   with pytest.raises(ValueError, match=r"params\['encoders'\]\['a'\]"):
     make(plain)
+
+
+def _by_hand(model, params, batch):
+  """(logits [7, 24, 3], counted [7, 24]) by seven whole passes."""
+  logits, counted = [], []
+  for subset in modalities.subsets(NAMES):
+    kept = modalities.restrict(batch, subset)
+    outputs, _ = model.apply(params, {}, kept["inputs"], kept["present"])
+    logits.append(outputs.logits)
+    counted.append(np.any([np.asarray(v) for v in kept["present"].values()], 0))
+  return np.asarray(logits, np.float64), np.asarray(counted)
+
+
+def test_every_set_and_their_consistency_by_hand(model):
+  phase = make(
+    model,
+    removal="every",
+    consistency_weight=0.7,
+    temperature=3.0,
+    attack_weight=1.5,
+    warmup_steps=0,
+    **DROPOUT,
+  )
+  state, batch = begin(model, phase), make_batch()
+  logits, counted = _by_hand(model, state.params, batch)
+  _, metrics = jax.jit(steps.make_train_step(phase))(
+    state, batch, jax.random.key(1)
+  )
+  log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  label = np.asarray(batch["label"])
+  each = -log_p[:, np.arange(24), label]
+  over = [np.mean(e[c]) for e, c in zip(each, counted)]
+  np.testing.assert_allclose(metrics["clean_loss"], over[-1], rtol=1e-5)
+  np.testing.assert_allclose(metrics["attacked_loss"], np.mean(over), rtol=1e-5)
+  soft = logits / 3
+  soft = soft - np.log(np.exp(soft).sum(-1, keepdims=True))
+  apart = np.sum(np.exp(soft[-1]) * (soft[-1] - soft), axis=-1)
+  expected = 9 * np.mean([np.mean(a[c]) for a, c in zip(apart, counted)])
+  np.testing.assert_allclose(metrics["disagreement"], expected, rtol=1e-4)
+  total = over[-1] + 1.5 * np.mean(over) + 0.7 * expected
+  np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
+
+
+def test_the_teacher_of_consistency_is_not_taught(model):
+  params, _ = model.init(jax.random.key(0))
+  batch = make_batch(missing=0.0)
+
+  def apart(params, fixed):
+    embeddings, _ = model.encode(
+      params, {}, batch["inputs"], batch["present"], train=False
+    )
+    every = immunity.over_sets(model, params, embeddings, batch["present"])
+    full = immunity.logits_of(model, fixed, embeddings, batch["present"])
+    return immunity.disagreement(*every, full, 1.0)
+
+  moving = jax.grad(lambda p: apart(p, p))(params)
+  fixed = jax.grad(lambda p: apart(p, params))(params)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), moving, fixed
+  )
+  assert optax.tree.norm(moving) > 1e-3

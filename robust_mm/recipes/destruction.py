@@ -174,7 +174,7 @@ def make_update(
 
 def left(settings: immunity.Settings, key, present, arm):
   """What is available without the arm, or a random subset in its place."""
-  if settings.removal == "arm":
+  if settings.removal != "subset":
     return modalities.removed(present, arm)
   chosen = modalities.random_presence(key, present)
   attacked = arm < settings.num_arms
@@ -199,20 +199,30 @@ def make_task(settings: immunity.Settings) -> Callable:
   """``loss(params, embeddings, decoders, available, batch)``: no collapse."""
 
   def loss_fn(params, embeddings, decoders, available, batch):
-    label = batch["label"]
-    clean, accuracy = immunity.task_loss(
-      settings.model, params, embeddings, batch["present"], label
-    )
-    attacked, attacked_accuracy = immunity.task_loss(
-      settings.model, params, embeddings, available, label
-    )
+    model = settings.model
+    logits = immunity.logits_of(model, params, embeddings, batch["present"])
+    if settings.removal == "every" or settings.consistency_weight:
+      every = immunity.over_sets(model, params, embeddings, batch["present"])
+    if settings.removal == "every":
+      said, left = every
+    else:
+      one = immunity.logits_of(model, params, embeddings, available)
+      said, left = jax.tree.map(lambda x: x[None], (one, available))
+    clean = objectives.classification(logits, batch)
+    attacked = immunity.loss_over_sets(said, left, batch["label"])
     total = settings.clean_weight * clean + settings.attack_weight * attacked
     parts = {
-      "accuracy": accuracy,
-      "attacked_accuracy": attacked_accuracy,
+      "accuracy": objectives.accuracy(logits, batch),
+      "attacked_accuracy": immunity.accuracy_over_sets(
+        said, left, batch["label"]
+      ),
       "clean_loss": clean,
       "attacked_loss": attacked,
     }
+    if settings.consistency_weight:
+      apart = immunity.disagreement(*every, logits, settings.temperature)
+      total = total + settings.consistency_weight * apart
+      parts["disagreement"] = apart
     if settings.reconstruction_weight:
       rebuilt = decoders_lib.loss(
         decoders, settings.features, embeddings, available, batch

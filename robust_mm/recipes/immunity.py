@@ -19,7 +19,7 @@ from robust_mm._types import Model
 from robust_mm.recipes import decoders as decoders_lib
 from robust_mm.recipes import objectives
 
-REMOVALS = ("arm", "subset")
+REMOVALS = ("arm", "subset", "every")
 COLLAPSED = ("arm", "all")
 
 
@@ -39,6 +39,8 @@ class Settings:
   reconstruction_weight: float
   features: Mapping[str, Any]
   removal: str
+  consistency_weight: float
+  temperature: float
   collapse_on: str
   gaussian_target: str
   adaptive: bool
@@ -74,15 +76,16 @@ class Settings:
     )
 
 
-def task_loss(model: Model, params, embeddings, present, label):
-  """(cross-entropy, accuracy) of what is present."""
+def logits_of(model: Model, params, embeddings, present):
+  """``[b, k]`` from the embeddings of what is present."""
   kept = modalities.mask(embeddings, present)
-  logits = model.fuse(params, kept, present).logits
-  batch = {"label": label, "present": present}
-  return (
-    objectives.classification(logits, batch),
-    objectives.accuracy(logits, batch),
-  )
+  return model.fuse(params, kept, present).logits
+
+
+def task_loss(model: Model, params, embeddings, present, label):
+  """Cross-entropy of what is present."""
+  logits = logits_of(model, params, embeddings, present)
+  return objectives.classification(logits, {"label": label, "present": present})
 
 
 def collapse(settings: Settings, embeddings, present, arm, kappa, key):
@@ -152,12 +155,12 @@ def expected_loss(settings: Settings, params, phi, batch):
   )
   total = jnp.zeros(())
   if settings.clean_weight:
-    clean, _ = task_loss(model, params, embeddings, present, label)
+    clean = task_loss(model, params, embeddings, present, label)
     total += settings.clean_weight * clean
   left = left_out(present)
 
   def without(present):
-    attacked, _ = task_loss(model, params, embeddings, present, label)
+    attacked = task_loss(model, params, embeddings, present, label)
     if not settings.reconstruction_weight:
       return attacked, jnp.zeros(())
     return attacked, decoders_lib.loss(
@@ -166,8 +169,15 @@ def expected_loss(settings: Settings, params, phi, batch):
 
   attacked, rebuilt = jax.vmap(without)(left)
   attacked = jnp.sum(p * attacked)
-  if settings.removal == "subset":
+  if settings.removal != "arm":
     attacked = mean_over_sets(model, params, embeddings, data)
+  if settings.consistency_weight:
+    every = over_sets(model, params, embeddings, present)
+    full = logits_of(model, params, embeddings, present)
+    # The teacher is fixed, so the Hessian is that of a function: symmetric.
+    total += settings.consistency_weight * disagreement(
+      *every, full, settings.temperature
+    )
   total += settings.attack_weight * attacked
   total += settings.reconstruction_weight * jnp.sum(p * rebuilt)
   collapse_weight, kappa = settings.weights(phi)
@@ -198,14 +208,49 @@ def outer_loss(settings: Settings, params, phi, batch):
 
 def mean_over_sets(model: Model, params, embeddings, batch):
   """Task loss, averaged over availability sets; one pass of the encoders."""
-  present = batch["present"]
+  logits, left = over_sets(model, params, embeddings, batch["present"])
+  return loss_over_sets(logits, left, batch["label"])
+
+
+def over_sets(model: Model, params, embeddings, present):
+  """``(logits [s, b, k], {m: bool[s, b]})`` of every availability set."""
   sets = modalities.availability_sets(present)
-  stacked = {
+  left = {
     name: jnp.stack([flag & (name in subset) for subset in sets])
     for name, flag in present.items()
   }
 
-  def one(present):
-    return task_loss(model, params, embeddings, present, batch["label"])[0]
+  said = jax.vmap(lambda flags: logits_of(model, params, embeddings, flags))
+  return said(left), left
 
-  return jnp.mean(jax.vmap(one)(stacked))
+
+def loss_over_sets(logits, left, label):
+  """Mean over sets of the mean task loss of those who have something left."""
+  return _mean_of_sets(objectives.classification, logits, left, label)
+
+
+def accuracy_over_sets(logits, left, label):
+  """Mean over sets of the accuracy on those who have something left."""
+  return _mean_of_sets(objectives.accuracy, logits, left, label)
+
+
+def _mean_of_sets(fn, logits, left, label):
+  def one(logits, present):
+    return fn(logits, {"label": label, "present": present})
+
+  return jnp.mean(jax.vmap(one)(logits, left))
+
+
+def disagreement(logits, left, full, temperature: float):
+  r"""How far predictions from subsets are from that of all modalities.
+
+  .. math:: \tau^2 \operatorname{mean}_s \operatorname{mean}_i
+            KL(p_i \,\|\, p_i^s), \qquad p = softmax(z / \tau)
+
+  The prediction ``full`` [b, k] of everything is the teacher: no gradient.
+  """
+  target = jax.nn.log_softmax(jax.lax.stop_gradient(full) / temperature)[None]
+  said = jax.nn.log_softmax(logits / temperature)
+  each = jnp.sum(jnp.exp(target) * (target - said), axis=-1)
+  means = jax.vmap(objectives.counted_mean)(each, left)
+  return temperature**2 * jnp.mean(means)

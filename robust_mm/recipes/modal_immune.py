@@ -55,6 +55,8 @@ def modal_immune(
   attack_weight: float = 1.0,
   clean_weight: float | None = None,
   removal: str = "arm",
+  consistency_weight: float = 0.0,
+  temperature: float = 2.0,
   reconstruction_weight: float | None = None,
   features: Mapping[str, Any] | None = None,
   controller: str | controllers.Controller | None = None,
@@ -106,7 +108,11 @@ def modal_immune(
     attack_weight: of the loss without the arm.
     clean_weight: of the loss with everything present.
     removal: ``arm``, or ``subset``: a random subset of modalities per example
-      in its place (each is dropped with probability 1/2, one at least stays).
+      in its place (every non-empty one is equally likely), or ``every``
+      availability set in every step: the encoders run once all the same.
+    consistency_weight: of the divergence of predictions from every availability
+      set from the one of all modalities, which is the teacher.
+    temperature: of that divergence.
     reconstruction_weight: of decoders that tell the features of every modality
       from what is left; 0 for none. 0.1 where ``features`` are given.
     features: ``{m: (mean, deviation)}`` of pooled training inputs
@@ -160,7 +166,9 @@ def modal_immune(
     attack_weight=attack_weight,
     clean_weight=chosen["clean_weight"],
     reconstruction_weight=reconstruction_weight,
+    consistency_weight=consistency_weight,
   )
+  _validate.positive(temperature=temperature)
   if reconstruction_weight and not features:
     raise ValueError("reconstruction_weight must be 0 without features.")
   if guard_tolerance is not None:
@@ -185,6 +193,8 @@ def modal_immune(
     reconstruction_weight=reconstruction_weight,
     features=features,
     removal=removal,
+    consistency_weight=consistency_weight,
+    temperature=temperature,
     collapse_on=collapse_on,
     gaussian_target=chosen["gaussian_target"],
     adaptive=adaptive,
