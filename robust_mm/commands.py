@@ -259,6 +259,7 @@ def make_protocol(
     attack: the name of one, likewise.
   """
   settings = config.evaluation
+  corruptions = settings.get("corruptions", "none")
   return evaluation.standard(
     radii=radii or tuple(settings.radii),
     norm=2 if settings.norm == "l2" else math.inf,
@@ -276,7 +277,7 @@ def make_protocol(
     # Runs of earlier versions do not state it.
     masking_examples=settings.get("masking_examples", 64),
     missing_rates=tuple(settings.get("missing_rates", ())),
-    corruptions="suite" if settings.get("corruptions") == "suite" else None,
+    corruptions=None if corruptions == "none" else corruptions,
   )
 
 

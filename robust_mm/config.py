@@ -92,7 +92,9 @@ def default() -> ml_collections.ConfigDict:
   config.evaluation.masking_examples = 64
   # Shares of absent modalities, such as (0.1, 0.3, 0.5, 0.7); () = no curve.
   config.evaluation.missing_rates = ()
-  config.evaluation.corruptions = "none"  # or "suite": every kind, severity
+  # "suite": every kind and severity, one modality at a time; "together": all
+  # modalities at once; "correlated": and where, when and how much they share.
+  config.evaluation.corruptions = "none"
   config.evaluation.certificate = "auto"
   # Certificate "smoothing" only; train with the same noise.
   config.evaluation.smoothing = ml_collections.ConfigDict()

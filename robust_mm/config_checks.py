@@ -10,6 +10,7 @@ RECIPES = ("joint", "crmt", "certified_radius", "modal_immune")
 FUSIONS = ("concat", "masked", "orthogonal", "token", "trunk")
 ATTACKS = ("apgd", "auto", "fgm", "minimum_norm", "pgd", "square")
 ATTACK_LOSSES = ("margin", "cross_entropy", "dlr")
+CORRUPTIONS = ("none", "suite", "together", "correlated")
 CERTIFICATES = (
   "auto",
   "global",
@@ -153,6 +154,4 @@ def _check_shifts(settings: ml_collections.ConfigDict) -> None:
         f"{path}.missing_rates must be numbers such as 0.1,0.5; got {rate!r}."
       )
     _validate.in_unit_interval(**{f"{path}.missing_rates": rate})
-  _validate.one_of(
-    ("none", "suite"), **{f"{path}.corruptions": settings.corruptions}
-  )
+  _validate.one_of(CORRUPTIONS, **{f"{path}.corruptions": settings.corruptions})

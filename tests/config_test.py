@@ -43,6 +43,7 @@ def test_own_file_wins_over_the_shipped_one(tmp_path, monkeypatch):
     ("--config.evaluation.missing_rates=0.1,0.5", (0.1, 0.5)),
     ("--config.evaluation.missing_rates=0.5", (0.5,)),
     ("--config.evaluation.corruptions=suite", "suite"),
+    ("--config.evaluation.corruptions=correlated", "correlated"),
     ("--config.data.path=/a/b", "/a/b"),
     ("--config.recipe.options.variant=mixup", "mixup"),
   ],

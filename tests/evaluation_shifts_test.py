@@ -204,3 +204,20 @@ def test_noise_without_training_data_is_refused(batch):
   protocol = evaluation.standard(**PLAIN, corruptions="suite")
   with pytest.raises(ValueError, match="reference is missing"):
     evaluation.evaluate(model, params, batch, protocol=protocol)
+
+
+def test_all_modalities_at_once(batch):
+  def places(corruptions):
+    protocol = evaluation.standard(**PLAIN, corruptions=corruptions)
+    shapes = {name: x.shape[1:] for name, x in batch["inputs"].items()}
+    made = shifts.corruptions_lib.suite(
+      shapes, scale=1.0, **protocol.corruptions
+    ).values()
+    return {c.modalities for c in made}, {c.correlated for c in made}
+
+  alone, _ = places("suite")
+  assert {len(names) for names in alone} == {1}
+  together, independent = places("together")
+  assert max(map(len, together)) == len(batch["inputs"])
+  assert independent == {False}
+  assert places("correlated") == (together, {True})

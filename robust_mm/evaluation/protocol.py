@@ -47,6 +47,12 @@ CORRUPTION_SETTINGS = (
   "forms",
   "unknown",
 )
+# Of ``corruptions.suite``, by name.
+_SUITES = {
+  "suite": {},
+  "together": {"modalities": "all"},
+  "correlated": {"modalities": "all", "correlated": True},
+}
 # Every subset of 6 modalities is 63 forward passes over the data.
 MAX_MODALITIES_ALL_SUBSETS = 6
 
@@ -202,9 +208,11 @@ def standard(
       the masks of ``missing.per_sample``; at least one modality of an example
       stays. Empty for none.
     missing_seeds: so many masks a rate, of the seeds 0, 1, ...
-    corruptions: ``"suite"``, or ``{"kinds", "severities", "modalities",
-      "correlated", "share", "forms", "unknown"}`` of ``corruptions.suite`` (all
-      of it where not named), or None for none.
+    corruptions: ``"suite"`` for every kind on one modality at a time,
+      ``"together"`` on all at once, ``"correlated"`` where they share who, when
+      and how much; or ``{"kinds", "severities", "modalities", "correlated",
+      "share", "forms", "unknown"}`` of ``corruptions.suite`` (all of it where
+      not named); None for none.
 
   Returns:
     A frozen :class:`Protocol`.
@@ -286,8 +294,8 @@ def _corruptions(given) -> dict | None:
   if given is None:
     return None
   if isinstance(given, str):
-    _validate.one_of(("suite",), corruptions=given)
-    return {}
+    _validate.one_of(_SUITES, corruptions=given)
+    return dict(_SUITES[given])
   for name in given:
     _validate.one_of(CORRUPTION_SETTINGS, corruptions=name)
   # Refused now, and not after the attacks.
