@@ -18,7 +18,9 @@ from robust_mm import recipes
 from robust_mm.models import encoders
 from robust_mm.recipes import decoders
 from robust_mm.recipes import destruction
+from robust_mm.recipes import immune_jobs
 from robust_mm.recipes import immunity
+from robust_mm.recipes import probes
 from robust_mm.training import state as state_lib
 from robust_mm.training import steps
 
@@ -305,7 +307,7 @@ def test_published_fidelity_differs_where_it_is_said_to(monkeypatch, model):
   assert (ours.gates, theirs.gates) == (True, False)
 
   def operator(settings):
-    return destruction.outer_step(settings).update.args[0].operator
+    return immune_jobs.outer_step(settings).update.args[0].operator
 
   assert isinstance(operator(ours), hypergrad.Damped)
   assert isinstance(operator(theirs), hypergrad.Published)
@@ -516,3 +518,76 @@ def test_the_teacher_of_consistency_is_not_taught(model):
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), moving, fixed
   )
   assert optax.tree.norm(moving) > 1e-3
+
+
+def test_feedback_climbs_the_loss_of_a_probe_up_to_chance():
+  rng = np.random.default_rng(0)
+  label = jnp.asarray(rng.integers(0, 3, 200))
+  embeddings = {
+    "a": jax.nn.one_hot(label, 3),
+    "b": jnp.asarray(rng.normal(size=(200, 3)), jnp.float32),
+  }
+  present = {name: jnp.ones(200, bool) for name in embeddings}
+  # Knows a by heart; of b it is worse than chance.
+  known = {
+    name: {"kernel": 4.0 * jnp.eye(3), "bias": jnp.zeros(3)} for name in "ab"
+  }
+
+  def pushed(arm):
+    return jax.grad(lambda e: probes.feedback(known, e, present, label, arm))(
+      embeddings
+    )
+
+  first = pushed(jnp.asarray(0))
+  moved = {"a": embeddings["a"] - 1.0 * first["a"]}
+  before, after = (
+    probes.losses({"a": known["a"]}, e, {"a": present["a"]}, label)[0]
+    for e in (embeddings, moved)
+  )
+  assert after > before
+  assert not np.any(np.asarray(first["b"]))
+  second = pushed(jnp.asarray(1))  # at chance already: nothing to climb
+  assert not np.any(np.asarray(second["a"]))
+  assert not np.any(np.asarray(second["b"]))
+  for value in jax.tree.leaves(pushed(jnp.asarray(2))):
+    assert not np.any(np.asarray(value))
+  by_probe = jax.grad(
+    lambda p: probes.feedback(p, embeddings, present, label, jnp.asarray(0))
+  )(known)
+  assert not np.any(jax.tree.leaves(jax.tree.map(jnp.any, by_probe)))
+
+
+def test_feedback_reaches_the_encoder_of_the_arm_alone(model):
+  off = {**DROPOUT, "clean_weight": 0.0, "attack_weight": 0.0}
+  phase = make(model, feedback_weight=2.0, warmup_steps=0, **off)
+  state, batch = begin(model, phase), make_batch(missing=0.0)
+  step = jax.jit(steps.make_train_step(phase))
+  embeddings, _ = model.encode(
+    state.params, {}, batch["inputs"], batch["present"], train=False
+  )
+  answer = jax.nn.one_hot(batch["label"], 3) - 1 / 3
+  fitted = {  # below chance, each of them
+    name: {"kernel": 3 * jnp.linalg.pinv(z) @ answer, "bias": jnp.zeros(3)}
+    for name, z in embeddings.items()
+  }
+  state = dataclasses.replace(state, extra={**state.extra, "probes": fitted})
+  before, probed = state.params, state.extra["probes"]
+  for _ in range(3):
+    after, metrics = step(state, batch, jax.random.key(3))
+    arm = NAMES[int(after.extra["arm"])]
+    for name in NAMES:
+      same = jax.tree.map(
+        lambda a, b: bool(np.all(a == b)),
+        state.params["encoders"][name],
+        after.params["encoders"][name],
+      )
+      assert all(jax.tree.leaves(same)) == (name != arm), (name, arm)
+    assert metrics["loss"] < 0
+    state = after
+  # Nothing else has moved, but the probes have learnt.
+  jax.tree.map(
+    np.testing.assert_array_equal, before["fusion"], state.params["fusion"]
+  )
+  assert not np.allclose(
+    probed["a"]["kernel"], state.extra["probes"]["a"]["kernel"]
+  )

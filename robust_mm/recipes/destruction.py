@@ -8,17 +8,14 @@ import jax.numpy as jnp
 import optax
 
 from robust_mm import controllers
-from robust_mm import hypergrad
-from robust_mm import masking
 from robust_mm import modalities
-from robust_mm import spectrum
 from robust_mm.recipes import decoders as decoders_lib
+from robust_mm.recipes import immune_jobs
 from robust_mm.recipes import immunity
 from robust_mm.recipes import objectives
+from robust_mm.recipes import probes as probes_lib
 
 _MEMORY = 0.99  # of the running mean of the clean loss
-_OUTER_LR = 0.05
-_OUTER_CLIP = 0.1
 
 
 def block_labels(params):
@@ -49,8 +46,8 @@ def clip_by_block(max_norm: float) -> optax.GradientTransformation:
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def decoder_optimizer() -> optax.GradientTransformation:
-  """Of the decoders alone: they are no part of the model that is kept."""
+def side_optimizer() -> optax.GradientTransformation:
+  """Of decoders and probes: they are no part of the model that is kept."""
   return optax.adam(1e-3)
 
 
@@ -71,13 +68,21 @@ def make_extra(settings: immunity.Settings) -> Callable:
       "best_clean_loss": jnp.zeros(()),
     }
     if settings.adapt:
-      found["outer"] = outer_step(settings).init(settings.phi())
+      found["outer"] = immune_jobs.outer_step(settings).init(settings.phi())
     if settings.reconstruction_weight:
       made = decoders_lib.init(
         key, settings.features, embedding_dims(settings, params)
       )
       found["decoders"] = made
-      found["decoder_optimizer"] = decoder_optimizer().init(made)
+      found["decoder_optimizer"] = side_optimizer().init(made)
+    if settings.feedback_weight:
+      made = probes_lib.init(
+        jax.random.fold_in(key, 1),
+        embedding_dims(settings, params),
+        settings.model.num_classes,
+      )
+      found["probes"] = made
+      found["probe_optimizer"] = side_optimizer().init(made)
     return found
 
   return extra
@@ -135,23 +140,30 @@ def make_update(
     )
     grads = jax.tree.map(jnp.add, by_params, pull(by_embeddings)[0])
     options, found = {"value": loss}, jnp.zeros(())
-    if settings.collapse_weight:
+    if settings.collapse_weight or settings.feedback_weight:
       active = (jnp.where(warm, 0, weights[0]), weights[1])
       added, found, pushed = _destroy(
-        settings, embeddings, present, arm, active, noise_key
+        settings, embeddings, batch, arm, active, noise_key, extra, warm
       )
       # Not finite: the mask leaves it out of its block, and counts that.
       loss = loss + jnp.where(jnp.isfinite(added), added, 0)
       options["destructive"] = pull(pushed)[0]
-      options["value_fn"] = lambda params: immunity.separable_collapse(
-        settings, params, state.model_state, batch, weights
+      options["value_fn"] = lambda params: _separable(
+        settings, params, state.model_state, batch, weights, extra
       )
     updates, opt_state = tx.update(
       grads, state.opt_state, state.params, **options
     )
     extra = {**extra, "count": extra["count"] + 1, "arm": arm}
     extra = watch(settings, extra, parts["clean_loss"], warm)
-    extra = _train_decoders(extra, by_decoders)
+    extra = _train(extra, "decoder", by_decoders)
+    if settings.feedback_weight:
+      by_probes = jax.grad(
+        lambda probes: jnp.sum(
+          probes_lib.losses(probes, embeddings, present, batch["label"])
+        )
+      )(extra["probes"])
+      extra = _train(extra, "probe", by_probes)
     state = dataclasses.replace(
       state,
       params=optax.apply_updates(state.params, updates),
@@ -181,18 +193,42 @@ def left(settings: immunity.Settings, key, present, arm):
   return {n: jnp.where(attacked, chosen[n], present[n]) for n in chosen}
 
 
-def _destroy(settings, embeddings, present, arm, weights, key):
-  """(weighted loss, loss, gradient in the embeddings) of the collapse."""
+def _destroy(settings, embeddings, batch, arm, weights, key, extra, warm):
+  """(weighted loss, collapse, gradient in the embeddings): what destroys."""
+  present = batch["present"]
 
   def weighted(embeddings):
-    loss = immunity.collapse(
-      settings, embeddings, present, arm, weights[1], key
-    )
-    return weights[0] * loss, loss
+    loss = jnp.zeros(())
+    if settings.collapse_weight:
+      loss = immunity.collapse(
+        settings, embeddings, present, arm, weights[1], key
+      )
+    total = weights[0] * loss
+    if settings.feedback_weight:
+      climbed = probes_lib.feedback(
+        extra["probes"], embeddings, present, batch["label"], arm
+      )
+      total = total + jnp.where(warm, 0, settings.feedback_weight) * climbed
+    return total, loss
 
   grad_fn = jax.value_and_grad(weighted, has_aux=True)
   (added, loss), pushed = grad_fn(embeddings)
   return added, loss, pushed
+
+
+def _separable(settings, params, state, batch, weights, extra):
+  """All that destroys, of every modality at once: what gates look at."""
+  present = batch["present"]
+  embeddings, _ = settings.model.encode(
+    params, state, batch["inputs"], present, train=False
+  )
+  total = immunity.separable_collapse(settings, embeddings, present, weights)
+  if settings.feedback_weight:
+    climbed = probes_lib.bounded(
+      extra["probes"], embeddings, present, batch["label"]
+    )
+    total = total - settings.feedback_weight * jnp.sum(climbed)
+  return total
 
 
 def make_task(settings: immunity.Settings) -> Callable:
@@ -234,12 +270,14 @@ def make_task(settings: immunity.Settings) -> Callable:
   return loss_fn
 
 
-def _train_decoders(extra, grads):
-  if "decoders" not in extra:
+def _train(extra, name: str, grads):
+  """A step of the decoders, or of the probes, where there are any."""
+  parts, optimizer = f"{name}s", f"{name}_optimizer"
+  if parts not in extra:
     return extra
-  updates, after = decoder_optimizer().update(grads, extra["decoder_optimizer"])
-  moved = optax.apply_updates(extra["decoders"], updates)
-  return {**extra, "decoders": moved, "decoder_optimizer": after}
+  updates, after = side_optimizer().update(grads, extra[optimizer])
+  moved = optax.apply_updates(extra[parts], updates)
+  return {**extra, parts: moved, optimizer: after}
 
 
 def meta_parameters(settings: immunity.Settings, extra):
@@ -272,109 +310,3 @@ def watch(settings: immunity.Settings, extra, clean, warm):
   if not settings.warmup_steps:
     best = jnp.where(first, mean, best)
   return {**extra, "clean_loss": mean, "best_clean_loss": best}
-
-
-def make_probe(settings: immunity.Settings) -> Callable:
-  """What each modality is worth on held-out examples: one controller round."""
-  model = settings.model
-
-  def probe(state, batch, key):
-    del key
-    extra = state.extra
-
-    def loss_fn(params, batch):
-      outputs, _ = model.apply(
-        params, state.model_state, batch["inputs"], batch["present"]
-      )
-      return objectives.classification(outputs.logits, batch)
-
-    full, left = modalities.leave_one_out(loss_fn, state.params, batch)
-    gains = modalities.information_gain(full, left, mode=settings.gain)
-    scaled = controllers.scale_gains(
-      extra["gain_scale"], modalities.stack(gains)
-    )
-    # Before the update: the p of the step whose arm this is.
-    p = settings.controller.probabilities(extra["controller"])
-    controller = settings.controller.update(
-      extra["controller"], scaled.rewards, extra["arm"]
-    )
-    metrics = {"loss": full, "finite": scaled.finite.astype(jnp.float32)}
-    embeddings, _ = model.encode(
-      state.params,
-      state.model_state,
-      batch["inputs"],
-      batch["present"],
-      train=False,
-    )
-    for index, name in enumerate(model.modalities):
-      metrics[f"gain_{name}"] = gains[name]
-      metrics[f"p_{name}"] = p[index]
-      metrics[f"rank_{name}"] = _relative_rank(
-        embeddings[name], batch["present"][name]
-      )
-    if settings.gates:
-      for name, line in masking.gate_report(state.opt_state).items():
-        metrics[f"closed_{name}"] = line["rate"]
-        for word in ("rho_min", "rho_max", "cosine"):
-          if word in line:
-            metrics[f"{word}_{name}"] = line[word]
-    extra = {**extra, "controller": controller, "gain_scale": scaled.scale}
-    return dataclasses.replace(state, extra=extra), metrics
-
-  return probe
-
-
-def _relative_rank(embeddings, present):
-  """R over that of isotropic embeddings of the same number of rows."""
-  rank = spectrum.stable_rank(embeddings, weights=present)
-  alike = spectrum.isotropic_stable_rank(jnp.sum(present), embeddings.shape[-1])
-  return rank / jnp.maximum(alike, 1e-6)
-
-
-def outer_step(settings: immunity.Settings) -> hypergrad.OuterStep:
-  """The step on the meta-parameters; skipped where it is not accepted."""
-  fn = hypergrad.hypergradient(
-    lambda theta, phi, batch: immunity.expected_loss(
-      settings, theta, phi, batch
-    ),
-    lambda theta, phi, batch: immunity.outer_loss(settings, theta, phi, batch),
-    fidelity=settings.fidelity,
-  )
-  return hypergrad.outer_step(fn, optax.adam(_OUTER_LR), step_clip=_OUTER_CLIP)
-
-
-def make_outer(settings: immunity.Settings) -> Callable:
-  """Adapts lambda and kappa: inner on training, outer on validation."""
-  step = outer_step(settings)
-
-  def adapt(state, batch, key):
-    fresh, used = batch
-    extra = state.extra
-    inner = {
-      "batch": used,
-      "state": state.model_state,
-      "p": settings.controller.probabilities(extra["controller"]),
-      "decoders": extra.get("decoders", {}),
-    }
-    outer, info = step.update(
-      extra["outer"],
-      state.params,
-      inner,
-      {"batch": fresh, "state": state.model_state},
-      key=key,
-    )
-    weights = settings.weights(outer.phi)
-    done = outer.num_accepted + outer.num_rejected
-    state = dataclasses.replace(state, extra={**extra, "outer": outer})
-    return state, {
-      "accepted": info.accepted.astype(jnp.float32),
-      "acceptance_rate": outer.num_accepted / done,
-      "collapse_weight": weights[0],
-      "spectral_weight": weights[1],
-      "relative_residual": info.relative_residual,
-      "inner_gradient_norm": info.inner_gradient_norm,
-      "lower": info.lower,
-      "upper": info.upper,
-    }
-
-  return adapt

@@ -37,6 +37,7 @@ class Settings:
   clean_weight: float
   attack_weight: float
   reconstruction_weight: float
+  feedback_weight: float
   features: Mapping[str, Any]
   removal: str
   consistency_weight: float
@@ -102,13 +103,12 @@ def collapse(settings: Settings, embeddings, present, arm, kappa, key):
   return jnp.sum(jnp.where(jnp.arange(len(terms)) == arm, terms, 0))
 
 
-def separable_collapse(settings: Settings, params, state, batch, weights):
-  """``lambda * sum over all m of L_col(Z_m)``: what gates look at."""
+def separable_collapse(settings: Settings, embeddings, present, weights):
+  """``lambda * sum over all m of L_col(Z_m)``."""
   collapse_weight, kappa = weights
-  embeddings, _ = settings.model.encode(
-    params, state, batch["inputs"], batch["present"], train=False
-  )
-  terms = _every_collapse(settings, embeddings, batch["present"], kappa)
+  if not settings.collapse_weight:
+    return jnp.zeros(())
+  terms = _every_collapse(settings, embeddings, present, kappa)
   return collapse_weight * jnp.sum(terms)
 
 

@@ -22,6 +22,7 @@ from robust_mm import controllers
 from robust_mm import masking
 from robust_mm._types import Model
 from robust_mm.recipes import destruction
+from robust_mm.recipes import immune_jobs
 from robust_mm.recipes import immunity
 from robust_mm.recipes import phases
 
@@ -59,6 +60,7 @@ def modal_immune(
   temperature: float = 2.0,
   reconstruction_weight: float | None = None,
   features: Mapping[str, Any] | None = None,
+  feedback_weight: float = 0.0,
   controller: str | controllers.Controller | None = None,
   controller_period: int = 20,
   gain: str | None = None,
@@ -117,6 +119,9 @@ def modal_immune(
       from what is left; 0 for none. 0.1 where ``features`` are given.
     features: ``{m: (mean, deviation)}`` of pooled training inputs
       (``recipes.feature_statistics``); those named get a decoder.
+    feedback_weight: the encoder of the arm also climbs the loss, up to chance,
+      of a probe that tells the label from its embeddings; through the gates,
+      after the warm-up.
     controller: ``hedge``, ``exp3``, ``exp3s``, ``uniform``, or a value of
       ``robust_mm.controllers``.
     controller_period: updates between two rounds of it.
@@ -166,6 +171,7 @@ def modal_immune(
     attack_weight=attack_weight,
     clean_weight=chosen["clean_weight"],
     reconstruction_weight=reconstruction_weight,
+    feedback_weight=feedback_weight,
     consistency_weight=consistency_weight,
   )
   _validate.positive(temperature=temperature)
@@ -176,6 +182,7 @@ def modal_immune(
   if adapt and not collapse_weight:
     raise ValueError("adapt must be False where collapse_weight is 0.")
   warmup_steps = _warmup(warmup_steps, num_steps, steps_per_epoch)
+  destroys = bool(collapse_weight or feedback_weight)
   settings = immunity.Settings(
     model=model,
     fidelity=fidelity,
@@ -191,6 +198,7 @@ def modal_immune(
     clean_weight=chosen["clean_weight"],
     attack_weight=attack_weight,
     reconstruction_weight=reconstruction_weight,
+    feedback_weight=feedback_weight,
     features=features,
     removal=removal,
     consistency_weight=consistency_weight,
@@ -199,7 +207,7 @@ def modal_immune(
     gaussian_target=chosen["gaussian_target"],
     adaptive=adaptive,
     gain=chosen["gain"],
-    gates=bool(collapse_weight) and chosen["gate"] not in ("none", "published"),
+    gates=destroys and chosen["gate"] not in ("none", "published"),
     adapt=bool(collapse_weight) if adapt is None else adapt,
     outer_period=outer_period or max(1, num_steps // _OUTER_STEPS),
     guard_tolerance=guard_tolerance,
@@ -306,7 +314,7 @@ def _jobs(settings: immunity.Settings) -> tuple[phases.Job, ...]:
 
   probe = phases.Job(
     name="probe",
-    run=destruction.make_probe(settings),
+    run=immune_jobs.make_probe(settings),
     period=settings.controller_period,
     start=first(settings.controller_period),
     batch_size=settings.batch_size,
@@ -315,7 +323,7 @@ def _jobs(settings: immunity.Settings) -> tuple[phases.Job, ...]:
     return (probe,)
   outer = phases.Job(
     name="outer",
-    run=destruction.make_outer(settings),
+    run=immune_jobs.make_outer(settings),
     period=settings.outer_period,
     start=first(settings.outer_period),
     batch_size=settings.batch_size,

@@ -1,0 +1,124 @@
+"""What ModalImmune does now and then: controller rounds, meta-parameters."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import optax
+
+from robust_mm import controllers
+from robust_mm import hypergrad
+from robust_mm import masking
+from robust_mm import modalities
+from robust_mm import spectrum
+from robust_mm.recipes import immunity
+from robust_mm.recipes import objectives
+
+_OUTER_LR = 0.05
+_OUTER_CLIP = 0.1
+
+
+def make_probe(settings: immunity.Settings) -> Callable:
+  """What each modality is worth on held-out examples: one controller round."""
+  model = settings.model
+
+  def probe(state, batch, key):
+    del key
+    extra = state.extra
+
+    def loss_fn(params, batch):
+      outputs, _ = model.apply(
+        params, state.model_state, batch["inputs"], batch["present"]
+      )
+      return objectives.classification(outputs.logits, batch)
+
+    full, left = modalities.leave_one_out(loss_fn, state.params, batch)
+    gains = modalities.information_gain(full, left, mode=settings.gain)
+    scaled = controllers.scale_gains(
+      extra["gain_scale"], modalities.stack(gains)
+    )
+    # Before the update: the p of the step whose arm this is.
+    p = settings.controller.probabilities(extra["controller"])
+    controller = settings.controller.update(
+      extra["controller"], scaled.rewards, extra["arm"]
+    )
+    metrics = {"loss": full, "finite": scaled.finite.astype(jnp.float32)}
+    embeddings, _ = model.encode(
+      state.params,
+      state.model_state,
+      batch["inputs"],
+      batch["present"],
+      train=False,
+    )
+    for index, name in enumerate(model.modalities):
+      metrics[f"gain_{name}"] = gains[name]
+      metrics[f"p_{name}"] = p[index]
+      metrics[f"rank_{name}"] = _relative_rank(
+        embeddings[name], batch["present"][name]
+      )
+    if settings.gates:
+      for name, line in masking.gate_report(state.opt_state).items():
+        metrics[f"closed_{name}"] = line["rate"]
+        for word in ("rho_min", "rho_max", "cosine"):
+          if word in line:
+            metrics[f"{word}_{name}"] = line[word]
+    extra = {**extra, "controller": controller, "gain_scale": scaled.scale}
+    return dataclasses.replace(state, extra=extra), metrics
+
+  return probe
+
+
+def _relative_rank(embeddings, present):
+  """R over that of isotropic embeddings of the same number of rows."""
+  rank = spectrum.stable_rank(embeddings, weights=present)
+  alike = spectrum.isotropic_stable_rank(jnp.sum(present), embeddings.shape[-1])
+  return rank / jnp.maximum(alike, 1e-6)
+
+
+def outer_step(settings: immunity.Settings) -> hypergrad.OuterStep:
+  """The step on the meta-parameters; skipped where it is not accepted."""
+  fn = hypergrad.hypergradient(
+    lambda theta, phi, batch: immunity.expected_loss(
+      settings, theta, phi, batch
+    ),
+    lambda theta, phi, batch: immunity.outer_loss(settings, theta, phi, batch),
+    fidelity=settings.fidelity,
+  )
+  return hypergrad.outer_step(fn, optax.adam(_OUTER_LR), step_clip=_OUTER_CLIP)
+
+
+def make_outer(settings: immunity.Settings) -> Callable:
+  """Adapts lambda and kappa: inner on training, outer on validation."""
+  step = outer_step(settings)
+
+  def adapt(state, batch, key):
+    fresh, used = batch
+    extra = state.extra
+    inner = {
+      "batch": used,
+      "state": state.model_state,
+      "p": settings.controller.probabilities(extra["controller"]),
+      "decoders": extra.get("decoders", {}),
+    }
+    outer, info = step.update(
+      extra["outer"],
+      state.params,
+      inner,
+      {"batch": fresh, "state": state.model_state},
+      key=key,
+    )
+    weights = settings.weights(outer.phi)
+    done = outer.num_accepted + outer.num_rejected
+    state = dataclasses.replace(state, extra={**extra, "outer": outer})
+    return state, {
+      "accepted": info.accepted.astype(jnp.float32),
+      "acceptance_rate": outer.num_accepted / done,
+      "collapse_weight": weights[0],
+      "spectral_weight": weights[1],
+      "relative_residual": info.relative_residual,
+      "inner_gradient_norm": info.inner_gradient_norm,
+      "lower": info.lower,
+      "upper": info.upper,
+    }
+
+  return adapt
