@@ -23,6 +23,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
   },
   modules=(
     "attacks",
+    "augmentations",
     "certification",
     "controllers",
     "corruptions",

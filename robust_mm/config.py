@@ -40,6 +40,10 @@ def default() -> ml_collections.ConfigDict:
   config.data.max_train_examples = 0  # 0 = all
   config.data.max_eval_examples = 0
 
+  # Random changes of training inputs, such as
+  # {"image": {"move": {"shift": 0.1}, "noise": {"deviation": 0.05}}}.
+  config.augmentation = ml_collections.ConfigDict()
+
   config.model = ml_collections.ConfigDict()
   config.model.fusion = "concat"
   config.model.fusion_options = ml_collections.ConfigDict()
@@ -317,6 +321,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 # Groups whose keys are the keyword arguments of a factory.
 _FREE = (
+  "config.augmentation",
   "config.model.encoders",
   "config.model.fusion_options",
   "config.recipe.options",

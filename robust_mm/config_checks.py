@@ -5,6 +5,7 @@ import re
 import ml_collections
 
 from robust_mm import _validate
+from robust_mm.augmentations import options as augmentation_options
 
 RECIPES = ("joint", "crmt", "certified_radius", "modal_immune")
 FUSIONS = ("concat", "masked", "orthogonal", "token", "trunk")
@@ -70,6 +71,9 @@ def check(config: ml_collections.ConfigDict) -> None:
   )
   _validate.at_least(
     0, **{"config.evaluation.masking_examples": settings.masking_examples}
+  )
+  augmentation_options.check(
+    config.augmentation.to_dict(), "config.augmentation"
   )
   _check_length(config)
   _check_smoothing(settings.smoothing)

@@ -8,6 +8,7 @@ import ml_collections
 import numpy as np
 
 from robust_mm import _validate
+from robust_mm import augmentations
 from robust_mm import certification
 from robust_mm import data
 from robust_mm import models
@@ -280,9 +281,26 @@ def make_recipe(
     options.setdefault("steps_per_epoch", epoch)
     options.setdefault("features", _features(facts, setup.reference))
   try:
-    return factory(setup.model, num_steps=num_steps, tx=tx, **options)
+    recipe = factory(setup.model, num_steps=num_steps, tx=tx, **options)
   except TypeError as error:
     raise _validate.UserError(f"config.recipe.options: {error}.") from error
+  return _augmented(recipe, config.augmentation.to_dict(), setup.train.spec)
+
+
+def _augmented(recipe: recipes.Recipe, settings: dict, spec) -> recipes.Recipe:
+  """Changes the inputs first, in every phase that streams batches."""
+  if not settings:
+    return recipe
+  path = "config.augmentation"
+  augmentations.check(settings, spec, path=path)
+  augment = augmentations.make(settings, path=path)
+  phases = tuple(
+    dataclasses.replace(phase, interventions=(augment, *phase.interventions))
+    if phase.prepare is None
+    else phase
+    for phase in recipe.phases
+  )
+  return dataclasses.replace(recipe, phases=phases)
 
 
 def _features(facts: dict, reference: dict) -> dict:
