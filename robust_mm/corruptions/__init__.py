@@ -33,6 +33,8 @@ from robust_mm.corruptions.factories import swap
 from robust_mm.corruptions.factories import token_drop
 from robust_mm.corruptions.factories import zeros
 from robust_mm.corruptions.forms import form
+from robust_mm.corruptions.mixtures import Mixture
+from robust_mm.corruptions.mixtures import mixture
 from robust_mm.corruptions.registry import deviations
 from robust_mm.corruptions.registry import kinds
 from robust_mm.corruptions.registry import strengths
@@ -40,6 +42,7 @@ from robust_mm.corruptions.registry import suite
 
 __all__ = [
   "Corruption",
+  "Mixture",
   "absent",
   "additive",
   "band_limit",
@@ -51,6 +54,7 @@ __all__ = [
   "form",
   "frame_drop",
   "kinds",
+  "mixture",
   "occlusion",
   "scalar_gaussian",
   "shift",

@@ -38,7 +38,8 @@ class Corruption:
 
   Attributes:
     severity: 0 (the identity, bit by bit) to 5.
-    strength: of the kind's own table, or the one that was given; 0 at 0.
+    strength: of the kind's own table, or the one that was given; 0 at 0. May be
+      replaced by one for each example, ``[b]``.
     share: chance of an example to be touched.
     kind: its factory's name.
     modalities: those it may change, or None for all it makes sense for.
@@ -183,11 +184,12 @@ class Corruption:
     strength = jnp.asarray(self.strength, jnp.float32)
     option = self.option(name)
 
-    def one(noise, decision, x):
+    def one(noise, decision, x, strength):
       own = kinds_lib.Draw(noise, decision, draw.ticks)
       return kind.function(own, x, strength, axes, option)
 
-    return jax.vmap(one)(draw.noise, draw.decision, value)
+    over = (0, 0, 0, 0 if strength.ndim else None)
+    return jax.vmap(one, over)(draw.noise, draw.decision, value, strength)
 
 
 def _fold(keys, number: int):
