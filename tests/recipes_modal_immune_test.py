@@ -432,6 +432,11 @@ def test_features_are_pooled_until_they_are_few():
     ({"gate": "none", "tau": 0.1}, "tau must be left out"),
     ({"controller": controllers.uniform(2)}, "controller must have 3 arms"),
     ({"removal": "all"}, "removal"),
+    ({"damage_rate": 1.5}, "damage_rate"),
+    ({"damage_rate": 0.5, "damage_kinds": ["swap"]}, "kinds"),
+    ({"temperature": 0.0}, "temperature"),
+    ({"consistency_weight": -1.0}, "consistency_weight"),
+    ({"feedback_weight": -1.0}, "feedback_weight"),
     ({"collapse_weight": 0.0, "adapt": True}, "adapt must be False"),
     ({"reconstruction_weight": 0.1}, "reconstruction_weight must be 0"),
     ({"features": {"d": ()}}, "features"),
@@ -591,3 +596,28 @@ def test_feedback_reaches_the_encoder_of_the_arm_alone(model):
   assert not np.allclose(
     probed["a"]["kernel"], state.extra["probes"]["a"]["kernel"]
   )
+
+
+def test_damage_is_of_the_arm_and_of_its_share(monkeypatch, model):
+  settings = settings_of(
+    monkeypatch, model, damage_rate=0.25, damage_kinds=("additive",)
+  )
+  batch = make_batch(size=2000)
+  run = jax.jit(
+    lambda key, arm: destruction.damaged(
+      settings, key, batch["inputs"], batch["present"], arm
+    )
+  )
+  for arm in range(4):
+    found = run(jax.random.key(arm), arm)
+    for index, name in enumerate(NAMES):
+      axes = tuple(range(1, found[name].ndim))
+      changed = np.any(np.asarray(found[name] != batch["inputs"][name]), axes)
+      there = np.asarray(batch["present"][name])
+      assert not np.any(changed & ~there)
+      share = changed[there].mean()
+      assert abs(share - (0.25 if index == arm else 0)) < 0.05
+
+
+def test_without_a_rate_nothing_is_damaged(monkeypatch, model):
+  assert settings_of(monkeypatch, model).damage is None

@@ -117,17 +117,19 @@ def make_update(
 
   def update(state, batch, key):
     draw_key, model_key, noise_key, subset_key = jax.random.split(key, 4)
+    damage_key = jax.random.fold_in(key, 4)
     extra, present = state.extra, batch["present"]
     weights = settings.weights(meta_parameters(settings, extra))
     warm = extra["count"] < settings.warmup_steps
     arm = draw(settings, draw_key, extra, warm)
     available = left(settings, subset_key, present, arm)
+    inputs = damaged(settings, damage_key, batch["inputs"], present, arm)
 
     def encode(params):
       return model.encode(
         params,
         state.model_state,
-        batch["inputs"],
+        inputs,
         present,
         train=True,
         key=model_key,
@@ -191,6 +193,27 @@ def left(settings: immunity.Settings, key, present, arm):
   chosen = modalities.random_presence(key, present)
   attacked = arm < settings.num_arms
   return {n: jnp.where(attacked, chosen[n], present[n]) for n in chosen}
+
+
+def damaged(settings: immunity.Settings, key, inputs, present, arm):
+  """The inputs of the arm corrupted, in a share of the examples."""
+  if settings.damage is None:
+    return inputs
+  changed = {}
+  for index, name in enumerate(modalities.names(inputs)):
+    own = jax.random.fold_in(key, index)
+    chosen = jax.random.bernoulli(
+      jax.random.fold_in(own, 1), settings.damage_rate, present[name].shape
+    )
+    changed[name] = jax.lax.cond(
+      arm == index,
+      lambda x, name=name, own=own, hit=chosen & present[name]: settings.damage(
+        own, name, x, hit
+      ),
+      lambda x: x,
+      inputs[name],
+    )
+  return changed
 
 
 def _destroy(settings, embeddings, batch, arm, weights, key, extra, warm):

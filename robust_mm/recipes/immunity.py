@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robust_mm import controllers
+from robust_mm import corruptions
 from robust_mm import modalities
 from robust_mm import spectrum
 from robust_mm._types import Model
@@ -38,6 +39,8 @@ class Settings:
   attack_weight: float
   reconstruction_weight: float
   feedback_weight: float
+  damage: corruptions.Mixture | None
+  damage_rate: float
   features: Mapping[str, Any]
   removal: str
   consistency_weight: float

@@ -12,6 +12,7 @@ References:
 
 import warnings
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ import optax
 
 from robust_mm import _validate
 from robust_mm import controllers
+from robust_mm import corruptions
 from robust_mm import masking
 from robust_mm._types import Model
 from robust_mm.recipes import destruction
@@ -29,6 +31,7 @@ from robust_mm.recipes import phases
 FIDELITIES = ("default", "published")
 CONTROLLERS = ("hedge", "exp3", "exp3s", "uniform")
 GATES = ("hessian", "directional", "published", "none")
+DAMAGE = ("additive", "channel_drop", "frame_drop")
 GAINS = ("hinge", "squared")
 _TARGETS = ("expected", "sampled")
 # (default, published) of the arguments that fidelity decides.
@@ -59,6 +62,9 @@ def modal_immune(
   consistency_weight: float = 0.0,
   temperature: float = 2.0,
   reconstruction_weight: float | None = None,
+  damage_rate: float = 0.0,
+  damage_kinds: Sequence[str] = DAMAGE,
+  noise_scale: Any = 1.0,
   features: Mapping[str, Any] | None = None,
   feedback_weight: float = 0.0,
   controller: str | controllers.Controller | None = None,
@@ -117,6 +123,14 @@ def modal_immune(
     temperature: of that divergence.
     reconstruction_weight: of decoders that tell the features of every modality
       from what is left; 0 for none. 0.1 where ``features`` are given.
+    damage_rate: share of the examples whose input of the arm is corrupted, by a
+      kind that is drawn for the step, at a strength drawn for the example. The
+      label stays; so does the target of reconstruction, which is of the intact
+      input. Not part of the inner loss of the hyper-gradient.
+    damage_kinds: of ``robust_mm.corruptions``, those to draw from; of a
+      modality, those that make sense for it.
+    noise_scale: of the kind ``additive``: a number or ``{m: array}``, such as
+      ``corruptions.deviations`` of training data.
     features: ``{m: (mean, deviation)}`` of pooled training inputs
       (``recipes.feature_statistics``); those named get a decoder.
     feedback_weight: the encoder of the arm also climbs the loss, up to chance,
@@ -183,6 +197,8 @@ def modal_immune(
     raise ValueError("adapt must be False where collapse_weight is 0.")
   warmup_steps = _warmup(warmup_steps, num_steps, steps_per_epoch)
   destroys = bool(collapse_weight or feedback_weight)
+  _validate.in_unit_interval(damage_rate=damage_rate)
+  damage = corruptions.mixture(damage_kinds, scale=noise_scale)
   settings = immunity.Settings(
     model=model,
     fidelity=fidelity,
@@ -199,6 +215,8 @@ def modal_immune(
     attack_weight=attack_weight,
     reconstruction_weight=reconstruction_weight,
     feedback_weight=feedback_weight,
+    damage=damage if damage_rate else None,
+    damage_rate=damage_rate,
     features=features,
     removal=removal,
     consistency_weight=consistency_weight,

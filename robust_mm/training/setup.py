@@ -10,6 +10,7 @@ import numpy as np
 from robust_mm import _validate
 from robust_mm import augmentations
 from robust_mm import certification
+from robust_mm import corruptions
 from robust_mm import data
 from robust_mm import models
 from robust_mm import recipes
@@ -280,6 +281,7 @@ def make_recipe(
   if config.recipe.name == "modal_immune":
     options.setdefault("steps_per_epoch", epoch)
     options.setdefault("features", _features(facts, setup.reference))
+    options.setdefault("noise_scale", corruptions.deviations(setup.reference))
   try:
     recipe = factory(setup.model, num_steps=num_steps, tx=tx, **options)
   except TypeError as error:
