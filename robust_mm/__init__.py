@@ -43,5 +43,6 @@ __getattr__, __dir__, __all__ = _lazy.attach(
     "smoothing",
     "spectrum",
     "training",
+    "weights",
   ),
 )

@@ -31,6 +31,7 @@ FLOORS = {
   "losses": 3,
   "masking": 3,
   "smoothing": 3,
+  "weights": 3,
   "config": 5,
   "config_checks": 4,
   "data": 4,
