@@ -44,5 +44,6 @@ __getattr__, __dir__, __all__ = _lazy.attach(
     "smoothing",
     "spectrum",
     "training",
+    "weights",
   ),
 )

@@ -67,6 +67,13 @@ def in_unit_interval(**arguments) -> None:
       raise ValueError(f"{name} must lie in [0, 1], got {value}.")
 
 
+def below_one(**arguments) -> None:
+  """``x must lie in [0, 1), got 1.0.``"""
+  for name, value in arguments.items():
+    if _static(value) and not 0 <= _number(value) < 1:
+      raise ValueError(f"{name} must lie in [0, 1), got {value}.")
+
+
 def one_of(choices: Iterable, **arguments) -> None:
   """``x must be one of 'a', 'b', got 'c'. Did you mean 'a'?``"""
   choices = tuple(choices)

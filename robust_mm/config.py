@@ -73,6 +73,9 @@ def default() -> ml_collections.ConfigDict:
   config.training.eval_every = 200
   config.training.checkpoint_every = 500
   config.training.keep_checkpoints = 2
+  # Of a moving average of the parameters, which is then what is validated,
+  # kept and handed on; 0 = none.
+  config.training.average_decay = 0.0
 
   config.selection = ml_collections.ConfigDict()
   config.selection.metric = "accuracy"

@@ -88,6 +88,9 @@ def check(config: ml_collections.ConfigDict) -> None:
   _validate.in_unit_interval(
     **{"config.data.missing_rate": config.data.missing_rate}
   )
+  _validate.below_one(
+    **{"config.training.average_decay": config.training.average_decay}
+  )
   for key in ("radii", "tightness"):
     for value in config.evaluation[key]:
       if isinstance(value, bool) or not isinstance(value, (int, float)):

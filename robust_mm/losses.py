@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array
 from jaxtyping import Float
 
@@ -22,25 +23,37 @@ from robust_mm import modalities
 PUBLISHED_FLOOR = 1e-5
 
 
-def cross_entropy(logits: Float[Array, "*b k"], label) -> Float[Array, "*b"]:
+def cross_entropy(
+  logits: Float[Array, "*b k"], label, *, label_smoothing: float = 0.0
+) -> Float[Array, "*b"]:
   r"""Cross-entropy :math:`-\log p_y` of every example, to be averaged.
+
+  With smoothed labels, :math:`-(1 - s) \log p_y - \frac s k \sum_j \log p_j`.
 
   Args:
     logits: ``[*b, k]``.
     label: int ``[*b]``.
+    label_smoothing: s in [0, 1), the share of every label that is spread over
+      all classes alike.
 
   Returns:
     ``[*b]``, per example; two labels of mixup are mixed by the caller.
 
   Raises:
     ValueError: for a label outside 0..k-1 (where its value is known) or of
-      another shape; soft labels go through ``soft_cross_entropy``.
+      another shape; soft labels go through ``soft_cross_entropy``. For
+      ``label_smoothing`` out of range.
 
   >>> round(float(cross_entropy(jnp.array([0.0, 0.0]), jnp.array(1))), 4)
   0.6931
   """
   num_classes = logits.shape[-1]
   margins.check_label(label, num_classes, logits.shape[:-1])
+  _validate.below_one(label_smoothing=label_smoothing)
+  if label_smoothing:
+    sharp = jax.nn.one_hot(label, num_classes, dtype=logits.dtype)
+    target = optax.smooth_labels(sharp, label_smoothing)
+    return soft_cross_entropy(logits, target)
   chosen = margins.pick(logits, margins.one_hot(label, num_classes))
   return jax.nn.logsumexp(logits, axis=-1) - jnp.squeeze(chosen, -1)
 

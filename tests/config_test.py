@@ -86,6 +86,11 @@ def test_override_keeps_the_type(override, expected):
       "config.recipe.name must be one of.*Did you mean 'joint'",
     ),
     ("configs/joint.py", ["--config.data.missing_rate=2.0"], "missing_rate"),
+    (
+      "configs/joint.py",
+      ["--config.training.average_decay=1"],
+      r"config.training.average_decay must lie in \[0, 1\), got 1.0",
+    ),
     ("configs/joint.py", ["--configs.seed=1"], "unknown argument"),
     ("configs/joint.py", ["--config.evaluation.radii=0,1"], "radii"),
     ("configs/joint.py", ["--config.evaluation.attack=pgdd"], "'pgd'"),

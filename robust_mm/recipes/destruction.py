@@ -267,8 +267,9 @@ def make_task(settings: immunity.Settings) -> Callable:
     else:
       one = immunity.logits_of(model, params, embeddings, available)
       said, left = jax.tree.map(lambda x: x[None], (one, available))
-    clean = objectives.classification(logits, batch)
-    attacked = immunity.loss_over_sets(said, left, batch["label"])
+    smoothing = settings.label_smoothing
+    clean = objectives.classification(logits, batch, label_smoothing=smoothing)
+    attacked = immunity.loss_over_sets(said, left, batch["label"], smoothing)
     total = settings.clean_weight * clean + settings.attack_weight * attacked
     parts = {
       "accuracy": objectives.accuracy(logits, batch),

@@ -5,6 +5,7 @@ parameters and a batch.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +38,7 @@ class Settings:
   spectral_weight: float
   clean_weight: float
   attack_weight: float
+  label_smoothing: float
   reconstruction_weight: float
   feedback_weight: float
   damage: corruptions.Mixture | None
@@ -86,10 +88,13 @@ def logits_of(model: Model, params, embeddings, present):
   return model.fuse(params, kept, present).logits
 
 
-def task_loss(model: Model, params, embeddings, present, label):
-  """Cross-entropy of what is present."""
-  logits = logits_of(model, params, embeddings, present)
-  return objectives.classification(logits, {"label": label, "present": present})
+def task_loss(settings: Settings, params, embeddings, present, label):
+  """Cross-entropy of what is present, as it is trained on."""
+  return objectives.classification(
+    logits_of(settings.model, params, embeddings, present),
+    {"label": label, "present": present},
+    label_smoothing=settings.label_smoothing,
+  )
 
 
 def collapse(settings: Settings, embeddings, present, arm, kappa, key):
@@ -158,12 +163,12 @@ def expected_loss(settings: Settings, params, phi, batch):
   )
   total = jnp.zeros(())
   if settings.clean_weight:
-    clean = task_loss(model, params, embeddings, present, label)
+    clean = task_loss(settings, params, embeddings, present, label)
     total += settings.clean_weight * clean
   left = left_out(present)
 
   def without(present):
-    attacked = task_loss(model, params, embeddings, present, label)
+    attacked = task_loss(settings, params, embeddings, present, label)
     if not settings.reconstruction_weight:
       return attacked, jnp.zeros(())
     return attacked, decoders_lib.loss(
@@ -173,7 +178,9 @@ def expected_loss(settings: Settings, params, phi, batch):
   attacked, rebuilt = jax.vmap(without)(left)
   attacked = jnp.sum(p * attacked)
   if settings.removal != "arm":
-    attacked = mean_over_sets(model, params, embeddings, data)
+    attacked = mean_over_sets(
+      model, params, embeddings, data, settings.label_smoothing
+    )
   if settings.consistency_weight:
     every = over_sets(model, params, embeddings, present)
     full = logits_of(model, params, embeddings, present)
@@ -209,10 +216,12 @@ def outer_loss(settings: Settings, params, phi, batch):
   return mean_over_sets(settings.model, params, embeddings, data)
 
 
-def mean_over_sets(model: Model, params, embeddings, batch):
+def mean_over_sets(
+  model: Model, params, embeddings, batch, label_smoothing: float = 0.0
+):
   """Task loss, averaged over availability sets; one pass of the encoders."""
   logits, left = over_sets(model, params, embeddings, batch["present"])
-  return loss_over_sets(logits, left, batch["label"])
+  return loss_over_sets(logits, left, batch["label"], label_smoothing)
 
 
 def over_sets(model: Model, params, embeddings, present):
@@ -227,9 +236,12 @@ def over_sets(model: Model, params, embeddings, present):
   return said(left), left
 
 
-def loss_over_sets(logits, left, label):
+def loss_over_sets(logits, left, label, label_smoothing: float = 0.0):
   """Mean over sets of the mean task loss of those who have something left."""
-  return _mean_of_sets(objectives.classification, logits, left, label)
+  fn = functools.partial(
+    objectives.classification, label_smoothing=label_smoothing
+  )
+  return _mean_of_sets(fn, logits, left, label)
 
 
 def accuracy_over_sets(logits, left, label):

@@ -30,6 +30,7 @@ def joint(
   mixup_alpha: float = 1.0,
   sigma: float | Mapping = 0.25,
   keep: Mapping | None = None,
+  label_smoothing: float = 0.0,
   spectral_penalty: float = 0.0,
   valid_range=None,
   units=None,
@@ -57,6 +58,8 @@ def joint(
       mapping; 0 for none. Certify with the same.
     keep: ``{modality: number of elements kept}`` of the noise variant; the rest
       is dropped at random (``smoothing.subsample``).
+    label_smoothing: share of every label, in [0, 1), that the loss spreads over
+      all classes alike.
     spectral_penalty: weight of the sum of all layers' spectral norms, which
       makes ordinary encoders certifiable; 0 for none.
     valid_range: ``{modality: (low, high)}`` the attack stays in.
@@ -96,7 +99,9 @@ def joint(
     before = (interventions.smoothing_noise(noise),)
   else:
     before = ()
-  loss = objectives.cross_entropy_loss(model, clean_weight=clean_weight)
+  loss = objectives.cross_entropy_loss(
+    model, clean_weight=clean_weight, label_smoothing=label_smoothing
+  )
   phase = phases.Phase(
     name="joint",
     num_steps=num_steps,

@@ -61,6 +61,7 @@ def modal_immune(
   removal: str = "arm",
   consistency_weight: float = 0.0,
   temperature: float = 2.0,
+  label_smoothing: float = 0.0,
   reconstruction_weight: float | None = None,
   damage_rate: float = 0.0,
   damage_kinds: Sequence[str] = DAMAGE,
@@ -121,6 +122,8 @@ def modal_immune(
     consistency_weight: of the divergence of predictions from every availability
       set from the one of all modalities, which is the teacher.
     temperature: of that divergence.
+    label_smoothing: share of every label, in [0, 1), that the training losses
+      spread over all classes alike; those on validation batches stay plain.
     reconstruction_weight: of decoders that tell the features of every modality
       from what is left; 0 for none. 0.1 where ``features`` are given.
     damage_rate: share of the examples whose input of the arm is corrupted, by a
@@ -189,6 +192,7 @@ def modal_immune(
     consistency_weight=consistency_weight,
   )
   _validate.positive(temperature=temperature)
+  _validate.below_one(label_smoothing=label_smoothing)
   if reconstruction_weight and not features:
     raise ValueError("reconstruction_weight must be 0 without features.")
   if guard_tolerance is not None:
@@ -221,6 +225,7 @@ def modal_immune(
     removal=removal,
     consistency_weight=consistency_weight,
     temperature=temperature,
+    label_smoothing=label_smoothing,
     collapse_on=collapse_on,
     gaussian_target=chosen["gaussian_target"],
     adaptive=adaptive,

@@ -13,14 +13,23 @@ from robust_mm._types import Model
 from robust_mm.certification import tables
 
 
-def cross_entropy_loss(model: Model, *, clean_weight: float = 0.0) -> Callable:
-  """Cross-entropy, mixed labels and a clean term where the batch has them."""
+def cross_entropy_loss(
+  model: Model, *, clean_weight: float = 0.0, label_smoothing: float = 0.0
+) -> Callable:
+  """Cross-entropy, mixed labels and a clean term where the batch has them.
+
+  Raises:
+    ValueError: ``label_smoothing`` is not in [0, 1).
+  """
+  _validate.below_one(label_smoothing=label_smoothing)
 
   def loss_fn(params, state, batch, *, key):
     outputs, new_state = model.apply(
       params, state, batch["inputs"], batch["present"], train=True, key=key
     )
-    loss = classification(outputs.logits, batch)
+    loss = classification(
+      outputs.logits, batch, label_smoothing=label_smoothing
+    )
     return loss, (new_state, {"accuracy": accuracy(outputs.logits, batch)})
 
   return with_clean_term(loss_fn, clean_weight)
@@ -84,11 +93,15 @@ def with_spectral_penalty(
   return penalised
 
 
-def classification(logits, batch):
+def classification(logits, batch, *, label_smoothing: float = 0.0):
   """Mean cross-entropy over examples with at least one modality."""
-  per_example = losses.cross_entropy(logits, batch["label"])
+
+  def entropy(label):
+    return losses.cross_entropy(logits, label, label_smoothing=label_smoothing)
+
+  per_example = entropy(batch["label"])
   if "mix" in batch:
-    other = losses.cross_entropy(logits, batch["other_label"])
+    other = entropy(batch["other_label"])
     per_example = batch["mix"] * per_example + (1 - batch["mix"]) * other
   return counted_mean(per_example, batch["present"])
 

@@ -104,6 +104,8 @@ class Phase:
     binding: whether a judgement is obeyed: the phase's last model is judged,
       and the one before it taken back where the answer is no. Not binding, it
       is only reported, and selection chooses the model.
+    averaged: whether a run that averages its parameters does so in this phase;
+      False where the optimiser itself chooses the parameters it ends at.
   """
 
   name: str
@@ -118,6 +120,7 @@ class Phase:
   extra: Callable[..., Any] | None = None
   update: Callable[..., Any] | None = None
   jobs: tuple[Job, ...] = ()
+  averaged: bool = True
 
   def __post_init__(self):
     _validate.at_least(1, num_steps=self.num_steps)

@@ -39,9 +39,14 @@ class Run:
     """Where batches live."""
     return sharding.batch_sharding(self.mesh)
 
+  def average_decay(self, phase: Phase) -> float:
+    """Of the average of parameters in a phase; 0 for none."""
+    return self.config.training.average_decay if phase.averaged else 0.0
+
   def abstract(self, phase: Phase) -> state_lib.TrainState:
     """Shapes and types of the state in a phase."""
-    return abstract_state(self.setup.model, phase)
+    average = self.average_decay(phase) > 0
+    return abstract_state(self.setup.model, phase, average=average)
 
   def shardings(self, phase: Phase) -> state_lib.TrainState:
     """Where the state of a phase lives."""
@@ -50,7 +55,9 @@ class Run:
     )
 
 
-def abstract_state(model: Model, phase: Phase) -> state_lib.TrainState:
+def abstract_state(
+  model: Model, phase: Phase, *, average: bool = False
+) -> state_lib.TrainState:
   """Shapes and types of the state in a phase."""
-  initialize = state_lib.initializer(model, phase)
+  initialize = state_lib.initializer(model, phase, average=average)
   return jax.eval_shape(initialize, jax.random.key(0))

@@ -238,7 +238,8 @@ def _stream(config, setup: setup_lib.Setup, mesh, *, start: int = 0):
 
 def _initial(run: context.Run, phase: Phase) -> state_lib.TrainState:
   """The first state, every array created where it lives."""
-  create = state_lib.initializer(run.setup.model, phase)
+  average = run.average_decay(phase) > 0
+  create = state_lib.initializer(run.setup.model, phase, average=average)
   key, _ = _keys(run.config.seed)
   compiled = jax.jit(
     create,
@@ -263,10 +264,13 @@ def _restore(run: context.Run, phase: Phase) -> state_lib.TrainState:
 
 def _enter(run: context.Run, phase: Phase, state) -> state_lib.TrainState:
   """The state at the beginning of a later phase."""
+  average = run.average_decay(phase) > 0
 
   def create(step, params, model_state):
     key, _ = _keys(run.config.seed)
-    return state_lib.create(step, params, model_state, phase, key)
+    return state_lib.create(
+      step, params, model_state, phase, key, average=average
+    )
 
   enter = jax.jit(
     create,
@@ -288,7 +292,12 @@ def _run_phase(run: context.Run, phase: Phase, state, start, batches, progress):
   # ---- compile
   began = time.perf_counter()
   step_fn = jax.jit(
-    steps.make_train_step(phase, steps.projection(run.setup.model, phase)),
+    steps.make_train_step(
+      phase,
+      steps.projection(run.setup.model, phase),
+      average_decay=run.average_decay(phase),
+      start=start,
+    ),
     donate_argnums=0,
     out_shardings=(run.shardings(phase), sharding.replicated(run.mesh)),
   )

@@ -10,6 +10,7 @@ import ml_collections
 
 from robust_mm import _files
 from robust_mm import _validate
+from robust_mm import config as config_lib
 
 CONFIG_FILE = "config.json"
 RUN_FILE = "run.json"
@@ -59,8 +60,13 @@ def check_config(
   path = workdir / CONFIG_FILE
   if not path.is_file():
     return
-  stored = _flatten(read_json(path))
   given = _flatten(json.loads(config.to_json()))
+  # What an earlier version did not state was as it is by default.
+  default = _flatten(json.loads(config_lib.default().to_json()))
+  stored = {
+    **{key: default[key] for key in _SINCE},
+    **_flatten(read_json(path)),
+  }
   keys = stored.keys() | given.keys()
   for key in sorted(keys, key=lambda key: (key not in _SAID_FIRST, key)):
     if key.startswith(_MAY_CHANGE) and key not in _MAY_NOT_CHANGE:
@@ -93,7 +99,13 @@ def save_facts(workdir: pathlib.Path, facts: dict) -> None:
 # validation score, so they may not.
 _SAID_FIRST = ("data.name", "recipe.name")  # of several differences
 _MAY_CHANGE = ("evaluation.", "mesh.", "training.")
-_MAY_NOT_CHANGE = ("evaluation.units", "training.eval_every")
+_MAY_NOT_CHANGE = (
+  "evaluation.units",
+  "training.average_decay",
+  "training.eval_every",
+)
+# Keys that runs of earlier versions, which may be resumed, do not state.
+_SINCE = ("training.average_decay",)
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:

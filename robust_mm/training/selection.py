@@ -22,8 +22,10 @@ class Best:
   def __init__(self, run: context.Run, phase: Phase):
     self._run = run
     self._phase = phase
-    project = steps.projection(run.setup.model, phase)
-    self._project = None if project is None else jax.jit(project)
+    choose = steps.candidate(
+      run.setup.model, phase, average=run.average_decay(phase) > 0
+    )
+    self._choose = None if choose is None else jax.jit(choose)
     self._store = checkpoints.Checkpoints(
       checkpoints.best(run.workdir, phase.name), keep=1
     )
@@ -32,8 +34,8 @@ class Best:
     """Validates, writes the metrics, saves when better than what is there."""
     run = self._run
     params = state.params
-    if self._project is not None:
-      params = self._project(params)
+    if self._choose is not None:
+      params = self._choose(params, state.average)
     metrics = run.validator(params, state.model_state)
     named = {f"validation_{name}": value for name, value in metrics.items()}
     run.writer.write(step, self._phase.name, named)

@@ -109,7 +109,7 @@ def _check_rule(path, shape, axes, mesh: Mesh) -> None:
 def state_shardings(
   state: state_lib.TrainState, mesh: Mesh, rules: Rules, phase: Phase
 ) -> state_lib.TrainState:
-  """Shardings of a whole state: the optimiser's follow its parameters'.
+  """Shardings of a whole state: optimiser and average follow parameters.
 
   What a phase itself remembers is replicated.
   """
@@ -123,12 +123,16 @@ def state_shardings(
     chosen,
     transform_non_params=lambda leaf: everywhere,
   )
+  average = {}
+  if jax.tree.leaves(state.average):
+    average, _ = state_lib.split(params, phase.trainable)
   return state_lib.TrainState(
     step=everywhere,
     params=params,
     model_state=jax.tree.map(lambda leaf: everywhere, state.model_state),
     opt_state=opt_state,
     extra=jax.tree.map(lambda leaf: everywhere, state.extra),
+    average=average,
   )
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
+from robust_mm import weights
 from robust_mm._types import Model
 from robust_mm._types import PyTree
 from robust_mm.recipes import Phase
@@ -28,6 +30,8 @@ class TrainState:
     opt_state: state of the current phase's optimiser, over its trainable
       parameters only.
     extra: what the current phase itself remembers (``Phase.extra``).
+    average: moving average of the trainable parameters since the phase began,
+      None in place of the others; empty where nothing is averaged.
   """
 
   step: Any
@@ -35,16 +39,19 @@ class TrainState:
   model_state: PyTree
   opt_state: PyTree
   extra: PyTree = dataclasses.field(default_factory=dict)
+  average: PyTree = dataclasses.field(default_factory=dict)
 
 
 def stored(state: TrainState) -> dict[str, PyTree]:
   """What a checkpoint holds; ``TrainState(**tree)`` is the inverse.
 
-  Without an empty ``extra``, as in runs from before there was any.
+  Without an empty ``extra`` or ``average``, as in runs from before there was
+  any.
   """
   tree = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-  if not jax.tree.leaves(state.extra):
-    del tree["extra"]
+  for name in ("extra", "average"):
+    if not jax.tree.leaves(tree[name]):
+      del tree[name]
   return tree
 
 
@@ -91,8 +98,20 @@ def merge(trainable: PyTree, frozen: PyTree) -> PyTree:
   )
 
 
+def averaged(params: PyTree, average: PyTree, phase: Phase) -> PyTree:
+  """``params`` with the averages of those that ``phase`` trains in place."""
+  chosen, frozen = split(params, phase.trainable)
+  return merge(optax.tree.cast_like(average, chosen), frozen)
+
+
 def create(
-  step, params: PyTree, model_state: PyTree, phase: Phase, key
+  step,
+  params: PyTree,
+  model_state: PyTree,
+  phase: Phase,
+  key,
+  *,
+  average: bool = False,
 ) -> TrainState:
   """The state at the beginning of a phase: a fresh optimiser.
 
@@ -102,6 +121,7 @@ def create(
     model_state: state of the model.
     phase: that begins.
     key: of the run.
+    average: whether parameters are averaged.
   """
   chosen, _ = split(params, phase.trainable)
   extra = {}
@@ -114,14 +134,18 @@ def create(
     model_state=model_state,
     opt_state=phase.tx.init(chosen),
     extra=extra,
+    average=weights.start_average(chosen) if average else {},
   )
 
 
-def initializer(model: Model, phase: Phase) -> Callable[..., TrainState]:
+def initializer(
+  model: Model, phase: Phase, *, average: bool = False
+) -> Callable[..., TrainState]:
   """``key -> state`` of a run that begins with ``phase``."""
 
   def initialize(key):
     params, model_state = model.init(key)
-    return create(jnp.zeros((), jnp.int32), params, model_state, phase, key)
+    step = jnp.zeros((), jnp.int32)
+    return create(step, params, model_state, phase, key, average=average)
 
   return initialize

@@ -9,6 +9,7 @@ import optax
 
 from robust_mm import certification
 from robust_mm import modalities
+from robust_mm import weights
 from robust_mm._types import Model
 from robust_mm.recipes import Phase
 from robust_mm.training import state as state_lib
@@ -29,7 +30,33 @@ def projection(model: Model, phase: Phase) -> Callable | None:
   return project
 
 
-def make_train_step(phase: Phase, project: Callable | None = None) -> Callable:
+def candidate(
+  model: Model, phase: Phase, *, average: bool = False
+) -> Callable | None:
+  """``(params, average) -> params`` that are validated and kept, or None.
+
+  The average of the trainable parameters where there is one, projected; None
+  where these are the parameters as they are.
+  """
+  project = projection(model, phase)
+  if project is None and not average:
+    return None
+
+  def choose(params, running):
+    if average:
+      params = state_lib.averaged(params, running, phase)
+    return params if project is None else project(params)
+
+  return choose
+
+
+def make_train_step(
+  phase: Phase,
+  project: Callable | None = None,
+  *,
+  average_decay: float = 0.0,
+  start: int = 0,
+) -> Callable:
   """``step(state, batch, run_key) -> (state, metrics)``, pure.
 
   The step's randomness is folded from the run's key and the state's step, so a
@@ -39,6 +66,8 @@ def make_train_step(phase: Phase, project: Callable | None = None) -> Callable:
     phase: its own update, or loss, optimiser and trainable parameters; and
       interventions.
     project: from ``projection``; applied every ``PROJECT_EVERY`` updates.
+    average_decay: of ``state.average``; 0 where there is none.
+    start: updates of the run before the phase.
   """
   advance = phase.update or _gradient_step(phase)
 
@@ -56,6 +85,11 @@ def make_train_step(phase: Phase, project: Callable | None = None) -> Callable:
     # Not finite as soon as one parameter is not.
     metrics = {**metrics, "parameter_norm": optax.tree.norm(chosen)}
     state = dataclasses.replace(state, step=state.step + 1, params=params)
+    if average_decay:
+      average = weights.moving_average(
+        state.average, chosen, decay=average_decay, count=state.step - start
+      )
+      state = dataclasses.replace(state, average=average)
     return state, metrics
 
   return train_step
