@@ -108,6 +108,8 @@ def write(
   )
   rows = setup_lib.open_split(config, split, limit=limit)
   setup_lib.check_same_data(rows, facts)
+  for note in setup_lib.split_notes(config, split):
+    print(f"note: {note}")
   target = pathlib.Path(output) if output else folder / "certificates.csv"
   batch = rows.batch()
   with _validate.user_errors():

@@ -228,6 +228,8 @@ def _evaluated(
   facts = runs.describe(folder)
   source = setup_lib.open_split(config, split, limit=limit)
   setup_lib.check_same_data(source, facts)
+  for note in setup_lib.split_notes(config, split):
+    _say(f"note: {note}")
   reference = setup_lib.reference_batch(setup_lib.open_split(config, "train"))
   mesh = sharding.make_mesh()
   with _bar(stop) as progress, _validate.user_errors():

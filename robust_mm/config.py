@@ -37,6 +37,8 @@ def default() -> ml_collections.ConfigDict:
   config.data.modalities = ()  # () = the data set's default modalities
   config.data.batch_size = 256
   config.data.missing_rate = 0.0  # share of modality entries dropped for good
+  # ("train", "validation") trains on both; then selection.metric is "last".
+  config.data.train_splits = ("train",)
   config.data.max_train_examples = 0  # 0 = all
   config.data.max_eval_examples = 0
 

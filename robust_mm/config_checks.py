@@ -22,6 +22,7 @@ CERTIFICATES = (
   "smoothing",
   "none",
 )
+TRAIN_SPLITS = (("train",), ("train", "validation"))
 SELECTION_METRICS = (
   "accuracy",
   "certified_accuracy",
@@ -76,6 +77,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     config.augmentation.to_dict(), "config.augmentation"
   )
   _check_length(config)
+  _check_train_splits(config)
   _check_smoothing(settings.smoothing)
   _validate.positive(**{"config.optimizer.lr": config.optimizer.lr})
   _validate.non_negative(
@@ -112,6 +114,21 @@ def _check_length(config: ml_collections.ConfigDict) -> None:
       f"config.num_steps ({config.num_steps}) and config.num_epochs "
       f"({config.num_epochs}) both set the length of training; set the other "
       f"one to 0."
+    )
+
+
+def _check_train_splits(config: ml_collections.ConfigDict) -> None:
+  splits = config.data.train_splits
+  if splits not in TRAIN_SPLITS:
+    raise _validate.UserError(
+      f"config.data.train_splits must be one of "
+      f"{' and '.join(map(repr, TRAIN_SPLITS))}; got {splits!r}."
+    )
+  metric = config.selection.metric
+  if "validation" in splits and metric != "last":
+    raise _validate.UserError(
+      f"config.selection.metric must be 'last' where config.data.train_splits "
+      f"has validation, which leaves no examples to select on; got {metric!r}."
     )
 
 

@@ -85,6 +85,8 @@ def write(
   sizes = setup_lib.resolve_units(units, facts, "--units") or {}
   rows = setup_lib.open_split(config, split, limit=limit)
   setup_lib.check_same_data(rows, facts)
+  for note in setup_lib.split_notes(config, split):
+    print(f"note: {note}")
   data = batches.host_data(model, rows.batch())
   target = pathlib.Path(output) if output else folder / "smoothed.csv"
   question = _complete(question, config)

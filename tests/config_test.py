@@ -45,6 +45,8 @@ def test_own_file_wins_over_the_shipped_one(tmp_path, monkeypatch):
     ("--config.evaluation.corruptions=suite", "suite"),
     ("--config.evaluation.corruptions=correlated", "correlated"),
     ("--config.data.path=/a/b", "/a/b"),
+    ("--config.data.train_splits=train", ("train",)),
+    ("--config.data.train_splits=train,validation", ("train", "validation")),
     ("--config.recipe.options.variant=mixup", "mixup"),
   ],
 )
@@ -90,6 +92,19 @@ def test_override_keeps_the_type(override, expected):
       "configs/joint.py",
       ["--config.training.average_decay=1"],
       r"config.training.average_decay must lie in \[0, 1\), got 1.0",
+    ),
+    (
+      "configs/joint.py:mfeat",
+      ["--config.data.train_splits=train,validation"],
+      "config.selection.metric must be 'last' where .* got 'accuracy'",
+    ),
+    *(
+      (
+        "configs/joint.py:digits",
+        [f"--config.data.train_splits={value}"],
+        "config.data.train_splits must be one of",
+      )
+      for value in ("validation", "train,test", "train,train", "()")
     ),
     ("configs/joint.py", ["--configs.seed=1"], "unknown argument"),
     ("configs/joint.py", ["--config.evaluation.radii=0,1"], "radii"),

@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
   __name__,
   names={
     "Source": "robust_mm.data.sources",
+    "concatenate": "robust_mm.data.sources",
     "evaluation_batches": "robust_mm.data.pipelines",
     "format_inspection": "robust_mm.data.inspection",
     "format_list": "robust_mm.data.registry",

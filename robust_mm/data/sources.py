@@ -65,7 +65,7 @@ class Source:
 
   Attributes:
     name: of the data set.
-    split: ``"train"``, ``"validation"`` or ``"test"``.
+    split: ``"train"``, ``"validation"``, ``"test"``, or several joined by +.
     columns: ``{m: Column}``.
     present: ``{m: bool[n] | None}``; None where nothing is missing.
     labels: ``int32[n]``.
@@ -186,6 +186,103 @@ class Source:
     if size >= len(self):
       return self
     return self.subset(balanced_order(self.labels, seed=0)[: int(size)])
+
+
+def concatenate(parts: Sequence[Source]) -> Source:
+  """The examples of several splits of one data set, in order, as one source.
+
+  Rows that no example uses are left out; the others are copied.
+
+  Args:
+    parts: sources that differ in their examples alone.
+
+  Returns:
+    The joined source. Ids stay as they are where no two parts share one;
+    otherwise those of a later part are moved beyond all before it.
+
+  Raises:
+    ValueError: no source, or sources that differ in something else, naming it.
+
+  >>> parts = [digits(split) for split in ("train", "validation")]
+  >>> joined = concatenate(parts)
+  >>> joined.split, len(joined)
+  ('train+validation', 1437)
+  """
+  parts = tuple(parts)
+  if not parts:
+    raise ValueError("concatenate needs at least one source.")
+  first = parts[0]
+  if len(parts) == 1:
+    return first
+  for part in parts[1:]:
+    _check_alike(first, part)
+  return dataclasses.replace(
+    first,
+    split="+".join(part.split for part in parts),
+    columns={
+      name: _join_columns([part.columns[name] for part in parts])
+      for name in first.columns
+    },
+    present={
+      name: _join_present([(part.present[name], len(part)) for part in parts])
+      for name in first.columns
+    },
+    labels=np.concatenate([part.labels for part in parts]),
+    ids=_join_ids([part.ids for part in parts]),
+    metadata={
+      name: np.concatenate([part.metadata[name] for part in parts])
+      for name in first.metadata
+    },
+    notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+  )
+
+
+def _check_alike(first: Source, other: Source) -> None:
+  facts = ("name", "spec", "num_classes", "value_range", "transforms")
+  for fact in (*facts, "metadata"):
+    mine, its = getattr(first, fact), getattr(other, fact)
+    if fact == "metadata":
+      mine, its = sorted(mine), sorted(its)
+    if mine != its:
+      raise ValueError(
+        f"sources must have the same {fact} to be joined, got {mine} and {its}."
+      )
+
+
+def _join_columns(columns: Sequence[Column]) -> Column:
+  if len({c.divisor for c in columns}) > 1:
+    # Pixels of 8 and of 16 bits have no stored form in common.
+    columns = [
+      Column(array=c.take(np.arange(len(c))), dtype=c.dtype) for c in columns
+    ]
+  arrays, index, size = [], [], 0
+  for column in columns:
+    rows = column.index
+    rows = np.arange(len(column)) if rows is None else rows
+    used, places = np.unique(rows, return_inverse=True)
+    arrays.append(column.array[used])
+    index.append(size + places)
+    size += len(used)
+  return dataclasses.replace(
+    columns[0], array=np.concatenate(arrays), index=np.concatenate(index)
+  )
+
+
+def _join_present(parts) -> np.ndarray | None:
+  if all(flags is None for flags, _ in parts):
+    return None
+  return np.concatenate(
+    [np.ones(size, bool) if flags is None else flags for flags, size in parts]
+  )
+
+
+def _join_ids(parts: Sequence[np.ndarray]) -> np.ndarray:
+  joined = parts[0]
+  for ids in parts[1:]:
+    if np.intersect1d(joined, ids).size:
+      ids = ids + (int(joined.max()) + 1)
+    joined = np.concatenate([joined, ids])
+  return joined
 
 
 def balanced_order(labels: np.ndarray, *, seed: int) -> np.ndarray:

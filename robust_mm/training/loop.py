@@ -128,6 +128,7 @@ def _plan(config) -> _Plan:
     setup = setup_lib.prepare(config)
     # ---- optimizer
     recipe = setup_lib.make_recipe(config, setup)
+    setup.facts["notes"] += setup_lib.recipe_notes(config, recipe)
     for phase in recipe.phases:
       abstract = context.abstract_state(setup.model, phase)
       sharding.state_shardings(abstract, mesh, config.mesh.rules, phase)

@@ -105,7 +105,7 @@ _MAY_NOT_CHANGE = (
   "training.eval_every",
 )
 # Keys that runs of earlier versions, which may be resumed, do not state.
-_SINCE = ("training.average_decay",)
+_SINCE = ("data.train_splits", "training.average_decay")
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:

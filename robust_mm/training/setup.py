@@ -72,7 +72,11 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
     },
     "normalization": {n: v.to_json() for n, v in normalization.items()},
     **{_units_key(norm): _relative_units(reference, norm) for norm in NORMS},
-    "notes": [*train.notes, *_label_notes(train)],
+    "notes": [
+      *train.notes,
+      *_label_notes(train),
+      *split_notes(config, "validation"),
+    ],
   }
   model = make_model(config, facts)
   return Setup(
@@ -112,6 +116,40 @@ def _label_notes(train) -> list[str]:
   ]
 
 
+def train_splits(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+  """The splits that are trained on."""
+  # Runs of earlier versions do not state them.
+  return tuple(config.data.get("train_splits", ("train",)))
+
+
+def split_notes(config: ml_collections.ConfigDict, split: str) -> list[str]:
+  """What has to be said before numbers of a split are shown."""
+  if split == "train" or split not in train_splits(config):
+    return []
+  return [
+    f"{split} examples are trained on (config.data.train_splits): what is "
+    f"measured on them says nothing about new ones."
+  ]
+
+
+def recipe_notes(
+  config: ml_collections.ConfigDict, recipe: recipes.Recipe
+) -> list[str]:
+  """What a recipe does with validation examples that are trained on."""
+  if "validation" not in train_splits(config):
+    return []
+  notes = []
+  for phase in recipe.phases:
+    work = [f"the {job.name} job" for job in phase.jobs]
+    work += ["acceptance"] if phase.judge is not None else []
+    if work:
+      notes.append(
+        f"phase {phase.name} uses validation examples, which are trained on "
+        f"here, for {' and '.join(work)}."
+      )
+  return notes
+
+
 def _units_key(norm: str) -> str:
   return "relative_units" + ("" if norm == "l2" else f"_{norm}")
 
@@ -140,20 +178,26 @@ def reference_batch(train) -> dict:
 def open_split(
   config: ml_collections.ConfigDict, split: str, *, limit: int | None = None
 ):
-  """The data source of one split, as the configuration says."""
+  """The data source of one split, as the configuration says.
+
+  ``train`` is all that is trained on, which may include the validation split.
+  """
   is_train = split == "train"
   limit = limit or (
     config.data.max_train_examples
     if is_train
     else config.data.max_eval_examples
   )
-  source = data.open_source(
-    config.data.name,
-    split,
-    path=config.data.path or None,
-    modalities=tuple(config.data.modalities) or None,
-    limit=limit or None,
-  )
+  parts = [
+    data.open_source(
+      config.data.name,
+      part,
+      path=config.data.path or None,
+      modalities=tuple(config.data.modalities) or None,
+    )
+    for part in (train_splits(config) if is_train else (split,))
+  ]
+  source = data.concatenate(parts).limit(limit or None)
   if config.data.missing_rate and is_train:
     missing = data.transforms.missing_at_random(
       config.data.missing_rate, seed=config.seed
