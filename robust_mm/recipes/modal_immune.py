@@ -43,6 +43,7 @@ _BY_FIDELITY = {
   "gaussian_target": ("expected", "sampled"),
 }
 _OUTER_STEPS = 30
+_OUTER_PERIOD = 200  # each costs as much as some sixty gradients
 
 
 def modal_immune(
@@ -147,7 +148,9 @@ def modal_immune(
     gate_period: updates between refreshes; that of the gate by default.
     tau: threshold of the gate; its default where not given.
     adapt: whether lambda and kappa are adapted; by default where there is any.
-    outer_period: updates between two such steps; by default a thirtieth of all.
+    outer_period: updates between two such steps, each of which costs some sixty
+      gradients; by default a thirtieth of all, but at least 200, or a third of
+      all where that is less.
     warmup_steps: without collapse, arms alike; two epochs by default where
       ``steps_per_epoch`` says how long one is (a tenth of all at most), else a
       tenth.
@@ -232,7 +235,7 @@ def modal_immune(
     gain=chosen["gain"],
     gates=destroys and chosen["gate"] not in ("none", "published"),
     adapt=bool(collapse_weight) if adapt is None else adapt,
-    outer_period=outer_period or max(1, num_steps // _OUTER_STEPS),
+    outer_period=outer_period or _period(num_steps),
     guard_tolerance=guard_tolerance,
     batch_size=batch_size,
   )
@@ -286,6 +289,11 @@ def _warmup(warmup_steps, num_steps: int, steps_per_epoch) -> int:
       f"warmup_steps must be below num_steps ({num_steps}), got {warmup_steps}."
     )
   return warmup_steps
+
+
+def _period(num_steps: int) -> int:
+  few = min(_OUTER_PERIOD, num_steps // 3)
+  return max(1, num_steps // _OUTER_STEPS, few)
 
 
 def _controller(value, num_arms: int, num_rounds: int):
