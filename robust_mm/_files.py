@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import tempfile
 from typing import Any
 
 
@@ -22,10 +23,22 @@ def write_bytes(path: pathlib.Path, content: bytes) -> pathlib.Path:
   try:
     temporary.write_bytes(content)
     os.replace(temporary, path)
-  except BaseException:
+  except BaseException as error:
     temporary.unlink(missing_ok=True)
+    if isinstance(error, OSError) and error.errno is not None:
+      # Nobody asked for the temporary name.
+      raise OSError(error.errno, error.strerror, str(path)) from error
     raise
   return path
+
+
+def refusal(folder: pathlib.Path) -> str | None:
+  """Why no file can be made in a folder, or None; leaves nothing there."""
+  try:
+    with tempfile.TemporaryFile(dir=folder):
+      return None
+  except OSError as error:
+    return error.strerror or str(error)
 
 
 def write_json(

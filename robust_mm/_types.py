@@ -132,6 +132,8 @@ class Model:
       every few updates and at the end; the training loop does.
     input_shapes: ``{m: shape}`` of one input, where the model knows them:
       ``certify`` then refuses other shapes by name.
+    tokens: the modalities whose inputs are integer tokens; None where the model
+      does not say.
   """
 
   modalities: tuple[str, ...]
@@ -141,6 +143,7 @@ class Model:
   fuse: Callable[..., Outputs]
   geometry: Callable[..., Geometry] | None = None
   input_shapes: Mapping[str, tuple[int, ...]] | None = None
+  tokens: tuple[str, ...] | None = None
   freeze: Callable[..., Any] | None = None
   project: Callable[..., Any] | None = None
 

@@ -8,7 +8,9 @@ documented where they are used.
 import contextlib
 import difflib
 import math
+import numbers
 from collections.abc import Iterable
+from collections.abc import Mapping
 
 
 class UserError(ValueError):
@@ -58,6 +60,45 @@ def at_least(minimum: int, **arguments) -> None:
       raise ValueError(
         f"{name} must be an integer of at least {minimum}, got {value}."
       )
+
+
+def whole_up_to(maximum: int, **arguments) -> None:
+  """``x must be an integer in 0..2, got 1.0.``"""
+  for name, value in arguments.items():
+    whole = isinstance(value, numbers.Integral)
+    if not (whole and 0 <= value <= maximum):
+      raise ValueError(
+        f"{name} must be an integer in 0..{maximum}, got {value!r}."
+      )
+
+
+def batch(value) -> None:
+  """A batch is a mapping with ``inputs``, a mapping of arrays."""
+  if not isinstance(value, Mapping):
+    raise ValueError(
+      "batch needs inputs: {'inputs': {modality: array [b, ...]}}; got "
+      f"{kind(value)}."
+    )
+  if "inputs" not in value:
+    raise ValueError(
+      "batch needs inputs: {'inputs': {modality: array [b, ...]}}; got a dict "
+      f"of {', '.join(map(repr, value)) or 'nothing'}."
+    )
+  if not isinstance(value["inputs"], Mapping):
+    raise ValueError(
+      "batch['inputs'] must map modalities to arrays [b, ...]; got "
+      f"{kind(value['inputs'])}."
+    )
+
+
+def kind(value) -> str:
+  """What a value is, in words: ``the function f``, ``the class C``, ``a C``."""
+  name = type(value).__name__
+  if isinstance(value, type):
+    return f"the class {value.__name__}"
+  if name in ("function", "builtin_function_or_method", "method"):
+    return f"the function {value.__name__}"
+  return f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}"
 
 
 def in_unit_interval(**arguments) -> None:

@@ -20,18 +20,28 @@ def whole(text: str) -> int:
 
 def budget(text: str) -> dict[str, float]:
   """``left=0.3,right=inf`` as ``{modality: size}``."""
+  sizes = _named(text)
+  if sizes is None or not all(size >= 0 for size in sizes.values()):
+    raise argparse.ArgumentTypeError(
+      f"must be a number of at least 0 for each modality, such as "
+      f"left=0.3,right=0.1; got {text}"
+    )
+  return sizes
+
+
+def _named(text: str) -> dict[str, float] | None:
+  """``left=0.3,right=inf`` as a dict; None for anything else."""
   sizes = {}
   for part in text.split(","):
     name, _, number = part.rpartition("=")
     try:
       size = float(number)
     except ValueError:
-      size = float("nan")
-    if not name or name in sizes or not size >= 0:
-      raise argparse.ArgumentTypeError(
-        f"must be a number of at least 0 for each modality, such as "
-        f"left=0.3,right=0.1; got {text}"
-      )
+      return None
+    if not name:
+      return None
+    if name in sizes:
+      raise argparse.ArgumentTypeError(f"names {name} twice: {text}")
     sizes[name] = size
   return sizes
 
@@ -51,25 +61,25 @@ def radii(text: str) -> tuple[float, ...]:
 
 def sigma(text: str) -> float | dict[str, float]:
   """``0.25``, or ``left=0.25,right=0.1`` as ``{modality: sigma}``."""
-  if "=" in text:
-    sizes = budget(text)
-    if all(0 < size < float("inf") for size in sizes.values()):
-      return sizes
-  else:
-    (size, *rest) = radii(text)
-    if not rest:
-      return size
-  raise argparse.ArgumentTypeError(
-    f"must be one positive number, or one for each modality, got {text}"
-  )
+  # One number is that of a modality without a name.
+  sizes = _named(text if "=" in text else f"all={text}")
+  if sizes is None or not all(0 < s < float("inf") for s in sizes.values()):
+    raise argparse.ArgumentTypeError(
+      "must be one positive number such as 0.25, or one for each modality such "
+      f"as left=0.25,right=0.1; got {text}"
+    )
+  return sizes if "=" in text else sizes["all"]
 
 
 def keep(text: str) -> dict[str, int]:
   """``left=16,right=8`` as ``{modality: 16, ...}``, whole numbers."""
-  sizes = budget(text)
-  if not all(size >= 1 and size == size // 1 for size in sizes.values()):
+  sizes = _named(text)
+  if sizes is None or not all(
+    size >= 1 and size == size // 1 for size in sizes.values()
+  ):
     raise argparse.ArgumentTypeError(
-      f"must be a whole number of at least 1 for each modality, got {text}"
+      "must be a whole number of at least 1 for each modality, such as "
+      f"left=16,right=8; got {text}"
     )
   return {name: int(size) for name, size in sizes.items()}
 

@@ -44,7 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"robust-mm: {error}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
-    print("robust-mm: interrupted", file=sys.stderr)
+    hint = "; with --resume the same command goes on"
+    hint = hint if options.command == "certify" else ""
+    print(f"robust-mm: interrupted{hint}", file=sys.stderr)
     return 130
 
 
@@ -66,8 +68,20 @@ def take_overrides(words: list[str]) -> tuple[list[str], list[str]]:
 class _Parser(argparse.ArgumentParser):
   """One sentence and exit code 2, with the closest option named."""
 
+  def parse_known_args(self, args=None, namespace=None):
+    # Before what is missing is named; a command's own options alone can be
+    # meant, not those before it.
+    known = self._option_string_actions
+    for word in args or () if self._subparsers is None else ():
+      name = word.partition("=")[0]
+      if word.startswith("--") and not any(o.startswith(name) for o in known):
+        close = _validate.suggestion(name, known)
+        self.error(f"there is no option {name}{close and '.'}{close}")
+    return super().parse_known_args(args, namespace)
+
   def error(self, message: str):
-    self.exit(2, f"{self.prog}: {message}; see {self.prog} --help.\n")
+    see = " See" if message.endswith("?") else "; see"
+    self.exit(2, f"{self.prog}: {message}{see} {self.prog} --help.\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -392,6 +406,8 @@ def _report(options):
     )
   for workdir in workdirs:
     preflight.check_evaluated(workdir)
+  if options.output:
+    preflight.check_output(options.output)
   from robust_mm import commands
 
   return commands.report(workdirs, output=options.output)

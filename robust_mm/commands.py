@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -152,10 +153,11 @@ def certify(
   _devices(device_count)
   if distributed:
     _join()
-  if asked["source"] == "smoothing":
-    return _smooth(pathlib.Path(workdir), smoothing or {}, **asked)
-  with _bar() as progress:
-    certificate_rows.write(pathlib.Path(workdir), progress=progress, **asked)
+  with _interrupted_by_sigterm():
+    if asked["source"] == "smoothing":
+      return _smooth(pathlib.Path(workdir), smoothing or {}, **asked)
+    with _bar() as progress:
+      certificate_rows.write(pathlib.Path(workdir), progress=progress, **asked)
   return 0
 
 
@@ -323,6 +325,22 @@ def _print_table(results: list[dict]) -> None:
   if sys.stdout.isatty():
     width = shutil.get_terminal_size().columns
   print(evaluation.table(results, width=width))
+
+
+@contextlib.contextmanager
+def _interrupted_by_sigterm():
+  """SIGTERM stops as Ctrl-C does, so that what is done is kept.
+
+  Only in the main thread, where signals can be caught.
+  """
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  old = signal.signal(signal.SIGTERM, signal.default_int_handler)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, old)
 
 
 def _say(line: str) -> None:

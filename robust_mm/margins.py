@@ -12,7 +12,9 @@ class is ``+inf`` in margins and ratios and 0 in sensitivities, so that minima
 and exponentials need no second mask.
 """
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,19 @@ from robust_mm import modalities
 
 FUSIONS = ("additive", "joint")  # see ``Geometry.fusion``
 BALLS = ("l2", "linf", "l1")
+_NUMBERS = {1: "l1", 2: "l2", math.inf: "linf", "inf": "linf"}
+
+
+def norm_name(norm: Any, argument: str = "norm") -> str:
+  """``"l1"``, ``"l2"`` or ``"linf"`` from a name, or from 1, 2 or infinity."""
+  # True is no 1.
+  if isinstance(norm, str | float | int) and not isinstance(norm, bool):
+    norm = _NUMBERS.get(norm, norm)
+  elif isinstance(norm, np.generic | np.ndarray | jax.Array):
+    found = norm.item() if norm.size == 1 else None
+    norm = _NUMBERS.get(found, str(norm))
+  _validate.one_of(BALLS, **{argument: norm})
+  return norm
 
 
 def check_label(

@@ -4,9 +4,11 @@ import itertools
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
@@ -74,6 +76,35 @@ def availability_sets(
 def subset_name(subset: Iterable[str]) -> str:
   """The name of a subset in reports and files: ``"left+right"``."""
   return "+".join(names(subset))
+
+
+def check_sizes(
+  argument: str, sizes: Any, known: tuple[str, ...], shape: tuple[int, ...]
+) -> None:
+  """ValueError unless ``{m: size}`` has numbers, one or one an example.
+
+  Args:
+    argument: what the sentence calls them.
+    sizes: that were given.
+    known: modalities.
+    shape: of one number an example, ``[b]``.
+  """
+  if not isinstance(sizes, Mapping):
+    raise ValueError(
+      f"{argument} must map modalities to sizes, such as "
+      f"{{{known[0]!r}: 0.1}}; got {sizes!r}."
+    )
+  _validate.known(known, **{argument: sizes})
+  for name, size in sizes.items():
+    value = size if hasattr(size, "dtype") else np.asarray(size)
+    label = f"{argument}[{name!r}]"
+    if not jnp.issubdtype(value.dtype, jnp.number):
+      raise ValueError(f"{label} must be a number, got {size!r}.")
+    if value.shape not in ((), shape):
+      raise ValueError(
+        f"{label} must be one number, or one for each example of shape "
+        f"{shape}; got shape {value.shape}."
+      )
 
 
 def select(tree: Mapping, subset: Iterable[str]) -> dict:

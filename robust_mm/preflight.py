@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import ml_collections
 
+from robust_mm import _files
 from robust_mm import _validate
 from robust_mm import config as config_lib
 from robust_mm import data
@@ -93,6 +94,23 @@ def check_certify(
   if output and pathlib.Path(output).is_dir():
     raise _validate.UserError(
       f"--output: {output} is a folder; name a file in it, such as rows.csv."
+    )
+  _check_writable(folder, "--output" if output else "--workdir")
+
+
+def check_output(output: str) -> None:
+  """Refuses a report where no file can be made; folders may be missing."""
+  folder = pathlib.Path(output).absolute()
+  while not folder.is_dir() and folder != folder.parent:
+    folder = folder.parent
+  _check_writable(folder, "--output")
+
+
+def _check_writable(folder: pathlib.Path, option: str) -> None:
+  reason = _files.refusal(folder)
+  if reason is not None:
+    raise _validate.UserError(
+      f"{option}: no file can be written to {folder} ({reason})."
     )
 
 

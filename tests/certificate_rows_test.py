@@ -1,7 +1,10 @@
 """robust-mm certify: rows and shares are those of the library's certificate."""
 
 import csv
+import os
 import re
+import shutil
+import signal
 import sys
 
 import command_line
@@ -217,7 +220,7 @@ def test_published_formula_is_estimated_in_every_word(
     (("--budget=left=-0.1",), "at least 0.*left=-0.1"),
     (("--budget=left=nan",), "at least 0.*left=nan"),
     (("--budget=left",), "--budget.*got left"),
-    (("--budget=left=1,left=2",), "left=1,left=2"),
+    (("--budget=left=1,left=2",), "--budget: names left twice: left=1,left=2"),
     (("--max-missing=3",), "--max-missing must be at most 2"),
     (("--max-missing=-1",), "--max-missing.*-1"),
     (("--norm=l3",), "--norm.*l3"),
@@ -225,6 +228,10 @@ def test_published_formula_is_estimated_in_every_word(
     (("--fidelity=published", "--source=global"), "--source=global"),
     (("--output=nowhere/rows.csv",), "--output: nowhere"),
     (("--output=.",), "--output: . is a folder"),
+    (
+      ("--output=/proc/rows.csv",),
+      r"--output: no file can be written to /proc \([^/]*\)\.$",
+    ),
   ],
 )
 def test_mistake_is_answered_without_jax_and_leaves_nothing(
@@ -259,6 +266,25 @@ def test_refusal_of_the_library_is_a_sentence_and_leaves_the_old_rows(
   assert "states no Lipschitz bound" in err
   assert target.read_text() == "old"
   assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_run_without_its_checkpoint_is_named_and_left_alone(
+  capsys, tmp_path, workdir
+):
+  folder = tmp_path / "run"
+  shutil.copytree(workdir, folder)
+  for empty in (True, False):
+    if empty:
+      for phase in (folder / "checkpoints").iterdir():
+        shutil.rmtree(phase)
+        phase.mkdir()
+    else:
+      shutil.rmtree(folder / "checkpoints")
+    before = sorted(folder.rglob("*"))
+    code, _, err = run(capsys, "certify", f"--workdir={folder}")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert f"{folder} holds no model of phase" in err
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_share_that_survives_a_replaced_modality(tmp_path, capsys):
@@ -402,3 +428,23 @@ def test_job_that_was_stopped_goes_on_where_it_was(
   assert printed.replace("rows.csv", "whole.csv") == out
   assert seen == [SIZE - 64]
   assert not (tmp_path / "rows.partial.npz").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_keeps_what_is_done_and_says_how_to_go_on(
+  capsys, tmp_path, workdir, monkeypatch, number
+):
+  each_batch = sharding.each_batch
+
+  def stopping(*arguments):
+    yield next(each_batch(*arguments))
+    os.kill(os.getpid(), number)
+
+  monkeypatch.setattr(sharding, "each_batch", stopping)
+  before = signal.getsignal(signal.SIGTERM)
+  common = (f"--workdir={workdir}", f"--output={tmp_path / 'rows.csv'}")
+  code, _, err = run(capsys, "certify", *common, "--source=relaxation")
+  assert code == 130
+  assert "interrupted; with --resume the same command goes on" in err
+  assert [path.name for path in tmp_path.iterdir()] == ["rows.partial.npz"]
+  assert signal.getsignal(signal.SIGTERM) == before

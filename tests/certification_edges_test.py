@@ -11,6 +11,9 @@ from robust_mm import certification
 from robust_mm import models
 from robust_mm.models import encoders
 
+# Without the type checks of these tests, as users call it.
+COVERS = certification.Certificate.covers.__wrapped__
+
 
 def test_ties_have_radius_zero_and_cover_nothing():
   found = heads.plain({"a": [[1.0, 1.0, 0.0]]}, {"a": heads.HOLLOW})
@@ -82,9 +85,17 @@ def test_extreme_logits_give_no_nan(size):
     (lambda c: c.covers({"a": float("nan")}), "budgets"),
     (lambda c: c.covers({}, max_missing=2), "max_missing"),
     (lambda c: c.covers({}, max_missing=-1), "max_missing"),
+    (
+      lambda c: COVERS(c, {}, max_missing=1.0),
+      "max_missing must be an integer",
+    ),
+    (lambda c: COVERS(c, 0.5), "budgets must map modalities .*; got 0.5"),
+    (lambda c: c.covers({"a": "0.1"}), r"budgets\['a'\] must be a number"),
+    (lambda c: c.covers({"a": np.ones(3)}), r"budgets\['a'\] .* shape \(3,\)"),
     (lambda c: c.radius_without(["nose"]), "removed names the unknown"),
     (lambda c: c.joint_radius("l3"), "ball"),
     (lambda c: c.frontier("a", "nose", jnp.zeros(2)), "frontier"),
+    (lambda c: c.frontier("a", "a", jnp.zeros(2)), "second must be another"),
   ],
 )
 def test_bad_questions_are_refused_by_name(call, match):
@@ -98,7 +109,10 @@ def test_bad_questions_are_refused_by_name(call, match):
   [
     ({"units": {"a": 0.0}}, "units"),
     ({"units": {"nose": 1.0}}, "units"),
-    ({"norm": "l7"}, "norm"),
+    ({"norm": "l7"}, "^norm must be one of 'l2', 'linf', 'l1'; got 'l7'"),
+    ({"norm": 3}, "^norm must be one of .*; got 3"),
+    ({"norm": True}, "^norm must be one of"),
+    ({"norm": {"a": 7}}, r"^norm\['a'\] must be one of"),
     ({"norm": "linf"}, "sizes"),
     ({"fidelity": "rough"}, "fidelity"),
     ({"fusion": "late"}, "fusion"),

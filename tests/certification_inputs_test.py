@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen
+from flax import nnx
 
 import robust_mm as rmm
 from robust_mm import certification
@@ -208,3 +210,139 @@ def test_logits_that_are_no_sum_of_the_contributions_are_not_certified(
   found = jax.jit(build)(wrong)
   np.testing.assert_array_equal(np.asarray(found.radius) > 0, np.arange(9) != 4)
   assert not found.covers({})[4]
+
+
+# Without the type checks of these tests, as users call it.
+CERTIFY = rmm.certify.__wrapped__
+
+
+@pytest.mark.parametrize(
+  "norm, name",
+  [
+    (1, "l1"),
+    (2, "l2"),
+    (jnp.inf, "linf"),
+    ("inf", "linf"),
+    ({"audio": np.inf, "image": 1}, None),
+  ],
+)
+def test_numbers_name_norms(built, norm, name):
+  model, params = built
+  found = rmm.certify(model, params, _batch(), norm=norm)
+  assert dict(found.norm) == (
+    {"audio": "linf", "image": "l1"}
+    if name is None
+    else dict.fromkeys(("audio", "image"), name)
+  )
+  if name is not None:
+    batch = {"inputs": {"x": np.random.default_rng(0).normal(size=(5, 3))}}
+    assert certification.relative_units(
+      batch, norm
+    ) == certification.relative_units(batch, name)
+
+
+@pytest.mark.parametrize(
+  "model, got",
+  [
+    (lambda params, inputs: inputs, "the function <lambda>"),
+    ({"encoders": {}}, "a dict"),
+    (nnx.Linear(2, 3, rngs=nnx.Rngs(0)), "a Linear"),
+    (linen.Dense(3), "a Dense"),
+    (nnx.Linear, "the class Linear"),
+  ],
+)
+def test_what_is_no_model_points_to_what_makes_one(built, model, got):
+  words = rf"^model must be .* models.from_function .*; got {got}\.$"
+  with pytest.raises(ValueError, match=words):
+    CERTIFY(model, built[1], _batch())
+
+
+@pytest.mark.parametrize("source", ["global", "best"])
+def test_params_that_init_did_not_give_are_named(built, source):
+  model, params = built
+  for wrong, got in (({}, "{}"), ((params, {}), "a pair"), (None, "None")):
+    with pytest.raises(ValueError, match=f"^params must be .* got {got}: "):
+      rmm.certify(model, wrong, _batch(), source=source)
+
+
+def test_parameters_that_are_a_pair_or_nothing_are_taken():
+  for params in ((jnp.eye(3), jnp.zeros(3)), ()):
+    model = models.from_function(
+      lambda p, inputs: inputs["x"] @ (p[0] if p else jnp.eye(3)),
+      params,
+      num_classes=3,
+      input_shapes={"x": (3,)},
+    )
+    batch = {"inputs": {"x": jnp.eye(3)}}
+    found = rmm.certify(model, params, batch, source="relaxation")
+    assert np.all(found.radius > 0.7)
+
+
+def test_bare_inputs_are_no_batch(built):
+  for batch, got in (
+    (_batch()["inputs"], "a dict of 'audio', 'image'"),
+    (np.zeros((5, 6)), "a ndarray"),
+  ):
+    with pytest.raises(ValueError, match=f"^batch needs inputs: .* got {got}"):
+      CERTIFY(*built, batch)
+  with pytest.raises(ValueError, match=r"^batch\['inputs'\] must map"):
+    rmm.certify(*built, {"inputs": np.zeros((5, 6))})
+
+
+def test_integers_are_certified_with_a_warning_that_units_answer(built):
+  model, params = built
+  batch = _batch()
+  batch["inputs"]["audio"] = np.ones((5, 6), np.uint8)
+  with pytest.warns(UserWarning, match=r"'audio' \(uint8\): .* grey levels"):
+    found = rmm.certify(model, params, batch)
+  # In units of 255 grey levels the numbers are 255 times smaller.
+  scaled = rmm.certify(model, params, batch, units={"audio": 255.0})
+  np.testing.assert_allclose(
+    found.modality_radius["audio"],
+    255 * scaled.modality_radius["audio"],
+    rtol=1e-5,
+  )
+
+
+def test_tokens_are_certified_without_a_warning():
+  def embedding(input_shape, rngs):
+    return nnx.Embed(5, 4, rngs=rngs)
+
+  model = models.late_fusion(
+    {"words": encoders.bounded(_first(embedding), radius=1.0)},
+    3,
+    input_shapes={"words": (2,)},
+  )
+  params = model.init(jax.random.key(0))[0]
+  assert model.tokens == ("words",)
+  rmm.certify(model, params, {"inputs": {"words": np.ones((5, 2), np.int32)}})
+
+
+def _first(build):
+  """An encoder of tokens that embeds the first one."""
+
+  class First(nnx.Module):
+    def __init__(self, input_shape, rngs):
+      self.embed = build(input_shape, rngs)
+
+    def __call__(self, x):
+      return self.embed(x[:, 0])
+
+  return models.custom(First, 4, tokens=True)
+
+
+def test_number_of_classes_that_the_function_does_not_return_is_named():
+  for fn, got in (
+    (lambda p, inputs: inputs["x"] @ p, r"returns logits of shape \(4, 7\)"),
+    (lambda p, inputs: (inputs["x"] @ p,), "returns a tuple"),
+  ):
+    model = models.from_function(
+      fn, jnp.ones((3, 7)), num_classes=10, input_shapes={"x": (3,)}
+    )
+    with pytest.raises(ValueError, match=f"^num_classes=10 must .*{got}"):
+      rmm.certify(
+        model,
+        jnp.ones((3, 7)),
+        {"inputs": {"x": jnp.zeros((4, 3))}},
+        source="relaxation",
+      )

@@ -64,3 +64,18 @@ def test_a_file_is_as_readable_as_any_other(tmp_path):
   (tmp_path / "plain").write_text("")
   path = _files.write_bytes(tmp_path / "ours", b"")
   assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_refused_write_names_the_file_that_was_asked_for(tmp_path):
+  (tmp_path / "taken").mkdir()
+  with pytest.raises(OSError) as caught:
+    _files.write_bytes(tmp_path / "taken", b"x")
+  assert str(tmp_path / "taken") in str(caught.value)
+  assert ".tmp" not in str(caught.value)
+  assert list(tmp_path.iterdir()) == [tmp_path / "taken"]
+
+
+def test_a_folder_without_room_for_a_file_says_why(tmp_path):
+  assert _files.refusal(tmp_path) is None
+  assert list(tmp_path.iterdir()) == []
+  assert "No such file" in _files.refusal(tmp_path / "nowhere")

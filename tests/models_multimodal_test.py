@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from robust_mm import _validate
 from robust_mm import models
@@ -344,6 +345,23 @@ def test_normalisation_refuses_what_has_no_inverse():
 def test_configuration_mistakes_are_user_errors(change, message):
   with pytest.raises(_validate.UserError, match=message):
     models.build(**_two_views(**change))
+
+
+@pytest.mark.parametrize(
+  "wrong, words",
+  [
+    (encoders.mlp, r"the function mlp: call it, as in encoders.mlp\(\)\."),
+    (nnx.Linear, "the class Linear: models.custom makes one"),
+  ],
+)
+def test_what_is_no_encoder_is_named_with_its_modality(wrong, words):
+  # Without the type checks of these tests, as users call it.
+  with pytest.raises(ValueError, match=rf"^encoders\['right'\] must .*{words}"):
+    models.from_parts.__wrapped__(
+      {"left": encoders.mlp(), "right": wrong},
+      models.ConcatFusion(3),
+      input_shapes={"left": (4,), "right": (4,)},
+    )
 
 
 def test_a_batch_without_a_modality_is_refused_by_name():

@@ -352,13 +352,25 @@ def arguments(**changes):
     ),
     (
       {"predict": lambda inputs, present: jnp.zeros(50, jnp.int32)},
-      "predict_fn must return logits",
+      "predict must return logits",
     ),
+    (
+      {"predict": lambda inputs, present: (jnp.zeros((50, 3)), {})},
+      "predict must return logits .* got a tuple",
+    ),
+    ({"batch": linear.batch(2)["inputs"]}, "batch needs inputs"),
   ],
 )
 def test_bad_input_is_named(changes, words):
   with pytest.raises(ValueError, match=words):
     smoothing.certify(**arguments(**changes))
+
+
+@pytest.mark.parametrize("key", [0, None, np.zeros(2, np.float32)])
+def test_what_is_no_key_is_named(key):
+  # Without the type checks of these tests, as users call it.
+  with pytest.raises(ValueError, match=r"^key must be .*random.key\(0\), got"):
+    smoothing.certify.__wrapped__(**arguments(key=key))
 
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, float("nan"), {"left": 0.0}, {}])
@@ -382,6 +394,8 @@ def test_model_without_parameters_is_refused():
     ({"up": 1.0}, "budgets names the unknown modality 'up'"),
     ({"left": -1.0}, r"budgets\['left'\]"),
     ({"left": float("nan")}, r"budgets\['left'\]"),
+    ({"left": "0.1"}, r"budgets\['left'\] must be a number"),
+    ({"left": np.ones(5)}, r"budgets\['left'\] .* shape \(5,\)"),
   ],
 )
 def test_bad_budget_is_named(budgets, words):

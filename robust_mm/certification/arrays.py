@@ -33,7 +33,7 @@ def margin_certificate(
   logits: Any = None,
   rounding: Any = None,
   units: Mapping[str, Any] | str | None = None,
-  norm: Mapping[str, str] | str | None = None,
+  norm: Mapping[str, Any] | str | float | None = None,
   sizes: Mapping[str, int] | None = None,
   slack: Slack = certificates.DEFAULT_SLACK,
   fidelity: str = "corrected",
@@ -65,7 +65,8 @@ def margin_certificate(
       that may be more than their own (inputs with large offsets), see
       ``Slack``.
     units: ``{m: s_m}``, default 1.
-    norm: ``"l2"`` (default), ``"linf"`` or ``"l1"`` for all or ``{m: norm}``.
+    norm: ``"l2"`` (default), ``"linf"`` or ``"l1"`` for all or ``{m: norm}``;
+      2, ``inf`` and 1 mean the same.
     sizes: ``{m: number of input elements}``, needed for ``"linf"``, because
       :math:`\|\delta\|_2 \le \sqrt n\,\|\delta\|_\infty`.
     slack: for floating point.
@@ -224,13 +225,14 @@ def adds_up(total, logits, scale, rounding=None) -> Array:
 
 def norms(norm, known) -> dict[str, str]:
   """``{m: norm}`` for every modality; ValueError for an unknown one."""
-  if norm is None or isinstance(norm, str):
-    norm = dict.fromkeys(known, norm or "l2")
+  if not isinstance(norm, Mapping):
+    found = margins.norm_name("l2" if norm is None else norm)
+    return dict.fromkeys(known, found)
   _validate.known(known, norm=norm)
-  result = {name: norm.get(name, "l2") for name in known}
-  for name, value in result.items():
-    _validate.one_of(margins.BALLS, **{f"norm[{name!r}]": value})
-  return result
+  return {
+    name: margins.norm_name(norm.get(name, "l2"), f"norm[{name!r}]")
+    for name in known
+  }
 
 
 def _size_factors(known, units, norm, sizes, slack):

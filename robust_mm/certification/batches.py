@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from robust_mm import _validate
+from robust_mm import margins
 from robust_mm._types import Batch
 from robust_mm._types import Model
 from robust_mm._types import Params
@@ -29,6 +30,7 @@ def presence(
   Raises:
     ValueError: naming the array that is missing or has a wrong shape.
   """
+  _validate.batch(batch)
   if not names:
     raise ValueError("the model must have at least one modality.")
   inputs = batch["inputs"]
@@ -111,7 +113,7 @@ def explain(
 _ORDERS = {"l2": 2, "linf": np.inf, "l1": 1}
 
 
-def relative_units(batch: Batch, norm: str = "l2") -> dict[str, float]:
+def relative_units(batch: Batch, norm: str | float = "l2") -> dict[str, float]:
   r"""Units in which a typical input has size 1.
 
   .. math:: s_m = \mathrm{median}\, \|x_m - \bar x_m\|
@@ -120,13 +122,15 @@ def relative_units(batch: Batch, norm: str = "l2") -> dict[str, float]:
 
   Args:
     batch: training data.
-    norm: ``"l2"``, ``"linf"`` or ``"l1"``, the one that sizes are measured in.
+    norm: ``"l2"``, ``"linf"`` or ``"l1"`` (or 2, ``inf``, 1), the one that
+      sizes are measured in.
 
   Raises:
     ValueError: for another norm; naming a modality that is never present or
       constant.
   """
-  _validate.one_of(_ORDERS, norm=norm)
+  norm = margins.norm_name(norm)
+  _validate.batch(batch)
   names = tuple(sorted(batch["inputs"]))
   present = presence(batch, names)
   units = {}

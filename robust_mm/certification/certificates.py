@@ -164,16 +164,16 @@ class Certificate:
       jit, for a budget that is negative or NaN.
 
     Raises:
-      ValueError: for an unknown modality, a negative budget, ``max_missing``
-        out of range, for a fusion that is not additive, or for a mean of more
-        than 6 modalities.
+      ValueError: for an unknown modality, a budget that is negative, no number
+        or of another shape, ``max_missing`` out of range, for a fusion that is
+        not additive, or for a mean of more than 6 modalities.
     """
-    self._check_budgets(budgets)
-    if max_missing not in range(len(self.modalities) + 1):
-      raise ValueError(
-        f"max_missing must be an integer in 0..{len(self.modalities)}, got "
-        f"{max_missing}."
-      )
+    modalities.check_sizes(
+      "budgets", budgets, self.modalities, jnp.shape(self.prediction)
+    )
+    for name, value in budgets.items():
+      _need_sizes(f"budgets[{name!r}]", value)
+    _validate.whole_up_to(len(self.modalities), max_missing=max_missing)
     cost = {
       name: self._cost(name, budgets.get(name, 0.0)) for name in self.modalities
     }
@@ -281,9 +281,14 @@ class Certificate:
       ``[b, g]``; 0, inside jit, for a budget that is negative or NaN.
 
     Raises:
-      ValueError: for an unknown modality, or a negative budget in ``grid``.
+      ValueError: for an unknown modality, the same one twice, or a negative
+        budget in ``grid``.
     """
     _validate.known(self.modalities, frontier=(first, second))
+    if first == second:
+      raise ValueError(
+        f"second must be another modality than first, got {first!r} twice."
+      )
     _need_sizes("grid", grid)
     margin = self.rival_margins()[..., None]
     one = self.sensitivity[first][..., None]
@@ -407,11 +412,6 @@ class Certificate:
     cost = jnp.where(inert, 0, sensitivity * budget)
     cap = (self.drops or {}).get(name)
     return cost if cap is None else jnp.minimum(cost, cap)
-
-  def _check_budgets(self, budgets):
-    _validate.known(self.modalities, budgets=budgets)
-    for name, value in budgets.items():
-      _need_sizes(f"budgets[{name!r}]", value)
 
 
 def _need_sizes(argument, value):

@@ -22,6 +22,7 @@ from robust_mm.certification import certificates
 from robust_mm.certification import combined
 from robust_mm.certification import empirical
 from robust_mm.certification import geometries
+from robust_mm.certification import given
 from robust_mm.certification import programs
 from robust_mm.certification import tables as tables_lib
 from robust_mm.certification.certificates import Certificate
@@ -43,7 +44,7 @@ def certify(
   source: str = "global",
   tables: SensitivityTables | None = None,
   units: Mapping[str, Any] | str | None = None,
-  norm: Mapping[str, str] | str | None = None,
+  norm: Mapping[str, Any] | str | float | None = None,
   slack: Slack = certificates.DEFAULT_SLACK,
   fidelity: str = "corrected",
 ) -> Certificate:
@@ -81,6 +82,8 @@ def certify(
       activations.
     params: its parameters, float32 or float64.
     batch: ``inputs`` and (default: all) ``present``; others are not read.
+      Integers that are no tokens are certified as they are: radii are then in
+      grey levels, and a warning says so unless ``units`` name the modality.
     state: the model's state.
     source: where the bounds come from.
 
@@ -101,7 +104,7 @@ def certify(
     units: ``{m: s_m}``, the size that counts as 1; ``relative_units`` makes
       them from data. A joint radius means nothing without its units.
     norm: how :math:`\|\delta_m\|` is measured: ``"l2"`` (default), ``"linf"``
-      or ``"l1"``, for all or ``{m: norm}``.
+      or ``"l1"``, or 2, ``inf``, 1; for all or ``{m: norm}``.
     slack: for floating point.
     fidelity: ``"corrected"``, or ``"published"``: split denominator, estimated
       constants, runner-up only.
@@ -112,7 +115,8 @@ def certify(
     ``valid=False``.
 
   Raises:
-    ValueError: naming the array of the batch that has a wrong shape; naming the
+    ValueError: naming the argument that is none of the above; naming the array
+      of the batch that has a wrong shape; naming the
       modality whose encoder states no bound, or reads another modality; for
       models that mix modalities before their scores; for a geometry that does
       not reproduce the logits or states an embedding radius that an example
@@ -120,6 +124,8 @@ def certify(
       products at less than full precision; outside jit, on one example only,
       for encoders that read other examples of the batch.
   """
+  given.check(model, params, batch)
+  norm = tuple(arrays.norms(norm, model.modalities).items())
   _validate.one_of(SOURCES, source=source)
   _validate.one_of(arrays.FIDELITIES, fidelity=fidelity)
   if fidelity == "published" and source in BALL_SOURCES:
@@ -135,7 +141,9 @@ def certify(
   present = batches.presence(batch, model.modalities, model.input_shapes)
   inputs = {name: jnp.asarray(batch["inputs"][name]) for name in present}
   state = {} if state is None else state
+  named = units
   units = tables_lib.check_units(units, model.modalities)
+  given.warn_of_integers(model, inputs, named)
   if not additive:
     certificate, alone = _certify_balls(
       params,
@@ -145,7 +153,7 @@ def certify(
       units,
       model=model,
       source=source,
-      norm=tuple(arrays.norms(norm, model.modalities).items()),
+      norm=norm,
     )
     if margins.known_values(alone) and not np.all(np.asarray(alone)):
       raise ValueError(
@@ -164,7 +172,7 @@ def certify(
       units,
       model=model,
       source=source,
-      norm=tuple(arrays.norms(norm, model.modalities).items()),
+      norm=norm,
       slack=slack,
       fidelity=fidelity,
     )

@@ -219,6 +219,7 @@ def from_parts(
   names = modalities.names(encoders)
   if not names:
     raise ValueError("encoders must name at least one modality.")
+  _check_encoders(encoders)
   _validate.known(names, input_shapes=input_shapes)
   normalization = dict(normalization or {})
   _validate.known(names, normalization=normalization)
@@ -247,9 +248,23 @@ def from_parts(
     ),
     geometry=_geometry(parts, fusion, encoders, normalizers, shapes),
     input_shapes=shapes,
+    tokens=tuple(name for name in names if encoders[name].tokens),
     freeze=_freeze(parts, fusion, encoders, normalizers, shapes),
     project=_project(parts),
   )
+
+
+def _check_encoders(encoders) -> None:
+  for name, encoder in encoders.items():
+    if isinstance(encoder, Encoder):
+      continue
+    hint = "models.custom makes one of an nnx module's class or factory"
+    if getattr(encoder, "__name__", None) in encoders_lib.FACTORIES:
+      hint = f"call it, as in encoders.{encoder.__name__}()"
+    raise ValueError(
+      f"encoders[{name!r}] must be an Encoder, got {_validate.kind(encoder)}: "
+      f"{hint}."
+    )
 
 
 def _project(parts) -> Callable | None:
@@ -290,6 +305,7 @@ def _freeze(parts, fusion, encoders, normalizers, shapes) -> Callable:
       ),
       geometry=None,
       input_shapes=shapes,
+      tokens=tuple(name for name in parts if encoders[name].tokens),
     )
     return model, values
 

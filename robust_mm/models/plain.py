@@ -40,7 +40,8 @@ def from_function(
     fn: ``{m: [b, ...]} -> [b, k]``, in evaluation mode, with ``params``; an
       example's logits must not depend on the others.
     params: a pytree; what ``model.init`` returns.
-    num_classes: k.
+    num_classes: k, the number of logits; another one is refused when the model
+      is called.
     input_shapes: ``{m: shape}`` of one input.
   """
   _validate.at_least(2, num_classes=num_classes)
@@ -67,6 +68,7 @@ def from_function(
       for name, x in embeddings.items()
     }
     logits = fn(params, inputs)
+    _check_logits(logits, num_classes)
     return Outputs(
       logits=logits, scores=None, embeddings=embeddings, mixed=True
     )
@@ -80,3 +82,14 @@ def from_function(
     geometry=None,
     input_shapes=shapes,
   )
+
+
+def _check_logits(logits, num_classes: int) -> None:
+  shape = getattr(logits, "shape", None)
+  if shape is None or shape[-1:] != (num_classes,):
+    found = "returns " + _validate.kind(logits)
+    if shape is not None:
+      found = f"returns logits of shape {tuple(shape)}"
+    raise ValueError(
+      f"num_classes={num_classes} must be the number of logits, but fn {found}."
+    )

@@ -149,7 +149,9 @@ class SmoothedCertificate:
       ValueError: an unknown modality or change, a negative or NaN budget, a
         number of elements that is not whole.
     """
-    _validate.known(self.modalities, budgets=budgets)
+    modalities.check_sizes(
+      "budgets", budgets, self.modalities, np.shape(self.prediction)
+    )
     _validate.one_of(bounds.CHANGES, change=change)
     square, shared, moved = 0.0, 1.0, 1.0
     for name, size in budgets.items():

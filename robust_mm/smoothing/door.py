@@ -115,6 +115,7 @@ def certify(
   if isinstance(noise, noise_lib.Votes):
     return _vote(predict, inputs, present, noise)
   noise_lib.check(noise, inputs)
+  _check_key(key)
   shapes = {name: value.shape[1:] for name, value in inputs.items()}
   units = certificates.check_units(units, tuple(inputs))
   counts = []
@@ -146,8 +147,19 @@ def certify(
   )
 
 
+def _check_key(key) -> None:
+  dtype = getattr(key, "dtype", None)
+  typed = dtype is not None and jax.dtypes.issubdtype(
+    dtype, jax.dtypes.prng_key
+  )
+  # A few numbers are a key of the old kind.
+  if not typed and not (dtype == np.uint32 and key.ndim == 1):
+    raise ValueError(f"key must be one such as jax.random.key(0), got {key!r}.")
+
+
 def _arrays(batch, predict):
   """Inputs, presence and ids of the modalities of the model or batch."""
+  _validate.batch(batch)
   known = predict.modalities if isinstance(predict, Model) else batch["inputs"]
   names = modalities.names(known)
   if not names:

@@ -14,6 +14,7 @@ from jaxtyping import Array
 from jaxtyping import Int
 from jaxtyping import PRNGKeyArray
 
+from robust_mm import _validate
 from robust_mm import modalities
 from robust_mm._types import Inputs
 from robust_mm._types import Present
@@ -144,20 +145,30 @@ def _num_classes(predict_fn, noise, copies, flags) -> int:
     return predict_fn(noise_lib.apply(noise, key, copies), flags)
 
   key = jax.eval_shape(lambda: jax.random.key(0))
-  return jax.eval_shape(call, key, copies, flags).shape[-1]
+  logits = jax.eval_shape(call, key, copies, flags)
+  check_logits(logits)
+  return logits.shape[-1]
+
+
+def check_logits(logits) -> None:
+  """ValueError unless a base classifier returned ``[s, k]`` floats."""
+  if not hasattr(logits, "dtype"):
+    raise ValueError(
+      "predict must return logits [s, k] as floats, got "
+      f"{_validate.kind(logits)}."
+    )
+  if logits.ndim != 2 or not jnp.issubdtype(logits.dtype, jnp.floating):
+    raise ValueError(
+      "predict must return logits [s, k] as floats, got shape "
+      f"{logits.shape} of {logits.dtype}."
+    )
+  if logits.shape[-1] < 2:
+    raise ValueError("predict must know at least two classes, got one.")
 
 
 def _decide(logits):
   """The argmax, the first of equals; -1 where a logit is not finite."""
-  if getattr(logits, "ndim", None) != 2 or not jnp.issubdtype(
-    logits.dtype, jnp.floating
-  ):
-    raise ValueError(
-      "predict_fn must return logits [s, k] as floats, got shape "
-      f"{jnp.shape(logits)} of {jnp.result_type(logits)}."
-    )
-  if logits.shape[-1] < 2:
-    raise ValueError("predict_fn must know at least two classes, got one.")
+  check_logits(logits)
   finite = jnp.all(jnp.isfinite(logits), axis=-1)
   return jnp.where(finite, jnp.argmax(logits, axis=-1), -1).astype(jnp.int32)
 

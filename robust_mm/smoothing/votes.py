@@ -101,12 +101,8 @@ class VoteCertificate:
         ``max_replaced`` out of range.
     """
     names = self.modalities
-    _validate.known(names, budgets=budgets)
-    if max_replaced not in range(len(names) + 1):
-      raise ValueError(
-        f"max_replaced must be an integer in 0..{len(names)}, got "
-        f"{max_replaced}."
-      )
+    modalities.check_sizes("budgets", budgets, names, np.shape(self.prediction))
+    _validate.whole_up_to(len(names), max_replaced=max_replaced)
     named = np.zeros((len(self.prediction), len(names)), bool)
     for name, size in budgets.items():
       if not np.all(np.asarray(size) >= 0):

@@ -118,13 +118,18 @@ def _model_like(state: state_lib.TrainState):
 
 def read_model(workdir: pathlib.Path, phase: str, abstract):
   """(``{"params", "model_state"}``, metrics, step) kept by a phase."""
-  store = checkpoints.Checkpoints(checkpoints.best(workdir, phase), keep=1)
-  step = store.latest_step
-  if step is None:
-    raise _validate.UserError(
-      f"{workdir} holds no model of phase {phase!r} yet."
-    )
-  model = store.restore(abstract)
-  metrics = store.metrics()
-  store.close()
-  return model, metrics, step
+  folder = checkpoints.best(workdir, phase)
+  missing = _validate.UserError(
+    f"{workdir} holds no model of phase {phase!r}: {folder} has no checkpoint."
+  )
+  # Reading makes no folder.
+  if not folder.is_dir():
+    raise missing
+  store = checkpoints.Checkpoints(folder, keep=1)
+  try:
+    step = store.latest_step
+    if step is None:
+      raise missing
+    return store.restore(abstract), store.metrics(), step
+  finally:
+    store.close()
