@@ -112,14 +112,15 @@ def certify(
     ``valid=False``.
 
   Raises:
-    ValueError: naming the array of the batch that has a wrong shape; naming the
-      modality whose encoder states no bound, or reads another modality; for
-      models that mix modalities before their scores; for a geometry that does
-      not reproduce the logits or states an embedding radius that an example
-      exceeds (inside jit: radius 0); for 16-bit arithmetic and
-      products at less than full precision; outside jit, on one example only,
-      for encoders that read other examples of the batch.
+    ValueError: for a regression; naming the array of the batch that has a wrong
+      shape; naming the modality whose encoder states no bound, or reads
+      another modality; for models that mix modalities before their scores; for
+      a geometry that does not reproduce the logits or states an embedding
+      radius that an example exceeds (inside jit: radius 0); for 16-bit
+      arithmetic and products at less than full precision; outside jit, on one
+      example only, for encoders that read other examples of the batch.
   """
+  model.need_classes("certify")
   _validate.one_of(SOURCES, source=source)
   _validate.one_of(arrays.FIDELITIES, fidelity=fidelity)
   if fidelity == "published" and source in BALL_SOURCES:

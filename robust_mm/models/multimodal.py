@@ -25,10 +25,12 @@ from jaxtyping import Array
 from robust_mm import _validate
 from robust_mm import modalities
 from robust_mm._types import Model
+from robust_mm._types import Target
 from robust_mm.models import encoders as encoders_lib
 from robust_mm.models import functional
 from robust_mm.models import fusion as fusion_lib
 from robust_mm.models import masked
+from robust_mm.models import regression
 from robust_mm.models import trunk
 from robust_mm.models.functional import Encoder
 from robust_mm.models.normalization import Normalization
@@ -147,6 +149,7 @@ def build(
   input_shapes: Mapping[str, Sequence[int]],
   normalization: Mapping[str, Normalization] | None = None,
   fusion_options: Mapping[str, Any] | None = None,
+  target: Target | None = None,
 ) -> Model:
   """The model a configuration describes.
 
@@ -154,10 +157,11 @@ def build(
     fusion: "orthogonal", "concat", "masked", "token" or "trunk".
     encoders: ``{m: {"name": factory, **options}}``, see ``encoders.make``;
       ``embedding_radius`` is an option of all of them.
-    num_classes: k.
+    num_classes: k; 1 with a target.
     input_shapes: ``{m: shape}`` of one input.
     normalization: ``{m: Normalization}``.
     fusion_options: keyword arguments of the fusion.
+    target: of a regression, see :func:`from_parts`.
 
   Raises:
     UserError: for an unknown fusion, encoder or option, with the nearest known
@@ -181,7 +185,11 @@ def build(
     made = {name: _make(name, value) for name, value in encoders.items()}
     head = FUSIONS[fusion](num_classes, **options)
     model = from_parts(
-      made, head, input_shapes=input_shapes, normalization=normalization
+      made,
+      head,
+      input_shapes=input_shapes,
+      normalization=normalization,
+      target=target,
     )
     # Sizes that do not fit (classes against embeddings, images against
     # vectors) show here rather than after the data has been read.
@@ -209,13 +217,18 @@ def from_parts(
   *,
   input_shapes: Mapping[str, Sequence[int]],
   normalization: Mapping[str, Normalization] | None = None,
+  target: Target | None = None,
 ) -> Model:
   """A model from encoders and a fusion value.
 
   Parameters are under ``encoders/<m>/...`` and ``fusion/...``, the state under
   ``encoders/<m>/...``. Absent inputs are masked before the encoder and absent
   embeddings after it, so neither a value nor a gradient passes.
+
+  With a ``target`` it is a regression: ``logits`` [b, 1] are ``mean + deviation
+  * output`` of a fusion with ``num_classes=1``, the label in its own units.
   """
+  fusion = regression.of_task(fusion, target)
   names = modalities.names(encoders)
   if not names:
     raise ValueError("encoders must name at least one modality.")
@@ -249,6 +262,7 @@ def from_parts(
     input_shapes=shapes,
     freeze=_freeze(parts, fusion, encoders, normalizers, shapes),
     project=_project(parts),
+    target=target,
   )
 
 
@@ -290,6 +304,7 @@ def _freeze(parts, fusion, encoders, normalizers, shapes) -> Callable:
       ),
       geometry=None,
       input_shapes=shapes,
+      target=getattr(fusion, "target", None),
     )
     return model, values
 
