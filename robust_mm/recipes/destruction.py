@@ -208,19 +208,20 @@ def make_task(settings: immunity.Settings) -> Callable:
     else:
       one = immunity.logits_of(model, params, embeddings, available)
       said, left = jax.tree.map(lambda x: x[None], (one, available))
-    clean = objectives.classification(logits, batch)
-    attacked = immunity.loss_over_sets(said, left, batch["label"])
+    clean = objectives.task_loss(model, logits, batch)
+    attacked = immunity.loss_over_sets(model, said, left, batch["label"])
     total = settings.clean_weight * clean + settings.attack_weight * attacked
+    metric = objectives.score_name(model)
     parts = {
-      "accuracy": objectives.accuracy(logits, batch),
-      "attacked_accuracy": immunity.accuracy_over_sets(
-        said, left, batch["label"]
+      metric: objectives.score(model, logits, batch),
+      f"attacked_{metric}": immunity.score_over_sets(
+        model, said, left, batch["label"]
       ),
       "clean_loss": clean,
       "attacked_loss": attacked,
     }
     if settings.consistency_weight:
-      apart = immunity.disagreement(*every, logits, settings.temperature)
+      apart = immunity.disagreement(model, *every, logits, settings.temperature)
       total = total + settings.consistency_weight * apart
       parts["disagreement"] = apart
     if settings.reconstruction_weight:
@@ -286,7 +287,7 @@ def make_probe(settings: immunity.Settings) -> Callable:
       outputs, _ = model.apply(
         params, state.model_state, batch["inputs"], batch["present"]
       )
-      return objectives.classification(outputs.logits, batch)
+      return objectives.task_loss(model, outputs.logits, batch)
 
     full, left = modalities.leave_one_out(loss_fn, state.params, batch)
     gains = modalities.information_gain(full, left, mode=settings.gain)

@@ -78,9 +78,10 @@ def modal_immune(
   .. math:: L = w_{clean} L(a) + w_{attack} L(a \setminus m) + \lambda
             L_{col}(Z_m) + w_{rec} L_{rec}(a \setminus m)
 
-  with the arm m drawn by the controller. The collapse part is descended through
-  the curvature gates, on the encoder of m alone; :math:`\lambda` and the weight
-  of the spectral ratio are adapted on validation data.
+  with the arm m drawn by the controller and L the cross-entropy, or L1 in
+  deviations of the target for a regression. The collapse part is descended
+  through the curvature gates, on the encoder of m alone; :math:`\lambda` and
+  the weight of the spectral ratio are adapted on validation data.
 
   Formal guarantees:
     - The loss without m has a gradient of exactly 0 in the encoder of m.
@@ -111,8 +112,9 @@ def modal_immune(
       in its place (every non-empty one is equally likely), or ``every``
       availability set in every step: the encoders run once all the same.
     consistency_weight: of the divergence of predictions from every availability
-      set from the one of all modalities, which is the teacher.
-    temperature: of that divergence.
+      set from the one of all modalities, which is the teacher; of a regression
+      the squared difference, in deviations.
+    temperature: of that divergence; nothing to a regression.
     reconstruction_weight: of decoders that tell the features of every modality
       from what is left; 0 for none. 0.1 where ``features`` are given.
     features: ``{m: (mean, deviation)}`` of pooled training inputs
