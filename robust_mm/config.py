@@ -71,7 +71,7 @@ def default() -> ml_collections.ConfigDict:
   config.training.keep_checkpoints = 2
 
   config.selection = ml_collections.ConfigDict()
-  config.selection.metric = "accuracy"
+  config.selection.metric = "auto"  # accuracy, or mae of a regression
   config.selection.radius = 0.0
 
   config.evaluation = ml_collections.ConfigDict()
