@@ -2,21 +2,23 @@
 
   robust-mm train --config=configs/modal_immune.py:digits --workdir=runs/immune
 
-The argument names the data set (digits, utd_mhad, mfeat, av_digits, mosi) and
+The argument names the data set (digits, utd_mhad, mfeat, av_digits, mosi, and
+diabetes, whose label is a number) and
 variants: published (as published, known errors included); no_collapse,
 no_spectral, l2 (shrinkage of all embeddings at the same total weight), no_gate,
 uniform (arms alike), fixed (no meta-parameters are learnt), no_reconstruction;
 leave_one_out (plain dropout of one modality) and random_subset (plain dropout
 of a random subset), the controls every claim has to beat; smoke.
 
-Models are selected by validation accuracy, averaged over availability sets. On
+Models are selected by validation accuracy, or MAE, averaged over availability
+sets. On
 mosi nothing is selected or learnt on the validation split, whose labels its
 features have evidently seen.
 """
 
 from robust_mm import config as base
 
-DATASETS = ("digits", "utd_mhad", "mfeat", "av_digits", "mosi")
+DATASETS = ("digits", "utd_mhad", "mfeat", "av_digits", "mosi", "diabetes")
 VARIANTS = (
   "published",
   "no_collapse",
@@ -51,6 +53,7 @@ ENCODERS = {
   "mfeat": {"default": MLP},
   "av_digits": {"image": CNN, "audio": TEMPORAL},
   "mosi": {"default": MLP},
+  "diabetes": {"default": MLP},
 }
 STEPS = {
   "digits": 600,
@@ -58,6 +61,7 @@ STEPS = {
   "mfeat": 800,
   "av_digits": 1000,
   "mosi": 300,
+  "diabetes": 300,
 }
 BATCH = {"digits": 128, "utd_mhad": 64, "mfeat": 128, "av_digits": 128}
 # What each variant changes in the options of the recipe.
