@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +30,26 @@ A missing modality is ``present=False``; its input is zeros of the right shape.
 """
 
 
+class Target(NamedTuple):
+  """The scale of the number that a regression model predicts.
+
+  Attributes:
+    mean: of the training labels; where a fresh model begins.
+    deviation: of the training labels, above 0; losses are in units of it.
+  """
+
+  mean: float
+  deviation: float
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outputs:
   """What a model says about a batch.
 
   Attributes:
-    logits: ``[b, k]``; the prediction is their argmax.
+    logits: ``[b, k]``; the prediction is their argmax. Of a regression model
+      ``[b, 1]``: the prediction, in units of the label.
     scores: ``{m: [b, k]}`` raw per-modality scores of a late-fusion head (the
       logits are a sum of per-modality terms), or None.
     embeddings: ``{m: [b, d_m]}``, zero where the modality is absent.
@@ -109,14 +123,14 @@ class Geometry:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Model:
-  """A multimodal classifier as pure functions over pytrees.
+  """A multimodal classifier, or regression, as pure functions over pytrees.
 
   Made from flax modules by ``robust_mm.models``, or by hand from any functions
   that keep this contract.
 
   Attributes:
     modalities: sorted names.
-    num_classes: k.
+    num_classes: k; 1 of a regression.
     init: ``init(key) -> (params, state)``, plain dict pytrees.
     encode: ``encode(params, state, inputs, present, *, train=False, key=None)
       -> ({m: [b, d_m]}, state)``. Normalisation of raw inputs happens inside.
@@ -134,6 +148,7 @@ class Model:
       ``certify`` then refuses other shapes by name.
     tokens: the modalities whose inputs are integer tokens; None where the model
       does not say.
+    target: scale of the one number a regression predicts; None of a classifier.
   """
 
   modalities: tuple[str, ...]
@@ -146,6 +161,15 @@ class Model:
   tokens: tuple[str, ...] | None = None
   freeze: Callable[..., Any] | None = None
   project: Callable[..., Any] | None = None
+  target: Target | None = None
+
+  def need_classes(self, what: str) -> None:
+    """ValueError where ``what`` is about classes and this is a regression."""
+    if self.target is not None:
+      raise ValueError(
+        f"{what} needs a model that predicts classes; this one predicts a "
+        "number (regression)."
+      )
 
   def apply(
     self,

@@ -352,6 +352,9 @@ def _evaluate(options):
 
   preflight.check_attack(options.attack)
   preflight.check_run(options.workdir, options.split)
+  for name in ("attack", "radius"):
+    if getattr(options, name) is not None:
+      preflight.check_classes(options.workdir, f"--{name}")
   from robust_mm import commands
 
   return commands.evaluate(

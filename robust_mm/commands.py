@@ -184,9 +184,10 @@ def report(workdirs: list[str], *, output: str | None = None) -> int:
   results = [runs.read_json(folder / "results.json") for folder in folders]
   histories = [writers.read(folder) for folder in folders]
   target = pathlib.Path(output or folders[0])
-  evaluation.report.render(
-    results, histories=histories, folders=folders, path=target
-  )
+  with _validate.user_errors():
+    evaluation.report.render(
+      results, histories=histories, folders=folders, path=target
+    )
   _print_table(results)
   page = target if target.suffix == ".html" else target / "report.html"
   print(f"\nreport: {page}")
@@ -264,6 +265,16 @@ def make_protocol(
   """
   settings = config.evaluation
   corruptions = settings.get("corruptions", "none")
+  shifts = {
+    "batch_size": settings.batch_size,
+    # Runs of earlier versions do not state it.
+    "missing_rates": tuple(settings.get("missing_rates", ())),
+    "corruptions": None if corruptions == "none" else corruptions,
+  }
+  if runs.task(facts) == "regression":
+    return evaluation.standard(
+      radii=(), attack=None, certificate=None, tightness=(), **shifts
+    )
   return evaluation.standard(
     radii=radii or tuple(settings.radii),
     norm=2 if settings.norm == "l2" else math.inf,
@@ -276,12 +287,10 @@ def make_protocol(
     if settings.certificate == "smoothing"
     else None,
     valid_range=setup_lib.value_range(facts),
-    batch_size=settings.batch_size,
     tightness=tuple(settings.tightness),
     # Runs of earlier versions do not state it.
     masking_examples=settings.get("masking_examples", 64),
-    missing_rates=tuple(settings.get("missing_rates", ())),
-    corruptions=None if corruptions == "none" else corruptions,
+    **shifts,
   )
 
 

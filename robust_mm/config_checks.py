@@ -24,12 +24,70 @@ CERTIFICATES = (
 )
 TRAIN_SPLITS = (("train",), ("train", "validation"))
 SELECTION_METRICS = (
+  "auto",
   "accuracy",
   "certified_accuracy",
+  "mae",
+  "correlation",
   "mean_over_subsets",
   "loss",
   "last",
 )
+
+# What only one of the tasks has.
+_OF_CLASSES = ("accuracy", "certified_accuracy")
+_OF_NUMBERS = ("mae", "correlation")
+_NUMBERS_TAKE = {
+  "recipe.name": ("joint", "modal_immune"),
+  "model.fusion": ("concat", "masked", "token"),
+  "evaluation.certificate": ("auto", "none"),  # the same there
+}
+
+
+def selection_metric(config: ml_collections.ConfigDict, task: str) -> str:
+  """``config.selection.metric`` as validation names it for the task.
+
+  >>> config = ml_collections.ConfigDict({"selection": {"metric": "auto"}})
+  >>> selection_metric(config, "regression")
+  'mae'
+  """
+  metric = config.selection.metric
+  numbers = task == "regression"
+  if metric == "auto":
+    return "mae" if numbers else "accuracy"
+  if metric == "mean_over_subsets" and numbers:
+    return "mae_over_subsets"
+  return metric
+
+
+def check_task(config: ml_collections.ConfigDict, task: str) -> None:
+  """Refuses, by key, what the task of the data does not have.
+
+  Args:
+    config: of the run.
+    task: ``"classification"`` or ``"regression"``.
+
+  Raises:
+    UserError: one sentence.
+  """
+  numbers = task == "regression"
+  wrong = _OF_CLASSES if numbers else _OF_NUMBERS
+  if config.selection.metric in wrong:
+    raise _other_task(config, "selection.metric", numbers)
+  for key, known in _NUMBERS_TAKE.items() if numbers else ():
+    group, name = key.split(".")
+    if config[group][name] not in known:
+      raise _other_task(config, key, numbers, known)
+
+
+def _other_task(config, key: str, numbers: bool, known=()) -> Exception:
+  group, name = key.split(".")
+  labels = "numbers (regression)" if numbers else "classes"
+  listed = f", which take {', '.join(map(repr, known))}" if known else ""
+  return _validate.UserError(
+    f"config.{key} must not be {config[group][name]!r} here: the labels of "
+    f"{config.data.name} are {labels}{listed}."
+  )
 
 
 def check(config: ml_collections.ConfigDict) -> None:

@@ -10,6 +10,7 @@ import ml_collections
 from robust_mm import _files
 from robust_mm import _validate
 from robust_mm import config as config_lib
+from robust_mm import config_checks
 from robust_mm import data
 from robust_mm.training import runs
 
@@ -27,13 +28,16 @@ def check(config: ml_collections.ConfigDict, workdir: str) -> None:
   info = data.registry.get(config.data.name)
   wanted = tuple(config.data.modalities) or None
   if info.kind == "folder":
-    data.arrays.check_arrays(config.data.path, modalities=wanted)
+    num_classes = data.arrays.check_arrays(config.data.path, modalities=wanted)
   else:
+    num_classes = info.num_classes
     data.registry.choose_modalities(
       info.name, tuple(sorted(info.modalities)), info.default_modalities, wanted
     )
     if info.kind == "prepared":
       data.prepared.check_prepared(info, config.data.path or None)
+  task = "classification" if num_classes else "regression"
+  config_checks.check_task(config, task)
   runs.check_config(workdir, config)
   runs.check_free(workdir)
 
@@ -52,6 +56,15 @@ def check_run(workdir: str, split: str | None = None) -> None:
     )
   if split and data.registry.get(config.data.name).kind == "folder":
     data.arrays.check_split(config.data.path, split)
+
+
+def check_classes(workdir: str, what: str) -> None:
+  """Refuses what is about classes, of a run that predicts a number."""
+  if runs.task(runs.describe(pathlib.Path(workdir))) == "regression":
+    raise _validate.UserError(
+      f"{what} needs a run that predicts classes; {workdir} predicts a number "
+      "(regression)."
+    )
 
 
 def check_attack(name: str | None) -> None:
@@ -74,6 +87,7 @@ def check_certify(
   """Refuses what cannot be asked of the certificates of a run."""
   check_run(workdir, split)
   path = pathlib.Path(workdir)
+  check_classes(workdir, "robust-mm certify")
   names = tuple(sorted(runs.describe(path)["input_shapes"]))
   with _validate.user_errors():
     for budget in budgets:

@@ -245,7 +245,18 @@ BAD = {
   ),
   "nan": ("train", "inputs/sensor", _nan, "NaN or infinite in row 7"),
   "overflow": ("train", "inputs/sensor", _inf, "NaN or infinite in row 3"),
-  "float labels": ("train", "label", np.zeros(40), "must be integers, got"),
+  "labels of two kinds": (
+    "test",
+    "label",
+    np.zeros(20),
+    "'label' is float64, but train.npz has int64; save all as integers",
+  ),
+  "labels of text": (
+    "train",
+    "label",
+    np.full(40, "a"),
+    "must be integers (classes) or floats (numbers to predict), got <U1",
+  ),
   "negative label": (
     "train",
     "label",

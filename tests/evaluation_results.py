@@ -68,6 +68,7 @@ def make_result(name="crmt-JT", *, sound=True, norm=2, units=1.0, drop=0.4):
   bounded = sound is not None
   return {
     "schema_version": 1,
+    "task": "classification",
     "name": name,
     "dataset": "digits",
     "recipe": name,

@@ -515,7 +515,7 @@ def test_the_teacher_of_consistency_is_not_taught(model):
     )
     every = immunity.over_sets(model, params, embeddings, batch["present"])
     full = immunity.logits_of(model, fixed, embeddings, batch["present"])
-    return immunity.disagreement(*every, full, 1.0)
+    return immunity.disagreement(model, *every, full, 1.0)
 
   moving = jax.grad(lambda p: apart(p, p))(params)
   fixed = jax.grad(lambda p: apart(p, params))(params)

@@ -115,8 +115,8 @@ def certify(
     ``valid=False``.
 
   Raises:
-    ValueError: naming the argument that is none of the above; naming the array
-      of the batch that has a wrong shape; naming the
+    ValueError: naming the argument that is none of the above; for a regression;
+      naming the array of the batch that has a wrong shape; naming the
       modality whose encoder states no bound, or reads another modality; for
       models that mix modalities before their scores; for a geometry that does
       not reproduce the logits or states an embedding radius that an example
@@ -125,6 +125,7 @@ def certify(
       for encoders that read other examples of the batch.
   """
   given.check(model, params, batch)
+  model.need_classes("certify")
   norm = tuple(arrays.norms(norm, model.modalities).items())
   _validate.one_of(SOURCES, source=source)
   _validate.one_of(arrays.FIDELITIES, fidelity=fidelity)

@@ -145,6 +145,13 @@ def _compare(folder, headers) -> None:
   for split, header in headers.items():
     file = folder / f"{split}.npz"
     _check_header(file, header)
+    kinds = header["label"].dtype.kind, expected["label"].dtype.kind
+    if "f" in kinds and kinds[0] != kinds[1]:
+      raise _validate.UserError(
+        f"{file}: 'label' is {header['label'].dtype}, but train.npz has "
+        f"{expected['label'].dtype}; save all as integers (classes) or all as "
+        "floats (numbers to predict)."
+      )
     for name in modalities(expected):
       key = INPUTS + name
       if key not in header:

@@ -8,7 +8,8 @@ it, evaluation of the test split does not). Keys of each file:
   float32. uint8 and uint16 are pixels: divided by 255 or 65535, they become
   float32 in [0, 1], which is then the unit of budgets and radii. Signed
   integers are tokens and become int32. Booleans become 0 and 1 in float32;
-- ``label``: ``int[n]``, classes from 0;
+- ``label``: ``int[n]``, classes from 0; or ``float[n]``, numbers to predict
+  (regression), in every file;
 - ``present/<modality>``, optional: ``bool[n]``. Values of absent entries are
   never read as data: they may be NaN and become zeros.
 """
@@ -35,7 +36,7 @@ class _Folder:
   headers: Mapping[str, Mapping[str, archives.Header]]
   modalities: tuple[str, ...]
   train_labels: np.ndarray
-  num_classes: int
+  num_classes: int  # 0: labels are numbers
 
   @property
   def holds_out(self) -> bool:
@@ -70,6 +71,7 @@ def open_arrays(
     split: ``"train"``, ``"validation"`` or ``"test"``.
     modalities: which to use, all by default.
     num_classes: k; by default the largest label of ``train.npz`` plus one.
+      None for float labels.
 
   Returns:
     The split; its ``notes`` say what was assumed. ``ids`` are row numbers of
@@ -85,8 +87,9 @@ def open_arrays(
   notes = _notes(folder)
   if folder.holds_out:
     rows = _hold_out(folder)
+    how = "stratified" if folder.num_classes else "random"
     notes += (
-      f"{folder.path / 'validation.npz'} is missing: a stratified tenth of "
+      f"{folder.path / 'validation.npz'} is missing: a {how} tenth of "
       f"train.npz ({len(rows['validation'])} of {len(folder.train_labels)} "
       "examples) is held out for validation.",
     )
@@ -99,18 +102,19 @@ def check_arrays(
   path: str | os.PathLike | None,
   *,
   modalities: Sequence[str] | str | None = None,
-) -> None:
+) -> int:
   """Reads every file there is, once, and refuses what ``open_arrays`` would.
 
   Also the test file, though training never opens it: what is wrong with it is
   better said before training than after. Arguments and errors are those of
-  ``open_arrays``.
+  ``open_arrays``; returns the number of classes, 0 where labels are numbers.
   """
   folder = _open(path, modalities, None)
   for file in folder.headers:
     _source(folder, file)
   if folder.holds_out:
     _hold_out(folder)
+  return folder.num_classes
 
 
 def check_split(path: str | os.PathLike | None, split: str) -> None:
@@ -136,9 +140,12 @@ def _open(path, modalities, num_classes) -> _Folder:
 
 def _labels(folder: pathlib.Path, file: str) -> np.ndarray:
   labels = archives.read(folder, file, "label")
+  if labels.dtype.kind == "f":
+    return _numbers(labels, f"{folder / file}.npz")
   if labels.dtype.kind not in "iu":
     raise _validate.UserError(
-      f"{folder / file}.npz: 'label' must be integers, got {labels.dtype}."
+      f"{folder / file}.npz: 'label' must be integers (classes) or floats "
+      f"(numbers to predict), got {labels.dtype}."
     )
   if labels.min() < 0:
     raise _validate.UserError(
@@ -148,7 +155,30 @@ def _labels(folder: pathlib.Path, file: str) -> np.ndarray:
   return labels
 
 
+def _numbers(labels: np.ndarray, where: str) -> np.ndarray:
+  with np.errstate(over="ignore"):
+    values = labels.astype(np.float32)
+  finite = np.isfinite(values)
+  if not finite.all():
+    raise _validate.UserError(
+      f"{where}: 'label' is NaN or infinite in row {finite.argmin()} "
+      f"({(~finite).sum()} such rows); every example needs a number."
+    )
+  return values
+
+
 def _num_classes(folder, num_classes, train_labels) -> int:
+  if train_labels.dtype.kind == "f":
+    if num_classes is not None:
+      raise _validate.UserError(
+        f"num_classes must be left out: 'label' in {folder / 'train.npz'} is "
+        "of floats, numbers to predict."
+      )
+    if np.ptp(train_labels) == 0:
+      raise _validate.UserError(
+        f"{folder / 'train.npz'}: 'label' holds one value only."
+      )
+    return 0
   if num_classes is not None:
     if num_classes < 2:
       raise _validate.UserError(
@@ -168,7 +198,9 @@ def _source(folder: _Folder, file: str) -> sources.Source:
   labels = folder.train_labels
   if file != "train":
     labels = _labels(folder.path, file)
-  if labels.max() >= folder.num_classes:
+  if not folder.num_classes:
+    labels = labels.astype(np.float32)
+  elif labels.max() >= folder.num_classes:
     raise _validate.UserError(
       f"{folder.path / file}.npz: 'label' must be below num_classes "
       f"{folder.num_classes}, got {labels.max()} in row {labels.argmax()}."
@@ -185,7 +217,7 @@ def _source(folder: _Folder, file: str) -> sources.Source:
     split=file,
     columns=columns,
     present=present,
-    labels=labels.astype(np.int32),
+    labels=labels.astype(np.int32) if folder.num_classes else labels,
     ids=np.arange(len(labels), dtype=np.int32),
     num_classes=folder.num_classes,
     value_range=value_range,
@@ -233,8 +265,18 @@ def _check_finite(values: np.ndarray, where: str, presence: str) -> None:
 
 
 def _hold_out(folder: _Folder) -> dict[str, np.ndarray]:
-  """Rows of train and of a stratified tenth, fixed for the same labels."""
+  """Rows of train and of a stratified tenth, fixed for the same labels.
+
+  Of numbers a random tenth.
+  """
   labels = folder.train_labels
+  if not folder.num_classes:
+    order = sources.fixed_order(labels)
+    size = max(1, round(len(labels) / 10))
+    return {
+      "train": np.sort(order[size:]),
+      "validation": np.sort(order[:size]),
+    }
   order = sources.balanced_order(labels, seed=0)
   tenth = []
   for value in np.unique(labels):
@@ -264,6 +306,12 @@ def _notes(folder: _Folder) -> tuple[str, ...]:
         f"{divisor:g}, so that its values, budgets and radii are in units of "
         "[0, 1]; save tokens as int32 instead."
       )
+  if not folder.num_classes:
+    dtype = folder.headers["train"]["label"].dtype
+    notes.append(
+      f"{folder.path}: 'label' is {dtype}, taken as numbers to predict "
+      "(regression); save classes as integers instead."
+    )
   notes += _ignored(folder)
   if "test" not in folder.headers:
     notes.append(

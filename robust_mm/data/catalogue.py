@@ -40,7 +40,8 @@ class DatasetInfo:
     name: as given to ``data.load``; a variant is ``"set/variant"``.
     description: one sentence.
     modalities: ``{name: ModalityInfo}``; empty for ``arrays``, whose files say.
-    num_classes: None where the files say.
+    num_classes: 0 where labels are numbers (regression), None where the files
+      say.
     class_names: one per class, or empty.
     splits: ``{split: number of examples}``; empty where the files say.
     default_modalities: what ``modalities=None`` means; empty where the files
@@ -198,6 +199,37 @@ DATASETS = (
     citation="Alpaydin and Kaynak 1998, DOI 10.24432/C50P49",
   ),
   DatasetInfo(
+    name="diabetes",
+    description=(
+      "442 patients, examination and blood serum as two modalities; the label "
+      "is a number, the progression of diabetes a year later."
+    ),
+    modalities={
+      "serum": ModalityInfo(
+        shape=(6,),
+        kind="vector",
+        unit="cholesterol (total, LDL, HDL, total/HDL), log triglycerides, "
+        "glucose",
+      ),
+      "vitals": ModalityInfo(
+        shape=(4,),
+        kind="vector",
+        unit="age in years, sex (1 or 2), body mass index, blood pressure",
+      ),
+    },
+    num_classes=0,
+    splits={"train": 310, "validation": 44, "test": 88},
+    default_modalities=("serum", "vitals"),
+    kind="embedded",
+    origin="sklearn.datasets.load_diabetes(scaled=False)",
+    licence="published with the article, no formal text",
+    citation="Efron et al., Least Angle Regression, 2004",
+    notes=(
+      "Small and noisy: on the test split always saying the training median is "
+      "59 off on average, linear regression 45.",
+    ),
+  ),
+  DatasetInfo(
     name="arrays",
     description=(
       "Your own data: train.npz, validation.npz and test.npz in one folder, "
@@ -213,7 +245,7 @@ DATASETS = (
     notes=(
       "Without validation.npz a stratified tenth of train.npz is held out.",
       "Floats are signals, uint8 and uint16 pixels scaled to [0, 1], signed "
-      "integers tokens.",
+      "integers tokens; integer labels are classes, float labels numbers.",
     ),
   ),
   _AV_DIGITS,

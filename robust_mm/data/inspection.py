@@ -24,7 +24,8 @@ def inspect(name: str, path: str | os.PathLike | None = None) -> dict:
     ``modalities`` {m: ``shape``, ``dtype``, ``kind``, ``unit``,
     ``value_range`` (declared), ``min``, ``max``, ``mean``, ``std`` (measured
     over present training examples), ``missing`` {split: share}}, ``splits``
-    {split: ``size``, ``class_counts``}, ``notes``.
+    {split: ``size``, and ``class_counts`` or, of a regression, ``label``
+    {``min``, ``max``, ``mean``, ``std``}}, ``notes``.
   """
   info = registry.get(name)
   everything = tuple(sorted(info.modalities)) or None
@@ -51,16 +52,20 @@ def inspect(name: str, path: str | os.PathLike | None = None) -> dict:
     "class_names": list(info.class_names),
     "modalities": {m: _modality(info, m, splits) for m in train.modalities},
     "splits": {
-      split: {
-        "size": len(source),
-        "class_counts": np.bincount(
-          source.labels, minlength=train.num_classes
-        ).tolist(),
-      }
+      split: {"size": len(source), **_labels(source, train.num_classes)}
       for split, source in splits.items()
     },
     "notes": list(dict.fromkeys((*info.notes, *notes))),
   }
+
+
+def _labels(source, num_classes: int) -> dict:
+  if num_classes:
+    counts = np.bincount(source.labels, minlength=num_classes)
+    return {"class_counts": counts.tolist()}
+  labels = source.labels.astype(np.float64)
+  names = ("min", "max", "mean", "std")
+  return {"label": {name: float(getattr(labels, name)()) for name in names}}
 
 
 def _lacks_test(info, split, path) -> bool:
@@ -121,10 +126,8 @@ def format_inspection(inspection: dict) -> str:
       lines.append(f"{key}: {inspection[key]}")
   lines += ["", "splits"]
   for split, entry in inspection["splits"].items():
-    counts = entry["class_counts"]
     lines.append(
-      f"  {split:<11} {entry['size']:>6} examples, {len(counts)} classes of "
-      f"{min(counts)} to {max(counts)}"
+      f"  {split:<11} {entry['size']:>6} examples, {_format_labels(entry)}"
     )
   lines += ["", "modalities (* used by default; statistics of train)"]
   for name, entry in inspection["modalities"].items():
@@ -133,6 +136,17 @@ def format_inspection(inspection: dict) -> str:
     lines += ["", "notes"]
     lines += [f"  - {note}" for note in inspection["notes"]]
   return "\n".join(lines)
+
+
+def _format_labels(entry) -> str:
+  if "label" in entry:
+    found = entry["label"]
+    return (
+      f"label {found['min']:.4g} .. {found['max']:.4g}, mean "
+      f"{found['mean']:.4g}, std {found['std']:.4g}"
+    )
+  counts = entry["class_counts"]
+  return f"{len(counts)} classes of {min(counts)} to {max(counts)}"
 
 
 def _format_modality(name, entry, inspection) -> list[str]:

@@ -23,11 +23,11 @@ def open_source(
     split: ``"train"``, ``"validation"`` or ``"test"``.
     path: for ``arrays`` the folder of npz files; for prepared sets the data
       directory (default ``ROBUST_MM_DATA_DIR``, else ``~/.cache/robust_mm``);
-      unused for ``digits``.
+      unused for ``digits`` and ``diabetes``.
     modalities: which to use, a sequence or ``"a,b"``; the data set's default
       ones by default.
-    limit: at most so many examples, a fixed class-balanced subset.
-    num_classes: for ``arrays`` only.
+    limit: at most so many examples, a fixed subset, balanced over classes.
+    num_classes: for ``arrays`` with classes only.
 
   Returns:
     The source; its ``notes`` are sentences the user should be shown.
@@ -50,7 +50,7 @@ def open_source(
     name, tuple(sorted(info.modalities)), info.default_modalities, modalities
   )
   if info.kind == "embedded":
-    return sources.digits(split).select(chosen).limit(limit)
+    return sources.EMBEDDED[name](split).select(chosen).limit(limit)
   from robust_mm.data import prepared
 
   return prepared.open_prepared(info, split, path, chosen).limit(limit)

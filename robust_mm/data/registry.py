@@ -136,6 +136,7 @@ def format_list(path: str | os.PathLike | None = None) -> str:
         f"{modality}{'*' if modality in info.default_modalities else ''}"
         for modality in sorted(info.modalities)
       )
-      lines.append(f"  {info.num_classes} classes; {sizes}; {listed}")
+      task = f"{info.num_classes} classes" if info.num_classes else "regression"
+      lines.append(f"  {task}; {sizes}; {listed}")
   lines.append("(* used by default)")
   return "\n".join(lines)

@@ -68,9 +68,9 @@ class Source:
     split: ``"train"``, ``"validation"``, ``"test"``, or several joined by +.
     columns: ``{m: Column}``.
     present: ``{m: bool[n] | None}``; None where nothing is missing.
-    labels: ``int32[n]``.
+    labels: ``int32[n]``, or ``float32[n]`` of a regression.
     ids: ``int32[n]``, unique over all splits of a named data set.
-    num_classes: k.
+    num_classes: k; 0 of a regression.
     value_range: ``{m: (low, high) | None}``.
     metadata: ``{name: [n]}``, such as the subject of a recording.
     notes: sentences a user has to be told.
@@ -91,6 +91,11 @@ class Source:
 
   def __len__(self) -> int:
     return len(self.labels)
+
+  @property
+  def task(self) -> str:
+    """``"classification"``, or ``"regression"`` where labels are numbers."""
+    return "classification" if self.num_classes else "regression"
 
   @property
   def modalities(self) -> tuple[str, ...]:
@@ -172,7 +177,7 @@ class Source:
     )
 
   def limit(self, size: int | None) -> "Source":
-    """A fixed, class-balanced subset of at most ``size`` examples.
+    """A fixed subset of at most ``size`` examples, class-balanced or random.
 
     Subsets are nested: the examples of ``limit(10)`` are the first ten of
     ``limit(20)``. None, or a size beyond the split, changes nothing.
@@ -185,7 +190,14 @@ class Source:
       )
     if size >= len(self):
       return self
-    return self.subset(balanced_order(self.labels, seed=0)[: int(size)])
+    return self.subset(fixed_order(self.labels)[: int(size)])
+
+
+def fixed_order(labels: np.ndarray) -> np.ndarray:
+  """The order subsets are prefixes of: class-balanced, of numbers random."""
+  if np.issubdtype(labels.dtype, np.floating):
+    return np.random.default_rng(0).permutation(len(labels))
+  return balanced_order(labels, seed=0)
 
 
 def concatenate(parts: Sequence[Source]) -> Source:
@@ -336,3 +348,46 @@ def digits(split: str) -> Source:
     value_range={name: m.value_range for name, m in info.modalities.items()},
     notes=info.notes,
   )
+
+
+def diabetes(split: str) -> Source:
+  """scikit-learn's diabetes patients, ``vitals`` [4] and ``serum`` [6].
+
+  Raw values and a float label. Test: ``train_test_split(test_size=88,
+  random_state=0)``; validation: 44 of the rest, drawn the same way.
+  """
+  import sklearn.datasets
+  import sklearn.model_selection
+
+  registry.check_split(split)
+  info = registry.get("diabetes")
+  raw = sklearn.datasets.load_diabetes(scaled=False)
+  values = raw.data.astype(np.float32)
+  labels = raw.target.astype(np.float32)
+
+  def divide(rows, size):
+    return sklearn.model_selection.train_test_split(
+      rows, test_size=size, random_state=0
+    )
+
+  rest, test = divide(np.arange(len(labels)), 88)
+  train, validation = divide(rest, 44)
+  rows = {"train": train, "validation": validation, "test": test}[split]
+  columns = {"serum": values[:, 4:], "vitals": values[:, :4]}
+  return Source(
+    name="diabetes",
+    split=split,
+    columns={
+      name: Column(array=np.ascontiguousarray(column[rows]))
+      for name, column in columns.items()
+    },
+    present=dict.fromkeys(columns),
+    labels=labels[rows],
+    ids=rows.astype(np.int32),
+    num_classes=0,
+    value_range=dict.fromkeys(columns),
+    notes=info.notes,
+  )
+
+
+EMBEDDED = {"diabetes": diabetes, "digits": digits}

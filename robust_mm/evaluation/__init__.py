@@ -27,6 +27,14 @@ from robust_mm.evaluation.thorough import Surrogate
 
 SCHEMA = {
   "schema_version": "1",
+  "task": (
+    "'classification', or 'regression': then clean, subsets, missing and "
+    "corrupted have rows of {mae, interval, correlation, num_examples}, in "
+    "units of the label (smaller is better), of labels in [-3, 3] also "
+    "{accuracy_7, accuracy_2_nonzero, f1_2_nonzero, accuracy_2_has_zero, "
+    "f1_2_has_zero}; clean has best_constant_mae, that of the median of the "
+    "test labels; what is about classes is null or empty"
+  ),
   "name": "what the report calls the run",
   "dataset": "name of the data, or null",
   "recipe": "name of the training recipe, or null",

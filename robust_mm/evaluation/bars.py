@@ -13,11 +13,12 @@ from robust_mm.evaluation import style
 
 # Estimated quantities look different from certified ones in every plot.
 ESTIMATED_HATCH = "///"
+MAE = "mean absolute error, in units of the label"
 _WORDS = {True: "certified", False: "estimated", None: "no bound"}
 
 
 def subsets(results: Sequence[dict]) -> Figure | None:
-  """Accuracy with only some of the modalities, a bar for each subset."""
+  """Accuracy, or MAE, with only some modalities, a bar for each subset."""
   labels = list(
     dict.fromkeys(k for result in results for k in result["subsets"])
   )
@@ -36,9 +37,12 @@ def subsets(results: Sequence[dict]) -> Figure | None:
     f"{label} (all)" if label == every else f"only {label}" for label in labels
   ]
   _name_rows(axes, words, thickness)
-  axes.set_xlim(0, 1)
-  axes.set_xlabel("accuracy (thin lines: 95 % interval)")
-  style.title(axes, "Right with only these modalities available")
+  numbers = rows_lib.regression(results)
+  axes.set_xlim(0, None if numbers else 1)
+  what = MAE if numbers else "accuracy"
+  axes.set_xlabel(f"{what} (thin lines: 95 % interval)")
+  done = "Off by" if numbers else "Right"
+  style.title(axes, f"{done} with only these modalities available")
   if len(results) > 1:
     style.legend_below(figure, [_patch(i, r) for i, r in enumerate(results)])
   return figure
@@ -47,8 +51,10 @@ def subsets(results: Sequence[dict]) -> Figure | None:
 def _subset_bars(axes, rows, index, thickness) -> None:
   for place, row in enumerate(rows):
     y = place + index * thickness
-    measured = row is not None and row["accuracy"] is not None
-    text = f"{row['accuracy']:.3f}" if measured else "not measured"
+    value = rows_lib.number(row)
+    measured = value is not None
+    digits = "#.4g" if measured and "mae" in row else ".3f"
+    text = f"{value:{digits}}" if measured else "not measured"
     # Right of the axes: on a short or pale bar it could not be read.
     axes.text(
       1.01,
@@ -60,7 +66,7 @@ def _subset_bars(axes, rows, index, thickness) -> None:
       transform=axes.get_yaxis_transform(),
     )
     if measured:
-      value, (low, high) = row["accuracy"], row["interval"]
+      low, high = row["interval"] or (value, value)
       axes.barh(
         y,
         value,

@@ -25,7 +25,7 @@ class Data:
   Attributes:
     inputs: ``{m: [n, ...]}``.
     present: ``{m: bool[n]}``.
-    label: ``int32[n]``.
+    label: ``int32[n]``, or ``float32[n]`` of a regression.
     id: ``int[n]``, the caller's.
     counted: ``bool[n]``, False where nothing is present; such an example is
       in no average.
@@ -80,10 +80,13 @@ def host_data(
 
   Raises:
     ValueError: a modality is missing, rows differ in number, there are none,
-      or a label is no integer in ``0..k-1``.
+      or a label is no integer in ``0..k-1``, or of a regression no number.
   """
   label = np.asarray(batch["label"])
-  if label.ndim != 1 or not np.issubdtype(label.dtype, np.integer):
+  numbers = model.target is not None
+  if numbers:
+    _check_numbers(label)
+  elif label.ndim != 1 or not np.issubdtype(label.dtype, np.integer):
     raise ValueError(
       "batch['label'] must be one integer class per example, got shape "
       f"{label.shape} of {label.dtype}."
@@ -97,11 +100,12 @@ def host_data(
   inputs = {name: x[rows] for name, x in inputs.items()}
   present = {name: x[rows] for name, x in present.items()}
   counted = np.any(list(present.values()), axis=0)
-  _check_labels(label[rows][counted], model.num_classes)
+  if not numbers:
+    _check_labels(label[rows][counted], model.num_classes)
   return Data(
     inputs=inputs,
     present=present,
-    label=label[rows].astype(np.int32),
+    label=label[rows].astype(np.float32 if numbers else np.int32),
     id=np.asarray(batch.get("id", np.arange(len(label))))[rows],
     counted=counted,
   )
@@ -245,6 +249,15 @@ class Device:
     # Only the last chunk is padded.
     return jax.tree.map(
       lambda *leaves: np.concatenate(leaves)[: len(indices)], *results
+    )
+
+
+def _check_numbers(label):
+  finite = label.dtype.kind in "iuf" and np.isfinite(label).all()
+  if label.ndim != 1 or not finite:
+    raise ValueError(
+      "batch['label'] must be one finite number per example, got shape "
+      f"{label.shape} of {label.dtype}."
     )
 
 

@@ -52,11 +52,11 @@ def details(result: Mapping) -> dict:
     tables.append(_masking(result["masking"]))
   if result["vulnerability"]:
     tables.append(_vulnerability(result))
-  tables += [_units(result), _settings(result), _timing(result)]
+  tables += [_units(result), settings(result), timing(result)]
   return {"name": result["name"], "tables": tables}
 
 
-def _table(title: str, note: str, columns, rows) -> dict:
+def table(title: str, note: str, columns, rows) -> dict:
   return {"title": title, "note": note, "columns": columns, "rows": rows}
 
 
@@ -75,7 +75,7 @@ def _accuracies(result, title, note, rows: Sequence[tuple]) -> dict:
     size = f"l{row['norm']} {row['radius']:g}" if "radius" in row else "0"
     start = [what, size, *([_raw_size(row, result)] if raw else [])]
     cells.append((*start, *_measured(row)))
-  return _table(title, note, columns, cells)
+  return table(title, note, columns, cells)
 
 
 def _raw_size(row: Mapping, result: Mapping) -> str:
@@ -114,7 +114,7 @@ def _clean(result: Mapping) -> dict:
 
 
 def _contributions(found: Mapping) -> dict:
-  return _table(
+  return table(
     "Contribution of each modality",
     "Shapley values of the clean accuracies above: the mean gain from adding a "
     "modality, over all orders. They sum to the accuracy of all less that of "
@@ -127,7 +127,7 @@ def _contributions(found: Mapping) -> dict:
 def _missing(found: Mapping) -> dict:
   columns = [("rate", True), ("achieved", True), ("accuracy", True)]
   columns += [("lowest seed", True), ("highest seed", True), ("examples", True)]
-  return _table(
+  return table(
     "Missing rates",
     "Random modalities of each example absent, at least one left; means over "
     f"the masks of the seeds {', '.join(map(str, found['seeds']))}, which are "
@@ -154,7 +154,7 @@ def _corrupted(result: Mapping) -> dict:
   for row in found["rows"]:
     place = row["kind"], wording.where(row["modalities"], result)
     lines.setdefault(place, {})[row["severity"]] = f"{row['accuracy']:.4f}"
-  return _table(
+  return table(
     "Corrupted",
     f"Accuracy by severity. Mean corruption score {found['score']:.4f}: the "
     "mean over kinds of the mean over severities and modalities.",
@@ -203,7 +203,7 @@ def _rows_of(result: Mapping, name: str) -> list[Mapping]:
 def _members(result: Mapping, name: str) -> dict:
   rows = _changed(_rows_of(result, name), result)
   members = list(rows[0][1]["broken_by"])
-  return _table(
+  return table(
     f"Members of {name}",
     "Examples broken by each member, on what those to its left have left.",
     [("modalities", False), ("size", True), *((m, True) for m in members)],
@@ -219,7 +219,7 @@ def _members(result: Mapping, name: str) -> dict:
 
 
 def _masking(found: Mapping) -> dict:
-  return _table(
+  return table(
     "Do gradients mislead the attacks?",
     f"{found['num_examples']} examples, all modalities changed by l"
     f"{found['norm']} {found['radius']:g}; the first attack, which follows "
@@ -280,7 +280,7 @@ def _certificate(result: Mapping) -> dict:
     rows.append(
       ("time of certify / of a forward pass", f"{certify / forward:.2f}")
     )
-  return _table("What the bound rests on", "", [("", False), ("", False)], rows)
+  return table("What the bound rests on", "", [("", False), ("", False)], rows)
 
 
 def _tightness(result: Mapping) -> dict:
@@ -296,12 +296,12 @@ def _tightness(result: Mapping) -> dict:
     f"(l{found.get('norm', 2)}); {wording.settings_line(attack)}"
   )
   columns = [("multiple", True), ("flipped", True), ("examples", True)]
-  return _table("Attacked at multiples of the radius", note, columns, rows)
+  return table("Attacked at multiples of the radius", note, columns, rows)
 
 
 def _vulnerability(result: Mapping) -> dict:
   word = wording.kind_word(result["settings"]["certificate"])
-  return _table(
+  return table(
     "Share of the squared sensitivity at the nearest other class",
     f"From the {word} constants, averaged over the test examples.",
     [("modality", False), ("share", True)],
@@ -310,7 +310,7 @@ def _vulnerability(result: Mapping) -> dict:
 
 
 def _units(result: Mapping) -> dict:
-  return _table(
+  return table(
     "Units",
     "The raw size of one unit.",
     [("modality", False), ("raw size", True)],
@@ -318,14 +318,14 @@ def _units(result: Mapping) -> dict:
   )
 
 
-def _settings(result: Mapping) -> dict:
+def settings(result: Mapping) -> dict:
   elsewhere = ("attacks", "certificate", "input_shapes")
   rows = [
     (key.replace("_", " "), _unwrapped(value))
     for key, value in result["settings"].items()
     if key not in elsewhere
   ]
-  return _table("Settings", "", [("", False), ("", False)], rows)
+  return table("Settings", "", [("", False), ("", False)], rows)
 
 
 def _unwrapped(value) -> str:
@@ -333,7 +333,7 @@ def _unwrapped(value) -> str:
   return text[1:-1] if isinstance(value, (Mapping, list, tuple)) else text
 
 
-def _timing(result: Mapping) -> dict:
+def timing(result: Mapping) -> dict:
   timing = {
     key: value for key, value in result["timing"].items() if value is not None
   }
@@ -346,7 +346,7 @@ def _timing(result: Mapping) -> dict:
     else:
       word = _SECONDS.get(key, key.replace("_", " "))
       rows.append((word, f"{_short(value)} s"))
-  return _table(
+  return table(
     "Time and memory",
     "Seconds are with compilation.",
     [("", False), ("", True)],

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from robust_mm.evaluation import rows as rows_lib
 from robust_mm.evaluation import style
 
 
@@ -41,9 +42,13 @@ def training(
   histories = [history or [] for history in histories]
   panels = [
     *_objectives(results, histories),
-    _validation(histories, "accuracy"),
-    _validation(histories, "cross-entropy"),
+    _validation(histories, "accuracy", "accuracy"),
+    _validation(histories, "mean absolute error", "mae", "mae_over_subsets"),
+    _validation(histories, "correlation", "correlation"),
+    _validation(histories, "cross-entropy", "loss"),
   ]
+  if rows_lib.regression(results):  # the loss is the MAE in deviations
+    panels.pop()
   panels = [panel for panel in panels if panel.lines]
   if not panels:
     return None
@@ -87,18 +92,15 @@ def _phase_title(recipe: str, phase: str | None) -> str:
   return recipe if phase in (None, recipe) else f"{recipe}, {phase}"
 
 
-def _validation(histories, kind: str) -> _Panel:
+def _validation(histories, kind: str, *endings: str) -> _Panel:
   lines = []
   for index, history in enumerate(histories):
     names = dict.fromkeys(name for row in history for name in row)
     for name in names:
       metric = _validated(name)
-      wanted = (
-        metric.endswith("accuracy") if kind == "accuracy" else metric == "loss"
-      )
-      if wanted:
+      if metric.endswith(endings):
         steps, values = _series(history, name)
-        word = "cross-entropy" if metric == "loss" else metric.replace("_", " ")
+        word = kind if metric == "loss" else metric.replace("_", " ")
         lines.append(_Line(run=index, metric=word, steps=steps, values=values))
   lines = [line for line in lines if line.steps]
   return _Panel(

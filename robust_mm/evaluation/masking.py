@@ -113,6 +113,7 @@ def masking_report(
     `Athalye et al. (2018) <https://arxiv.org/abs/1802.00420>`_;
     `Carlini et al. (2019) <https://arxiv.org/abs/1902.06705>`_.
   """
+  model.need_classes("masking_report")
   _validate.positive(radius=radius)
   _validate.at_least(1, max_examples=max_examples)
   if surrogate is not None and not thorough:

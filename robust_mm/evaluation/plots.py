@@ -42,19 +42,20 @@ def figures(
 
 
 def missing(results: Sequence[dict]) -> Figure | None:
-  """Accuracy against the share of modalities that are absent."""
+  """Accuracy, or MAE, against the share of modalities that are absent."""
   if not any(result.get("missing") for result in results):
     return None
   figure, (axes,) = style.panels(1, height=3.8, width=6.4)
   for index, result in enumerate(results):
     rows = (result.get("missing") or {"rows": []})["rows"]
+    rows = [row for row in rows if rows_lib.number(row) is not None]
     if not rows:
       continue
     rates = [row["achieved"] for row in rows]
     colour = style.colour(index)
     axes.plot(
       rates,
-      [row["accuracy"] for row in rows],
+      [rows_lib.number(row) for row in rows],
       color=colour,
       linestyle=style.line_styles()[index % len(style.line_styles())],
       marker="o",
@@ -69,9 +70,10 @@ def missing(results: Sequence[dict]) -> Figure | None:
       alpha=0.15,
       linewidth=0,
     )
-  axes.set_ylim(0, 1)
+  numbers = rows_lib.regression(results)
+  axes.set_ylim(0, None if numbers else 1)
   axes.set_xlabel("missing rate (share of all modalities of all examples)")
-  axes.set_ylabel("accuracy")
+  axes.set_ylabel(bars.MAE if numbers else "accuracy")
   axes.legend(frameon=False, fontsize=style.SMALL, loc="best")
   style.title(axes, "Random modalities absent")
   return figure

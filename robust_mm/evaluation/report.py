@@ -13,11 +13,14 @@ import jinja2
 from robust_mm import _files
 from robust_mm.evaluation import captions
 from robust_mm.evaluation import details
+from robust_mm.evaluation import errors
 from robust_mm.evaluation import plots
+from robust_mm.evaluation import rows as rows_lib
 from robust_mm.evaluation import style
 from robust_mm.evaluation import texts
 from robust_mm.evaluation import wording
 
+SCHEMA_VERSION = 1
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
 EXAMPLES_FILE = "examples.csv"
@@ -89,9 +92,10 @@ def render(
 
   Raises:
     ValueError: no results, or as many histories or folders as there are not
-      results.
+      results; results that predict classes beside some that predict numbers.
   """
   results = distinct(results)
+  rows_lib.regression(results)  # refuses both tasks on one page
   for name, given in (("histories", histories), ("folders", folders)):
     if given is not None and len(given) != len(results):
       raise ValueError(
@@ -116,8 +120,11 @@ def render(
 
 def _page(results, histories, title: str, drawn: dict) -> dict:
   """What the template is filled with."""
+  if rows_lib.regression(results):
+    return errors.page(results, histories, title, drawn)
   return {
     "title": title,
+    "notes": texts.NOTES,
     "summary": wording.summary(results),
     "headlines": wording.headlines(results),
     "runs": [wording.run(result) for result in results],
@@ -171,13 +178,17 @@ def table(results: Sequence[dict], *, width: int | None = None) -> str:
       below. None for lines of any length.
   """
   results = distinct(results)
-  rows = wording.table_rows(results)
-  columns = [["accuracy", *[row["label"] for row in rows]]]
+  numbers = rows_lib.regression(results)
+  rows = (errors if numbers else wording).table_rows(results)
+  head = "error" if numbers else "accuracy"
+  columns = [[head, *[row["label"] for row in rows]]]
   columns += [
     [result["name"], *[row["values"][index] for row in rows]]
     for index, result in enumerate(results)
   ]
   blocks, sizes = [], dict.fromkeys(map(wording.size_words, results))
+  if numbers:
+    sizes = {}
   groups = _fitting([max(map(len, column)) for column in columns], width)
   for group in groups:
     lines = list(zip(columns[0], *[columns[i] for i in group]))

@@ -7,6 +7,32 @@ from typing import Any
 KINDS = ("attacked", "certified")
 
 
+def main(row: Mapping) -> str:
+  """What rows are compared by: ``accuracy``, or ``mae`` of a regression."""
+  return "mae" if "mae" in row else "accuracy"
+
+
+def number(row: Mapping | None) -> float | None:
+  """That number, None where there is none (JSON writes NaN as a text)."""
+  value = None if row is None else row[main(row)]
+  return None if isinstance(value, str) else value
+
+
+def regression(results: Sequence[Mapping]) -> bool:
+  """Whether the results are of models that predict a number.
+
+  Raises:
+    ValueError: of some they are and of others not.
+  """
+  tasks = {result.get("task", "classification") for result in results}
+  if len(tasks) > 1:
+    raise ValueError(
+      "results must be of one task: runs that predict classes and runs that "
+      "predict a number (regression) have no number in common."
+    )
+  return tasks == {"regression"}
+
+
 def names_of(results: Sequence[dict]) -> list[str]:
   """The modalities of all results, sorted."""
   found = {

@@ -2,9 +2,7 @@
 
 import logging
 import math
-import sys
 import time
-from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,13 +19,13 @@ from robust_mm.evaluation import circumstances
 from robust_mm.evaluation import masking as masking_lib
 from robust_mm.evaluation import matrix
 from robust_mm.evaluation import probes
+from robust_mm.evaluation import progress as progress_lib
 from robust_mm.evaluation import protocol as protocol_lib
+from robust_mm.evaluation import regression
 from robust_mm.evaluation import report as report_lib
 from robust_mm.evaluation import shifts as shifts_lib
 from robust_mm.evaluation import smoothed as smoothed_lib
 from robust_mm.evaluation import summary
-
-SCHEMA_VERSION = 1
 
 
 def evaluate(
@@ -47,6 +45,8 @@ def evaluate(
   sharding: Any = None,
 ) -> report_lib.Report:
   r"""Clean, subset, attacked and certified accuracy of one model.
+
+  Of a regression errors, without attacks and certificates.
 
   An example with no modality present is in no average. At every radius
 
@@ -81,6 +81,22 @@ def evaluate(
   Raises:
     ValueError: bad data or a protocol the model cannot follow, naming it.
   """
+  if model.target is not None:
+    return regression.evaluate(
+      model,
+      params,
+      batch,
+      state=state,
+      protocol=protocol,
+      seed=seed,
+      key=key,
+      reference=reference,
+      name=name,
+      recipe=recipe,
+      dataset=dataset,
+      progress=progress,
+      sharding=sharding,
+    )
   started = time.perf_counter()
   protocol = protocol_lib.standard() if protocol is None else protocol
   state = {} if state is None else state
@@ -103,7 +119,7 @@ def evaluate(
   session = _Session(model, params, state, data, protocol, units, sharding)
   session.prepare_smoothing(key)
   session.prepare_corruptions(reference)
-  with _Ticker(progress, session.num_ticks(source)) as tick:
+  with progress_lib.Ticker(progress, session.num_ticks(source)) as tick:
     predictions = session.predict(tick)
     prediction = predictions.pop(None)
     correct = (prediction == data.label) & data.counted
@@ -145,7 +161,8 @@ def evaluate(
     **circumstances.settings(model, data, reference, sharding),
   }
   labels = {
-    "schema_version": SCHEMA_VERSION,
+    "schema_version": report_lib.SCHEMA_VERSION,
+    "task": "classification",
     "name": name or recipe or "model",
     "dataset": dataset,
     "recipe": recipe,
@@ -396,28 +413,3 @@ def _units(protocol, names, reference) -> dict[str, float]:
     measured = certification.relative_units(reference, ball)
     return {name: float(measured[name]) for name in names}
   return {name: float(protocol.units.get(name, 1.0)) for name in names}
-
-
-class _Ticker:
-  """A context that turns ticks into a line on the terminal or into calls."""
-
-  def __init__(self, progress: bool | Callable | None, total: int):
-    self._call = progress if callable(progress) else None
-    self._terminal = progress is True and sys.stderr.isatty()
-    self._done, self._total = 0, total
-
-  def __enter__(self):
-    return self._tick
-
-  def __exit__(self, *_):
-    if self._terminal:
-      sys.stderr.write("\r\x1b[K")
-
-  def _tick(self, what: str) -> None:
-    self._done += 1
-    if self._call is not None:
-      self._call(self._done, self._total, what)
-    if self._terminal:
-      # To the start of the line, and clear what stood there.
-      sys.stderr.write(f"\r\x1b[K{self._done}/{self._total} {what}")
-      sys.stderr.flush()

@@ -17,6 +17,7 @@ from robust_mm.evaluation import batches
 from robust_mm.evaluation import matrix
 from robust_mm.evaluation import metrics
 from robust_mm.evaluation import protocol as protocol_lib
+from robust_mm.evaluation import rows as rows_lib
 from robust_mm.evaluation import summary
 
 # Swapped samples come from so many evenly spaced examples.
@@ -33,12 +34,15 @@ class Bench(NamedTuple):
     device: runs it.
     data: the examples.
     size: rows a call.
+    measure: ``measure(data, prediction, counted)``, the numbers of a row; the
+      first one is what rows are compared by.
   """
 
   forward: matrix.Forward
   device: batches.Device
   data: batches.Data
   size: int
+  measure: Callable[..., dict] = summary.right
 
 
 def suite(
@@ -71,7 +75,10 @@ def suite(
 def missing(
   bench: Bench, protocol: protocol_lib.Protocol, tick: Tick
 ) -> dict | None:
-  """Accuracy by missing rate: per-sample masks, the same for every model."""
+  """Accuracy, or errors, by missing rate.
+
+  The masks are per sample and the same for every model.
+  """
   if not protocol.missing_rates:
     return None
   data = bench.data.take(np.flatnonzero(bench.data.counted))
@@ -82,19 +89,19 @@ def missing(
   ]
   rows = []
   for rate in protocol.missing_rates:
-    hits = []
+    found = []
     for scores in drawn:
       masks = missing_lib.per_sample(scores, rate)
       seen = dataclasses.replace(data, present=masks.present)
-      found = bench.forward(seen, np.arange(data.size), data.names)
-      hits.append(found == data.label)
-    by_seed = [float(np.mean(hit)) for hit in hits]
+      said = bench.forward(seen, np.arange(data.size), data.names)
+      found.append(bench.measure(seen, said, seen.counted))
+    names = [n for n in found[0] if n not in ("interval", "num_examples")]
     rows.append(
       {
         "rate": rate,
         "achieved": masks.rate,
-        "accuracy": float(np.mean(by_seed)),
-        "by_seed": by_seed,
+        **{n: float(np.mean([row[n] for row in found])) for n in names},
+        "by_seed": [row[names[0]] for row in found],
         "num_examples": data.size,
       }
     )
@@ -109,14 +116,14 @@ def corrupted(
   key: Any,
   tick: Tick,
 ) -> dict | None:
-  """The accuracy under every corruption, and the mean corruption score."""
+  """Accuracy, or errors, under every corruption, and the mean over all."""
   if not suite:
     return None
   run = _run_fn(bench)
   data, rows = bench.data, []
   donors = bench.device.replicate(_donors(data))
   counted = np.flatnonzero(data.counted)
-  prediction = np.full(data.size, -1, np.int32)
+  prediction = np.full(data.size, -1, data.label.dtype)
   for name, corruption in suite.items():
     given = donors if corruption.kind == "swap" else None
     extra = (corruption, key, given)
@@ -129,7 +136,7 @@ def corrupted(
         "modalities": list(corruption.modalities),
         "severity": corruption.severity,
         "strength": corruption.strength,
-        **summary.share(prediction == data.label, data.counted),
+        **bench.measure(data, prediction, data.counted),
       }
     )
     tick(name)
@@ -166,11 +173,14 @@ def _donors(data: batches.Data) -> dict:
 
 
 def corruption_scores(rows) -> dict:
-  """``{"score", "scores": {kind: mean accuracy}}``; every kind counts alike."""
+  """``{"score", "scores": {kind: mean accuracy}}``; every kind counts alike.
+
+  Of a regression means of the MAE, and smaller is better.
+  """
   table = {}
   for row in rows:
     at = row["severity"], *row["modalities"]
-    table.setdefault(row["kind"], {})[at] = row["accuracy"]
+    table.setdefault(row["kind"], {})[at] = row[rows_lib.main(row)]
   return {
     "score": metrics.mean_corruption_score(table),
     "scores": {k: float(np.mean(list(v.values()))) for k, v in table.items()},

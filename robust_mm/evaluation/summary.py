@@ -35,6 +35,11 @@ def share(hits: np.ndarray, counted: np.ndarray) -> dict:
   }
 
 
+def right(data: batches.Data, prediction: np.ndarray, counted) -> dict:
+  """The :func:`share` of the counted examples whose class is predicted."""
+  return share(prediction == data.label, counted)
+
+
 def _interval(successes: int, total: int) -> list[float]:
   if not total:
     return [0.0, 1.0]

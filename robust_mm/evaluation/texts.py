@@ -14,6 +14,18 @@ TITLES = {
   "training": "Training curves",
 }
 
+NOTES = {
+  "headlines": (
+    "Shares of the test examples that are right: with unchanged inputs "
+    "(clean), and when all modalities may change by the size named."
+  ),
+  "numbers": (
+    "Accuracies, as shares of the test examples; a dash means not measured. "
+    "Attacked, certified and estimated numbers stand in rows of their own. All "
+    "radii and 95\N{NO-BREAK SPACE}% intervals, with the settings of each,"
+  ),
+}
+
 _CAPTIONS = {
   "radius_modalities": (
     "The same curves when the attacker may touch one modality and the others "

@@ -3,6 +3,7 @@
 flax lives here and nowhere else.
 """
 
+from robust_mm._types import Target
 from robust_mm.models import encoders
 from robust_mm.models import functional
 from robust_mm.models import fusion
@@ -10,6 +11,7 @@ from robust_mm.models import lipschitz
 from robust_mm.models import lipschitz_layers
 from robust_mm.models import masked
 from robust_mm.models import normalization
+from robust_mm.models import regression
 from robust_mm.models import trunk
 from robust_mm.models.encoders import custom
 from robust_mm.models.functional import Encoder
@@ -36,6 +38,7 @@ __all__ = [
   "MaskedFusion",
   "Normalization",
   "OrthogonalFusion",
+  "Target",
   "TokenFusion",
   "TrunkFusion",
   "build",
@@ -54,6 +57,7 @@ __all__ = [
   "masked",
   "masked_fusion",
   "normalization",
+  "regression",
   "token_fusion",
   "trunk",
   "trunk_fusion",

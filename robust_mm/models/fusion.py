@@ -212,7 +212,7 @@ class ConcatFusion:
   the contributions and the certificate's general form applies.
 
   Attributes:
-    num_classes: k.
+    num_classes: k; 1 for the number of a regression.
     reduction: "sum", or "mean": the sum over modalities is divided by the
       number of present ones.
 
@@ -223,7 +223,7 @@ class ConcatFusion:
   reduction: str = "sum"
 
   def __post_init__(self):
-    _validate.at_least(2, num_classes=self.num_classes)
+    _validate.at_least(1, num_classes=self.num_classes)
     _validate.one_of(REDUCTIONS, reduction=self.reduction)
 
   def init(
@@ -279,7 +279,7 @@ class TokenFusion:
   per-modality terms: no scores, no geometry; certify by smoothing.
 
   Attributes:
-    num_classes: k.
+    num_classes: k; 1 for the number of a regression.
     width: of tokens.
     num_layers: transformer blocks.
     num_heads: attention heads; divides ``width``.
@@ -291,7 +291,7 @@ class TokenFusion:
   num_heads: int = 4
 
   def __post_init__(self):
-    _validate.at_least(2, num_classes=self.num_classes)
+    _validate.at_least(1, num_classes=self.num_classes)
     _validate.at_least(
       1,
       width=self.width,

@@ -30,7 +30,7 @@ class MaskedFusion:
       passes, NaN included: it is selected, not multiplied.
 
   Attributes:
-    num_classes: k.
+    num_classes: k; 1 for the number of a regression.
     width: of the hidden layer.
 
   Parameters: ``null/<m>`` [d_m], ``hidden/kernel`` [sum d_m, width],
@@ -41,7 +41,7 @@ class MaskedFusion:
   width: int = 128
 
   def __post_init__(self):
-    _validate.at_least(2, num_classes=self.num_classes)
+    _validate.at_least(1, num_classes=self.num_classes)
     _validate.at_least(1, width=self.width)
 
   def init(

@@ -11,7 +11,6 @@
 ['encoders', 'fusion']
 """
 
-import dataclasses
 import inspect
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -20,15 +19,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from robust_mm import _validate
 from robust_mm import modalities
 from robust_mm._types import Model
+from robust_mm._types import Target
 from robust_mm.models import encoders as encoders_lib
 from robust_mm.models import functional
 from robust_mm.models import fusion as fusion_lib
+from robust_mm.models import geometries
 from robust_mm.models import masked
+from robust_mm.models import regression
 from robust_mm.models import trunk
 from robust_mm.models.functional import Encoder
 from robust_mm.models.normalization import Normalization
@@ -147,6 +148,7 @@ def build(
   input_shapes: Mapping[str, Sequence[int]],
   normalization: Mapping[str, Normalization] | None = None,
   fusion_options: Mapping[str, Any] | None = None,
+  target: Target | None = None,
 ) -> Model:
   """The model a configuration describes.
 
@@ -154,10 +156,11 @@ def build(
     fusion: "orthogonal", "concat", "masked", "token" or "trunk".
     encoders: ``{m: {"name": factory, **options}}``, see ``encoders.make``;
       ``embedding_radius`` is an option of all of them.
-    num_classes: k.
+    num_classes: k; 1 with a target.
     input_shapes: ``{m: shape}`` of one input.
     normalization: ``{m: Normalization}``.
     fusion_options: keyword arguments of the fusion.
+    target: of a regression, see :func:`from_parts`.
 
   Raises:
     UserError: for an unknown fusion, encoder or option, with the nearest known
@@ -181,7 +184,11 @@ def build(
     made = {name: _make(name, value) for name, value in encoders.items()}
     head = FUSIONS[fusion](num_classes, **options)
     model = from_parts(
-      made, head, input_shapes=input_shapes, normalization=normalization
+      made,
+      head,
+      input_shapes=input_shapes,
+      normalization=normalization,
+      target=target,
     )
     # Sizes that do not fit (classes against embeddings, images against
     # vectors) show here rather than after the data has been read.
@@ -209,13 +216,18 @@ def from_parts(
   *,
   input_shapes: Mapping[str, Sequence[int]],
   normalization: Mapping[str, Normalization] | None = None,
+  target: Target | None = None,
 ) -> Model:
   """A model from encoders and a fusion value.
 
   Parameters are under ``encoders/<m>/...`` and ``fusion/...``, the state under
   ``encoders/<m>/...``. Absent inputs are masked before the encoder and absent
   embeddings after it, so neither a value nor a gradient passes.
+
+  With a ``target`` it is a regression: ``logits`` [b, 1] are ``mean + deviation
+  * output`` of a fusion with ``num_classes=1``, the label in its own units.
   """
+  fusion = regression.of_task(fusion, target)
   names = modalities.names(encoders)
   if not names:
     raise ValueError("encoders must name at least one modality.")
@@ -246,11 +258,12 @@ def from_parts(
     fuse=lambda params, embeddings, present: fusion(
       params["fusion"], embeddings, present
     ),
-    geometry=_geometry(parts, fusion, encoders, normalizers, shapes),
+    geometry=geometries.make(parts, fusion, encoders, normalizers, shapes),
     input_shapes=shapes,
     tokens=tuple(name for name in names if encoders[name].tokens),
     freeze=_freeze(parts, fusion, encoders, normalizers, shapes),
     project=_project(parts),
+    target=target,
   )
 
 
@@ -306,6 +319,7 @@ def _freeze(parts, fusion, encoders, normalizers, shapes) -> Callable:
       geometry=None,
       input_shapes=shapes,
       tokens=tuple(name for name in parts if encoders[name].tokens),
+      target=getattr(fusion, "target", None),
     )
     return model, values
 
@@ -376,62 +390,3 @@ def _state_of(part, held, name: str):
       f"statistics; pass the state that init or training gave (state=...)."
     )
   return held[name]
-
-
-def _geometry(parts, fusion, encoders, normalizers, shapes) -> Callable | None:
-  if not hasattr(fusion, "geometry"):
-    return None
-  radii = {name: encoders[name].embedding_radius for name in parts}
-
-  def constant(name: str, params) -> Array | None:
-    value = functional.encoder_constant(
-      encoders[name], parts[name], params["encoders"][name]
-    )
-    return None if value is None else value * normalizers[name].constant
-
-  def nominal(name: str) -> Array | None:
-    # Of others only their own bound is known, projected or not.
-    if parts[name].project is None or not encoders[name].one_lipschitz:
-      return None
-    return jnp.asarray(normalizers[name].constant, jnp.float32)
-
-  def chain(name: str, params):
-    found = functional.encoder_chain(
-      encoders[name], parts[name], params["encoders"][name]
-    )
-    return (
-      None if found is None else normalizers[name].before(found, shapes[name])
-    )
-
-  def linear(name: str, params, chain):
-    if chain is not None:
-      return chain
-    found = functional.encoder_linear(parts[name], params["encoders"][name])
-    if found is None:
-      return None
-    first, *rest = found
-    return (first * normalizers[name].constant, *rest)
-
-  def geometry(params):
-    constants = {name: constant(name, params) for name in parts}
-    stated = fusion.geometry(params["fusion"], constants)
-    after = {name: nominal(name) for name in parts}
-    if any(value is not None for value in after.values()):
-      stated = dataclasses.replace(stated, nominal=after)
-    chains = dict.fromkeys(parts)
-    if stated.fusion == "additive":  # a chain ends in the rows of the head
-      chains = {name: chain(name, params) for name in parts}
-    if any(layers is not None for layers in chains.values()):
-      stated = dataclasses.replace(stated, chain=chains)
-    maps = {name: linear(name, params, chains[name]) for name in parts}
-    if any(matrices is not None for matrices in maps.values()):
-      stated = dataclasses.replace(stated, linear=maps)
-    if not any(radii.values()):
-      return stated
-    bounds = {
-      name: None if radius is None else jnp.asarray(radius, jnp.float32)
-      for name, radius in radii.items()
-    }
-    return dataclasses.replace(stated, embedding_radius=bounds)
-
-  return geometry

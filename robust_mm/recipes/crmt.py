@@ -105,6 +105,7 @@ def crmt(
   Raises:
     ValueError: naming the argument that is wrong.
   """
+  model.need_classes("crmt")
   _validate.one_of(VARIANTS, variant=variant)
   _validate.one_of(FIDELITIES, fidelity=fidelity)
   _validate.non_negative(rho=rho, r0=r0, clean_tolerance=clean_tolerance)

@@ -268,19 +268,24 @@ def make_task(settings: immunity.Settings) -> Callable:
       one = immunity.logits_of(model, params, embeddings, available)
       said, left = jax.tree.map(lambda x: x[None], (one, available))
     smoothing = settings.label_smoothing
-    clean = objectives.classification(logits, batch, label_smoothing=smoothing)
-    attacked = immunity.loss_over_sets(said, left, batch["label"], smoothing)
+    clean = objectives.task_loss(
+      model, logits, batch, label_smoothing=smoothing
+    )
+    attacked = immunity.loss_over_sets(
+      model, said, left, batch["label"], smoothing
+    )
     total = settings.clean_weight * clean + settings.attack_weight * attacked
+    metric = objectives.score_name(model)
     parts = {
-      "accuracy": objectives.accuracy(logits, batch),
-      "attacked_accuracy": immunity.accuracy_over_sets(
-        said, left, batch["label"]
+      metric: objectives.score(model, logits, batch),
+      f"attacked_{metric}": immunity.score_over_sets(
+        model, said, left, batch["label"]
       ),
       "clean_loss": clean,
       "attacked_loss": attacked,
     }
     if settings.consistency_weight:
-      apart = immunity.disagreement(*every, logits, settings.temperature)
+      apart = immunity.disagreement(model, *every, logits, settings.temperature)
       total = total + settings.consistency_weight * apart
       parts["disagreement"] = apart
     if settings.reconstruction_weight:

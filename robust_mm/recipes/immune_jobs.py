@@ -30,7 +30,7 @@ def make_probe(settings: immunity.Settings) -> Callable:
       outputs, _ = model.apply(
         params, state.model_state, batch["inputs"], batch["present"]
       )
-      return objectives.classification(outputs.logits, batch)
+      return objectives.task_loss(model, outputs.logits, batch)
 
     full, left = modalities.leave_one_out(loss_fn, state.params, batch)
     gains = modalities.information_gain(full, left, mode=settings.gain)

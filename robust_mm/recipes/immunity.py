@@ -89,8 +89,9 @@ def logits_of(model: Model, params, embeddings, present):
 
 
 def task_loss(settings: Settings, params, embeddings, present, label):
-  """Cross-entropy of what is present, as it is trained on."""
-  return objectives.classification(
+  """The task loss of what is present, as it is trained on."""
+  return objectives.task_loss(
+    settings.model,
     logits_of(settings.model, params, embeddings, present),
     {"label": label, "present": present},
     label_smoothing=settings.label_smoothing,
@@ -186,7 +187,7 @@ def expected_loss(settings: Settings, params, phi, batch):
     full = logits_of(model, params, embeddings, present)
     # The teacher is fixed, so the Hessian is that of a function: symmetric.
     total += settings.consistency_weight * disagreement(
-      *every, full, settings.temperature
+      model, *every, full, settings.temperature
     )
   total += settings.attack_weight * attacked
   total += settings.reconstruction_weight * jnp.sum(p * rebuilt)
@@ -221,7 +222,7 @@ def mean_over_sets(
 ):
   """Task loss, averaged over availability sets; one pass of the encoders."""
   logits, left = over_sets(model, params, embeddings, batch["present"])
-  return loss_over_sets(logits, left, batch["label"], label_smoothing)
+  return loss_over_sets(model, logits, left, batch["label"], label_smoothing)
 
 
 def over_sets(model: Model, params, embeddings, present):
@@ -236,35 +237,41 @@ def over_sets(model: Model, params, embeddings, present):
   return said(left), left
 
 
-def loss_over_sets(logits, left, label, label_smoothing: float = 0.0):
+def loss_over_sets(
+  model: Model, logits, left, label, label_smoothing: float = 0.0
+):
   """Mean over sets of the mean task loss of those who have something left."""
-  fn = functools.partial(
-    objectives.classification, label_smoothing=label_smoothing
-  )
-  return _mean_of_sets(fn, logits, left, label)
+  fn = functools.partial(objectives.task_loss, label_smoothing=label_smoothing)
+  return _mean_of_sets(fn, model, logits, left, label)
 
 
-def accuracy_over_sets(logits, left, label):
-  """Mean over sets of the accuracy on those who have something left."""
-  return _mean_of_sets(objectives.accuracy, logits, left, label)
+def score_over_sets(model: Model, logits, left, label):
+  """Mean over sets of the accuracy, or MAE, of those with something left."""
+  return _mean_of_sets(objectives.score, model, logits, left, label)
 
 
-def _mean_of_sets(fn, logits, left, label):
+def _mean_of_sets(fn, model, logits, left, label):
   def one(logits, present):
-    return fn(logits, {"label": label, "present": present})
+    return fn(model, logits, {"label": label, "present": present})
 
   return jnp.mean(jax.vmap(one)(logits, left))
 
 
-def disagreement(logits, left, full, temperature: float):
+def disagreement(model: Model, logits, left, full, temperature: float):
   r"""How far predictions from subsets are from that of all modalities.
 
   .. math:: \tau^2 \operatorname{mean}_s \operatorname{mean}_i
             KL(p_i \,\|\, p_i^s), \qquad p = softmax(z / \tau)
 
-  The prediction ``full`` [b, k] of everything is the teacher: no gradient.
+  Of a regression the mean of the squared difference, in deviations of the
+  target, without a temperature. The prediction ``full`` [b, k] of everything is
+  the teacher: no gradient.
   """
-  target = jax.nn.log_softmax(jax.lax.stop_gradient(full) / temperature)[None]
+  full = jax.lax.stop_gradient(full)
+  if model.target is not None:
+    apart = (logits - full[None])[..., 0] / model.target.deviation
+    return jnp.mean(jax.vmap(objectives.counted_mean)(apart**2, left))
+  target = jax.nn.log_softmax(full / temperature)[None]
   said = jax.nn.log_softmax(logits / temperature)
   each = jnp.sum(jnp.exp(target) * (target - said), axis=-1)
   means = jax.vmap(objectives.counted_mean)(each, left)

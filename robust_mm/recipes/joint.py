@@ -35,10 +35,10 @@ def joint(
   valid_range=None,
   units=None,
 ) -> phases.Recipe:
-  """Cross-entropy on the fused logits.
+  """Cross-entropy on the fused logits, or L1 of a regression.
 
   Args:
-    model: any model.
+    model: any model; a regression takes ``plain``, ``dropout`` and ``noise``.
     num_steps: optimiser updates.
     tx: the optimiser.
     variant: ``plain``; ``dropout``, a random subset of the modalities per
@@ -67,9 +67,12 @@ def joint(
       where not named.
 
   Raises:
-    ValueError: an unknown variant or a number out of range, naming it.
+    ValueError: an unknown variant or a number out of range, naming it; a
+      variant that is about classes, for a regression.
   """
   _validate.one_of(VARIANTS, variant=variant)
+  if variant in ("adversarial", "mixup"):
+    model.need_classes(f"variant={variant!r}")
   _validate.in_unit_interval(clean_weight=clean_weight)
   if clean_weight and variant != "adversarial":
     raise ValueError("clean_weight must be 0 unless variant is 'adversarial'.")

@@ -26,6 +26,7 @@ from robust_mm._types import Model
 from robust_mm.recipes import destruction
 from robust_mm.recipes import immune_jobs
 from robust_mm.recipes import immunity
+from robust_mm.recipes import objectives
 from robust_mm.recipes import phases
 
 FIDELITIES = ("default", "published")
@@ -88,9 +89,10 @@ def modal_immune(
   .. math:: L = w_{clean} L(a) + w_{attack} L(a \setminus m) + \lambda
             L_{col}(Z_m) + w_{rec} L_{rec}(a \setminus m)
 
-  with the arm m drawn by the controller. The collapse part is descended through
-  the curvature gates, on the encoder of m alone; :math:`\lambda` and the weight
-  of the spectral ratio are adapted on validation data.
+  with the arm m drawn by the controller and L the cross-entropy, or L1 in
+  deviations of the target for a regression. The collapse part is descended
+  through the curvature gates, on the encoder of m alone; :math:`\lambda` and
+  the weight of the spectral ratio are adapted on validation data.
 
   Formal guarantees:
     - The loss without m has a gradient of exactly 0 in the encoder of m.
@@ -121,10 +123,12 @@ def modal_immune(
       in its place (every non-empty one is equally likely), or ``every``
       availability set in every step: the encoders run once all the same.
     consistency_weight: of the divergence of predictions from every availability
-      set from the one of all modalities, which is the teacher.
-    temperature: of that divergence.
+      set from the one of all modalities, which is the teacher; of a regression
+      the squared difference, in deviations.
+    temperature: of that divergence; nothing to a regression.
     label_smoothing: share of every label, in [0, 1), that the training losses
-      spread over all classes alike; those on validation batches stay plain.
+      spread over all classes alike; those on validation batches stay plain. 0
+      for a regression.
     reconstruction_weight: of decoders that tell the features of every modality
       from what is left; 0 for none. 0.1 where ``features`` are given.
     damage_rate: share of the examples whose input of the arm is corrupted, by a
@@ -196,6 +200,9 @@ def modal_immune(
   )
   _validate.positive(temperature=temperature)
   _validate.below_one(label_smoothing=label_smoothing)
+  objectives.check_smoothing(model, label_smoothing)
+  if feedback_weight and model.target is not None:
+    raise ValueError("feedback_weight must be 0 for a regression.")
   if reconstruction_weight and not features:
     raise ValueError("reconstruction_weight must be 0 without features.")
   if guard_tolerance is not None:

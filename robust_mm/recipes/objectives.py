@@ -1,4 +1,4 @@
-"""Losses over a batch that recipes share: cross-entropy, penalties, means."""
+"""Losses over a batch that recipes share: the task's, penalties, means."""
 
 from collections.abc import Callable
 
@@ -18,19 +18,23 @@ def cross_entropy_loss(
 ) -> Callable:
   """Cross-entropy, mixed labels and a clean term where the batch has them.
 
+  Of a regression its :func:`task_loss`.
+
   Raises:
-    ValueError: ``label_smoothing`` is not in [0, 1).
+    ValueError: ``label_smoothing`` is not in [0, 1), or not 0 for a regression.
   """
   _validate.below_one(label_smoothing=label_smoothing)
+  check_smoothing(model, label_smoothing)
+  metric = score_name(model)
 
   def loss_fn(params, state, batch, *, key):
     outputs, new_state = model.apply(
       params, state, batch["inputs"], batch["present"], train=True, key=key
     )
-    loss = classification(
-      outputs.logits, batch, label_smoothing=label_smoothing
+    loss = task_loss(
+      model, outputs.logits, batch, label_smoothing=label_smoothing
     )
-    return loss, (new_state, {"accuracy": accuracy(outputs.logits, batch)})
+    return loss, (new_state, {metric: score(model, outputs.logits, batch)})
 
   return with_clean_term(loss_fn, clean_weight)
 
@@ -68,6 +72,7 @@ def with_spectral_penalty(
   _validate.non_negative(spectral_penalty=weight)
   if not weight:
     return loss_fn
+  model.need_classes("spectral_penalty")
   stated = certification.abstract_geometry(model)
   for name in model.modalities:
     if (stated.linear or {}).get(name) is None:
@@ -91,6 +96,37 @@ def with_spectral_penalty(
     return loss + weight * total, (state, {**metrics, "spectral_norms": total})
 
   return penalised
+
+
+def check_smoothing(model: Model, label_smoothing: float) -> None:
+  """ValueError for smoothed labels of a regression: a number has no classes."""
+  if label_smoothing and model.target is not None:
+    raise ValueError("label_smoothing must be 0 for a regression.")
+
+
+def task_loss(model: Model, logits, batch, *, label_smoothing: float = 0.0):
+  """What a recipe minimises: cross-entropy of classes, L1 of a number."""
+  if model.target is None:
+    return classification(logits, batch, label_smoothing=label_smoothing)
+  return absolute_error(logits, batch) / model.target.deviation
+
+
+def score(model: Model, logits, batch):
+  """What a training step reports beside its loss: :func:`score_name`."""
+  if model.target is None:
+    return accuracy(logits, batch)
+  return absolute_error(logits, batch)
+
+
+def score_name(model: Model) -> str:
+  """``accuracy``, or ``mae`` in units of the label."""
+  return "accuracy" if model.target is None else "mae"
+
+
+def absolute_error(logits, batch):
+  """Mean of ``|prediction - label|``, examples with at least one modality."""
+  error = jnp.abs(logits[..., 0] - batch["label"])
+  return counted_mean(error, batch["present"])
 
 
 def classification(logits, batch, *, label_smoothing: float = 0.0):

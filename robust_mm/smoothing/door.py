@@ -107,6 +107,7 @@ def certify(
   bounds.check_alpha(alpha)
   inputs, present, number = _arrays(batch, predict)
   if isinstance(predict, Model):
+    predict.need_classes("smoothing.certify")
     if params is None:
       raise ValueError("params is missing: a model needs its parameters.")
     predict = predict_fn(predict, params, state)

@@ -178,11 +178,13 @@ def _begin(workdir, config, setup, recipe, primary) -> dict:
   path = workdir / runs.RUN_FILE
   if path.is_file():
     facts = runs.read_json(path)
-    for key in ("dataset", *setup_lib.INPUTS, "num_classes", "num_train"):
-      if facts[key] != setup.facts[key]:
+    labels = ("num_classes", "target")
+    for key in ("dataset", *setup_lib.INPUTS, *labels, "num_train"):
+      there, here = facts.get(key), setup.facts.get(key)
+      if there != here:
         raise _validate.UserError(
           f"the work directory {workdir} holds a run on other data: {key} is "
-          f"{facts[key]} there and {setup.facts[key]} here."
+          f"{there} there and {here} here."
         )
     return facts
   facts = {

@@ -148,6 +148,11 @@ def read_json(path: pathlib.Path) -> Any:
     raise _validate.UserError(f"{path} is damaged: {error}.") from error
 
 
+def task(facts: dict) -> str:
+  """``"classification"`` or ``"regression"``; runs of old do not say."""
+  return facts.get("task", "classification")
+
+
 def describe(workdir: pathlib.Path) -> dict:
   """``run.json``: data set facts, normalisation, finished phases."""
   path = workdir / RUN_FILE

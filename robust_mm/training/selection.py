@@ -43,7 +43,7 @@ class Best:
     if latest is not None and step <= latest:
       # A resumed run: what lies there beat this very model before the kill.
       return
-    metric = run.config.selection.metric
+    metric = validation.metric(run.config, run.setup)
     chosen = metric != "last" and not self._phase.judges_last
     if latest is not None and chosen:
       held = validation.score(self._store.metrics(), metric)

@@ -1,6 +1,7 @@
 """The door: a configuration becomes a data source, a model and a recipe."""
 
 import dataclasses
+import math
 import pathlib
 from typing import Any
 
@@ -10,11 +11,13 @@ import numpy as np
 from robust_mm import _validate
 from robust_mm import augmentations
 from robust_mm import certification
+from robust_mm import config_checks
 from robust_mm import corruptions
 from robust_mm import data
 from robust_mm import models
 from robust_mm import recipes
 from robust_mm._types import Model
+from robust_mm._types import Target
 from robust_mm.training import optimizers
 from robust_mm.training import runs
 
@@ -51,6 +54,7 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
     UserError: one sentence naming the key, file or argument.
   """
   train = open_split(config, "train")
+  config_checks.check_task(config, train.task)
   validation = open_split(config, "validation")
   reference = reference_batch(train)
   normalization = {
@@ -61,7 +65,7 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
   }
   facts = {
     "dataset": config.data.name,
-    "num_classes": int(train.num_classes),
+    **_describe_labels(train),
     "num_train": len(train),
     "num_validation": len(validation),
     **_describe_inputs(train),
@@ -102,6 +106,24 @@ def _describe_inputs(source) -> dict:
       for name, bounds in source.value_range.items()
     },
   }
+
+
+def _describe_labels(train) -> dict:
+  """The task, for ``run.json``; of a regression the scale of its target."""
+  found = {"task": train.task, "num_classes": int(train.num_classes)}
+  if train.task == "regression":
+    labels = np.asarray(train.labels, np.float64)
+    if np.ptp(labels) == 0:
+      raise _validate.UserError(
+        f"the {len(labels)} training labels are all {labels[0]:g}: there is "
+        "nothing to predict."
+      )
+    # Exactly rounded: the same on whatever machine a run is resumed.
+    mean = math.fsum(labels) / len(labels)
+    variance = math.fsum((labels - mean) ** 2) / len(labels)
+    target = Target(mean, math.sqrt(variance))
+    found["target"] = target._asdict()
+  return found
 
 
 def _label_notes(train) -> list[str]:
@@ -219,6 +241,11 @@ def check_same_data(source, facts: dict) -> None:
         f"the data has inputs of {what} {found[key]}, the run was trained on "
         f"{facts[key]}."
       )
+  if source.task != runs.task(facts):
+    raise _validate.UserError(
+      f"the data has labels for {source.task}, the run was trained for "
+      f"{runs.task(facts)}."
+    )
   if source.num_classes > facts["num_classes"]:
     raise _validate.UserError(
       f"the data has {source.num_classes} classes, the run was trained on "
@@ -260,16 +287,20 @@ def make_model(config: ml_collections.ConfigDict, facts: dict) -> Model:
         f"config.model.encoders.{name}: integer tokens need the encoder "
         f"'transformer', got {encoder['name']!r}."
       )
+  target = None
+  if runs.task(facts) == "regression":
+    target = Target(**facts["target"])
   return models.build(
     fusion=config.model.fusion,
     encoders=chosen,
-    num_classes=facts["num_classes"],
+    num_classes=1 if target else facts["num_classes"],
     input_shapes={n: tuple(s) for n, s in facts["input_shapes"].items()},
     normalization={
       name: models.Normalization.from_json(value)
       for name, value in facts["normalization"].items()
     },
     fusion_options=config.model.fusion_options.to_dict(),
+    target=target,
   )
 
 

@@ -128,7 +128,9 @@ def make_predict(
 ) -> Callable:
   """``predict(params, state, batch) -> {correct, loss, counted, radius?}``.
 
-  Each is ``[b]``; ``counted`` is False for an example without any modality.
+  Of a regression ``prediction`` and ``label`` in place of ``correct``, and
+  ``subset_error`` in place of ``subset_correct``. Each is ``[b]``; ``counted``
+  is False for an example without any modality.
 
   ``radius`` is the joint certified l2 radius; it is there for models that
   state sound constants, and when ``certified`` asks for it. ``subset_correct``
@@ -140,9 +142,17 @@ def make_predict(
       params, model_state, batch["inputs"], batch["present"]
     )
     label = batch["label"]
+    counted = jnp.any(modalities.stack(batch["present"]), axis=0)
+    if model.target is not None:
+      said = outputs.logits[:, 0]
+      result = {"prediction": said, "label": label, "counted": counted}
+      result["loss"] = jnp.abs(said - label) / model.target.deviation
+      if subsets:
+        result.update(_by_subset(model, params, outputs.embeddings, batch))
+      return result
     result = {
       "correct": jnp.argmax(outputs.logits, axis=-1) == label,
-      "counted": jnp.any(modalities.stack(batch["present"]), axis=0),
+      "counted": counted,
       "loss": optax.losses.softmax_cross_entropy_with_integer_labels(
         outputs.logits, label
       ),
@@ -162,7 +172,10 @@ def make_predict(
 
 
 def _by_subset(model: Model, params, embeddings, batch) -> dict:
-  """What is right with each availability set; one pass of the encoders."""
+  """What is right, or how far off, with each availability set.
+
+  One pass of the encoders.
+  """
   present = batch["present"]
   sets = modalities.availability_sets(model.modalities)
   stacked = {
@@ -172,11 +185,14 @@ def _by_subset(model: Model, params, embeddings, batch) -> dict:
 
   def one(left):
     logits = model.fuse(params, modalities.mask(embeddings, left), left).logits
-    right = jnp.argmax(logits, axis=-1) == batch["label"]
-    return right, jnp.any(modalities.stack(left), axis=0)
+    found = jnp.argmax(logits, axis=-1) == batch["label"]
+    if model.target is not None:
+      found = jnp.abs(logits[:, 0] - batch["label"])
+    return found, jnp.any(modalities.stack(left), axis=0)
 
-  right, counted = jax.lax.map(one, stacked)
-  return {"subset_correct": right.T, "subset_counted": counted.T}
+  found, counted = jax.lax.map(one, stacked)
+  name = "subset_correct" if model.target is None else "subset_error"
+  return {name: found.T, "subset_counted": counted.T}
 
 
 def make_encode(model: Model) -> Callable:

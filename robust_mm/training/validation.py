@@ -11,6 +11,7 @@ import numpy as np
 from robust_mm import _compiling
 from robust_mm import _validate
 from robust_mm import certification
+from robust_mm import config_checks
 from robust_mm import data
 from robust_mm._types import PyTree
 from robust_mm.recipes import Phase
@@ -18,15 +19,19 @@ from robust_mm.training import setup as setup_lib
 from robust_mm.training import sharding
 from robust_mm.training import steps
 
+_SMALLER_IS_BETTER = ("loss", "mae", "mae_over_subsets")
 Validator = Callable[[PyTree, PyTree], dict[str, float]]
 
 
 def make(config, setup: setup_lib.Setup, mesh) -> Validator:
   """``validate(params, state) -> {accuracy, loss, ...}``.
 
+  Of a regression ``{mae, correlation, loss}``, the first in units of the label.
+
   Also ``certified_accuracy`` of models with constants and, where models are
   selected by it, ``mean_over_subsets``: accuracy with each availability set
-  (``modalities.availability_sets``) in turn, averaged.
+  (``modalities.availability_sets``) in turn, averaged; of a regression it is
+  ``mae_over_subsets``.
 
   Examples without any modality are left out of every mean.
 
@@ -65,28 +70,58 @@ def make(config, setup: setup_lib.Setup, mesh) -> Validator:
       axis,
     )
     counted = rows["counted"]
+    loss = float(np.mean(rows["loss"][counted]))
+    if model.target is not None:
+      return {**_errors(rows), "loss": loss}
     metrics = {
       "accuracy": float(np.mean(rows["correct"][counted])),
-      "loss": float(np.mean(rows["loss"][counted])),
+      "loss": loss,
     }
     if certified:
       sure = rows["correct"] & (rows["radius"] > radius)
       metrics["certified_accuracy"] = float(np.mean(sure[counted]))
     if "subset_correct" in rows:
-      left = rows["subset_counted"]
-      right = np.sum(rows["subset_correct"] & left, axis=0)
-      metrics["mean_over_subsets"] = float(
-        np.mean(right / np.maximum(np.sum(left, axis=0), 1))
-      )
+      metrics["mean_over_subsets"] = _over_subsets(rows, "subset_correct")
     return metrics
 
   return validate
 
 
+def _errors(rows) -> dict[str, float]:
+  counted = rows["counted"]
+  said = rows["prediction"][counted].astype(np.float64)
+  label = rows["label"][counted].astype(np.float64)
+  # The correlation of what is constant does not exist.
+  constant = np.ptp(said) == 0 or np.ptp(label) == 0
+  found = {
+    "mae": float(np.mean(np.abs(said - label))),
+    "correlation": np.nan
+    if constant
+    else float(np.corrcoef(said, label)[0, 1]),
+  }
+  if "subset_error" in rows:
+    found["mae_over_subsets"] = _over_subsets(rows, "subset_error")
+  return found
+
+
+def _over_subsets(rows, name: str) -> float:
+  """Mean over sets of the mean over those who have something left."""
+  left = rows["subset_counted"]
+  total = np.sum(rows[name] * left, axis=0, dtype=np.float64)
+  return float(np.mean(total / np.maximum(np.sum(left, axis=0), 1)))
+
+
+def metric(config, setup: setup_lib.Setup) -> str:
+  """The metric of ``config.selection.metric``, by its name in validation."""
+  return config_checks.selection_metric(config, setup.train.task)
+
+
 def score(metrics: dict[str, float], name: str) -> float:
-  """Larger is better; ties go to the earlier model."""
+  """Larger is better; NaN is worst; ties go to the earlier model."""
   _validate.one_of(metrics, **{"config.selection.metric": name})
-  return -metrics[name] if name == "loss" else metrics[name]
+  if np.isnan(metrics[name]):
+    return -np.inf
+  return -metrics[name] if name in _SMALLER_IS_BETTER else metrics[name]
 
 
 def whole_set(setup: setup_lib.Setup, config, mesh, phase: Phase, state) -> Any:
