@@ -269,6 +269,7 @@ def make_protocol(
     "batch_size": settings.batch_size,
     # Runs of earlier versions do not state it.
     "missing_rates": tuple(settings.get("missing_rates", ())),
+    "missing_protocol": settings.get("missing_protocol", "per_sample"),
     "corruptions": None if corruptions == "none" else corruptions,
   }
   if runs.task(facts) == "regression":

@@ -101,6 +101,8 @@ def default() -> ml_collections.ConfigDict:
   config.evaluation.masking_examples = 64
   # Shares of absent modalities, such as (0.1, 0.3, 0.5, 0.7); () = no curve.
   config.evaluation.missing_rates = ()
+  # Or "one_kept", "per_batch", "frames": see robust_mm.missing.
+  config.evaluation.missing_protocol = "per_sample"
   # "suite": every kind and severity, one modality at a time; "together": all
   # modalities at once; "correlated": and where, when and how much they share.
   config.evaluation.corruptions = "none"

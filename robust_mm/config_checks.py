@@ -11,6 +11,7 @@ RECIPES = ("joint", "crmt", "certified_radius", "modal_immune")
 FUSIONS = ("concat", "masked", "orthogonal", "token", "trunk")
 ATTACKS = ("apgd", "auto", "fgm", "minimum_norm", "pgd", "square")
 ATTACK_LOSSES = ("margin", "cross_entropy", "dlr")
+MISSING_PROTOCOLS = ("per_sample", "one_kept", "per_batch", "frames")
 CORRUPTIONS = ("none", "suite", "together", "correlated")
 CERTIFICATES = (
   "auto",

@@ -44,6 +44,7 @@ def test_own_file_wins_over_the_shipped_one(tmp_path, monkeypatch):
     ("--config.evaluation.missing_rates=0.5", (0.5,)),
     ("--config.evaluation.corruptions=suite", "suite"),
     ("--config.evaluation.corruptions=correlated", "correlated"),
+    ("--config.evaluation.missing_protocol=frames", "frames"),
     ("--config.data.path=/a/b", "/a/b"),
     ("--config.data.train_splits=train", ("train",)),
     ("--config.data.train_splits=train,validation", ("train", "validation")),

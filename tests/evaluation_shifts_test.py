@@ -14,6 +14,7 @@ from robust_mm import evaluation
 from robust_mm import missing
 from robust_mm import modalities
 from robust_mm.evaluation import batches
+from robust_mm.evaluation import matrix
 from robust_mm.evaluation import metrics
 from robust_mm.evaluation import shifts
 
@@ -221,3 +222,92 @@ def test_all_modalities_at_once(batch):
   assert max(map(len, together)) == len(batch["inputs"])
   assert independent == {False}
   assert places("correlated") == (together, {True})
+
+
+def test_one_kept_is_that_of_its_masks(batch):
+  found = _evaluate(
+    batch,
+    missing_rates=(0.3,),
+    missing_seeds=2,
+    missing_protocol="one_kept",
+  ).results["missing"]
+  assert found["protocol"] == "one_kept"
+  (row,) = found["rows"]
+  for seed, accuracy in enumerate(row["by_seed"]):
+    masks = missing.one_kept(tuple(toy.DIMS), 60, 0.3, seed=seed)
+    expected = _accuracy(batch, batch["inputs"], masks.present)
+    assert accuracy == pytest.approx(expected)
+
+
+def _data(**inputs):
+  size = len(next(iter(inputs.values())))
+  ones = np.ones(size, bool)
+  return batches.Data(
+    inputs=inputs,
+    present=dict.fromkeys(inputs, ones),
+    label=np.zeros(size, np.int32),
+    id=np.arange(size),
+    counted=ones,
+  )
+
+
+def _lost(protocol, data, rate):
+  """What a model would be shown, and the row."""
+  shown = []
+
+  class Forward(matrix.Forward):
+    def __init__(self):
+      pass
+
+    def __call__(self, seen, rows, names):
+      shown.append(seen)
+      return seen.label
+
+  settings = evaluation.standard(
+    missing_rates=(rate,), missing_seeds=1, missing_protocol=protocol
+  )
+  bench = shifts.Bench(Forward(), None, data, 32)
+  found = shifts.missing(bench, settings, lambda text: None)
+  return shown[0], found["rows"][0]
+
+
+def test_frames_are_lost_of_what_has_time():
+  data = _data(
+    a=np.ones((500, 20, 2), np.float32),
+    b=np.ones((500, 3), np.float32),
+    c=np.ones((500, 7), np.int32),
+  )
+  seen, row = _lost("frames", data, 0.4)
+  lost = np.all(seen.inputs["a"] == 0, axis=2)
+  assert np.all(lost == np.any(seen.inputs["a"] == 0, axis=2))
+  assert abs(lost.mean() - 0.4) < 0.02  # four standard errors
+  assert abs(np.mean(seen.inputs["c"] == 0) - 0.4) < 0.04
+  np.testing.assert_array_equal(seen.inputs["b"], data.inputs["b"])
+  assert all(flag.all() for flag in seen.present.values())
+  expected = (lost.sum() + np.sum(seen.inputs["c"] == 0)) / (500 * 27)
+  assert row["achieved"] == pytest.approx(expected)
+
+
+def test_whole_batches_lose_the_same():
+  data = _data(**{m: np.ones((320, 3), np.float32) for m in "abc"})
+  seen, row = _lost("per_batch", data, 0.3)
+  flags = np.stack([seen.present[m] for m in "abc"], 1).reshape(10, 32, 3)
+  assert np.all(flags == flags[:, :1])
+  assert row["achieved"] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+  ("settings", "word"),
+  [
+    ({"missing_protocol": "frame"}, "missing_protocol"),
+    ({"missing_protocol": "frames"}, "missing_protocol='frames'"),
+    ({"missing_protocol": "per_batch"}, "missing_protocol='per_batch'"),
+    (
+      {"missing_protocol": "per_batch", "missing_rates": (0.25,)},
+      "missing_rates",
+    ),
+  ],
+)
+def test_protocols_that_do_not_fit_are_refused(batch, settings, word):
+  with pytest.raises(ValueError, match=word):
+    _evaluate(batch, **{"missing_rates": (0.3,), **settings})

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 
 from robust_mm.evaluation import rows as rows_lib
+from robust_mm.evaluation import texts
 from robust_mm.evaluation import wording
 
 _SECONDS = {
@@ -129,7 +130,7 @@ def _missing(found: Mapping) -> dict:
   columns += [("lowest seed", True), ("highest seed", True), ("examples", True)]
   return table(
     "Missing rates",
-    "Random modalities of each example absent, at least one left; means over "
+    f"{texts.LOST[found['protocol']]}; means over "
     f"the masks of the seeds {', '.join(map(str, found['seeds']))}, which are "
     "the same for every model.",
     columns,

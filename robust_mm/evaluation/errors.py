@@ -285,7 +285,7 @@ def _missing(found: Mapping) -> dict:
   seeds = ", ".join(map(str, found["seeds"]))
   return details.table(
     "Missing rates",
-    "Random modalities of each example absent, at least one left; means over "
+    f"{texts.LOST[found['protocol']]}; means over "
     f"the masks of the seeds {seeds}, which are the same for every model.",
     [
       ("rate", True),

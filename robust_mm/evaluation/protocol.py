@@ -9,6 +9,7 @@ from typing import Any
 from robust_mm import _validate
 from robust_mm import certification
 from robust_mm import corruptions as corruptions_lib
+from robust_mm import missing as missing_lib
 from robust_mm import modalities as modalities_lib
 
 DEFAULT_RADII = {
@@ -47,6 +48,7 @@ CORRUPTION_SETTINGS = (
   "forms",
   "unknown",
 )
+MISSING_PROTOCOLS = ("per_sample", "one_kept", "per_batch", "frames")
 # Of ``corruptions.suite``, by name.
 _SUITES = {
   "suite": {},
@@ -99,6 +101,7 @@ class Protocol:
   tightness: tuple[float, ...]
   masking_examples: int
   missing_rates: tuple[float, ...]
+  missing_protocol: str
   missing_seeds: int
   corruptions: Mapping[str, Any] | None
 
@@ -162,6 +165,7 @@ def standard(
   tightness: Sequence[float] = DEFAULT_TIGHTNESS,
   masking_examples: int = 64,
   missing_rates: Sequence[float] = (),
+  missing_protocol: str = "per_sample",
   missing_seeds: int = 5,
   corruptions: Any = None,
 ) -> Protocol:
@@ -204,9 +208,13 @@ def standard(
       examples that gradients do not mislead the first attack, at the middle one
       of the radii: :func:`masking_report` without its single step. 0 for no
       check.
-    missing_rates: shares of absent cells at which accuracy is measured, with
-      the masks of ``missing.per_sample``; at least one modality of an example
-      stays. Empty for none.
+    missing_rates: shares of what is lost, at which accuracy is measured. Empty
+      for none.
+    missing_protocol: of ``robust_mm.missing``: ``"per_sample"`` (cells at an
+      exact rate, one modality of an example at least stays), ``"one_kept"``
+      (one is kept, others by chance), ``"per_batch"`` (32 rows lose the same;
+      three modalities, rates of its table) or ``"frames"`` (of every modality
+      that has time, every frame by chance).
     missing_seeds: so many masks a rate, of the seeds 0, 1, ...
     corruptions: ``"suite"`` for every kind on one modality at a time,
       ``"together"`` on all at once, ``"correlated"`` where they share who, when
@@ -237,6 +245,7 @@ def standard(
     _validate.at_least(1, max_examples=max_examples)
   _validate.at_least(0, masking_examples=masking_examples)
   _validate.at_least(1, missing_seeds=missing_seeds)
+  _validate.one_of(MISSING_PROTOCOLS, missing_protocol=missing_protocol)
   _check_units(units)
   norm = _norm(norm)
   smoothing = _smoothing(smoothing, certificate, norm)
@@ -255,7 +264,8 @@ def standard(
     survivors_only=bool(survivors_only),
     tightness=_radii(tightness, "tightness"),
     masking_examples=int(masking_examples),
-    missing_rates=_rates(missing_rates),
+    missing_rates=_rates(missing_rates, missing_protocol),
+    missing_protocol=missing_protocol,
     missing_seeds=int(missing_seeds),
     corruptions=_corruptions(corruptions),
   )
@@ -283,10 +293,12 @@ def _radii(values, name: str) -> tuple[float, ...]:
   return radii
 
 
-def _rates(values) -> tuple[float, ...]:
+def _rates(values, kind: str) -> tuple[float, ...]:
   rates = tuple(sorted({float(value) for value in values}))
   for rate in rates:
     _validate.in_unit_interval(missing_rates=rate)
+    if kind == "per_batch":
+      _validate.one_of(missing_lib.PER_BATCH, missing_rates=rate)
   return rates
 
 

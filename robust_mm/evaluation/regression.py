@@ -76,8 +76,7 @@ def evaluate(
   data = batches.host_data(model, batch, max_examples=protocol.max_examples)
   if not data.counted.any():
     raise ValueError("batch has no example with a modality present.")
-  if protocol.missing_rates and len(data.names) < 2:
-    raise ValueError("missing_rates needs at least two modalities.")
+  shifts_lib.check(protocol, data)
   if reference is not None:
     inputs, present = batches.host_inputs(model, reference)
     reference = {"inputs": inputs, "present": present}

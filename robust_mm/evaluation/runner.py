@@ -341,8 +341,7 @@ class _Session:
 
   def prepare_corruptions(self, reference) -> None:
     """Refuses what cannot be made before anything is measured."""
-    if self._protocol.missing_rates and len(self._data.names) < 2:
-      raise ValueError("missing_rates needs at least two modalities.")
+    shifts_lib.check(self._protocol, self._data)
     self._corruptions = shifts_lib.suite(self._protocol, self._data, reference)
 
   def shift(self, key, tick) -> dict:

@@ -22,6 +22,8 @@ from robust_mm.evaluation import summary
 
 # Swapped samples come from so many evenly spaced examples.
 MAX_DONORS = 512
+LEGACY_BATCH = 32  # rows that lose the same in the protocol per_batch
+_TIMED = ("sequence", "token", "video")
 
 Tick = Callable[[str], None]
 
@@ -72,41 +74,85 @@ def suite(
   return corruptions_lib.suite(shapes, scale=scale, **chosen)
 
 
+def check(protocol: protocol_lib.Protocol, data: batches.Data) -> None:
+  """ValueError where the data do not fit what is to be lost of them."""
+  if not protocol.missing_rates:
+    return
+  if protocol.missing_protocol == "frames":
+    _lengths(data)
+  elif len(data.names) < 2:
+    raise ValueError("missing_rates needs at least two modalities.")
+  elif protocol.missing_protocol == "per_batch" and len(data.names) != 3:
+    raise ValueError(
+      "missing_protocol='per_batch' needs three modalities, got "
+      f"{', '.join(data.names)}."
+    )
+
+
 def missing(
   bench: Bench, protocol: protocol_lib.Protocol, tick: Tick
 ) -> dict | None:
-  """Accuracy, or errors, by missing rate.
-
-  The masks are per sample and the same for every model.
-  """
+  """Accuracy, or errors, by missing rate; the same masks for every model."""
   if not protocol.missing_rates:
     return None
   data = bench.data.take(np.flatnonzero(bench.data.counted))
   seeds = list(range(protocol.missing_seeds))
-  drawn = [
-    missing_lib.scores(data.names, data.size, seed=seed, present=data.present)
-    for seed in seeds
-  ]
   rows = []
   for rate in protocol.missing_rates:
     found = []
-    for scores in drawn:
-      masks = missing_lib.per_sample(scores, rate)
-      seen = dataclasses.replace(data, present=masks.present)
+    for seed in seeds:
+      seen, achieved = _seen(protocol.missing_protocol, data, rate, seed)
       said = bench.forward(seen, np.arange(data.size), data.names)
       found.append(bench.measure(seen, said, seen.counted))
     names = [n for n in found[0] if n not in ("interval", "num_examples")]
     rows.append(
       {
         "rate": rate,
-        "achieved": masks.rate,
+        "achieved": achieved,
         **{n: float(np.mean([row[n] for row in found])) for n in names},
         "by_seed": [row[names[0]] for row in found],
         "num_examples": data.size,
       }
     )
     tick(f"missing rate {rate:g}")
-  return {"protocol": "per_sample", "seeds": seeds, "rows": rows}
+  return {
+    "protocol": protocol.missing_protocol,
+    "seeds": seeds,
+    "rows": rows,
+  }
+
+
+def _seen(kind: str, data: batches.Data, rate: float, seed: int):
+  """(the data without what is lost, the rate achieved)."""
+  if kind == "frames":
+    return _without_frames(data, rate, seed)
+  if kind == "per_sample":
+    drawn = missing_lib.scores(
+      data.names, data.size, seed=seed, present=data.present
+    )
+    present = missing_lib.per_sample(drawn, rate).present
+  else:
+    if kind == "one_kept":
+      masks = missing_lib.one_kept(data.names, data.size, rate, seed=seed)
+    else:
+      masks = missing_lib.per_batch(
+        data.names, data.size, rate, seed=seed, batch_size=LEGACY_BATCH
+      )
+    present = {n: flag & data.present[n] for n, flag in masks.present.items()}
+  left = np.any(list(present.values()), axis=0)
+  seen = dataclasses.replace(data, present=present, counted=left)
+  return seen, missing_lib.achieved(present)
+
+
+def _without_frames(data: batches.Data, rate: float, seed: int):
+  """Every frame, or token, of every modality that has time, by chance."""
+  kept = missing_lib.frames(_lengths(data), data.size, rate, seed=seed)
+  inputs = missing_lib.drop_frames(data.inputs, kept)
+  lost = sum(np.sum(~flag) for flag in kept.values())
+  seen = dataclasses.replace(
+    data, inputs={name: np.asarray(x) for name, x in inputs.items()}
+  )
+  return seen, float(lost / sum(flag.size for flag in kept.values()))
 
 
 def corrupted(
@@ -215,3 +261,18 @@ def contributions(predictions: Mapping, data: batches.Data) -> dict | None:
     scores[subset] = float(np.mean(said == label))
   empty = float(np.mean(label == guess))
   return {"values": metrics.shapley(scores, empty=empty), "empty": empty}
+
+
+def _lengths(data: batches.Data) -> dict[str, int]:
+  """Frames of the modalities that have time."""
+  found = {
+    name: x.shape[1]
+    for name, x in data.inputs.items()
+    if corruptions_lib.form(x.shape[1:], x.dtype) in _TIMED
+  }
+  if not found:
+    raise ValueError(
+      "missing_protocol='frames' needs a modality with time: a sequence, a "
+      "video or tokens."
+    )
+  return found

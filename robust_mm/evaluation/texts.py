@@ -211,3 +211,12 @@ def _radius(results: Sequence[dict]) -> str:
       "joint ball lets every entry of every modality move that far at once."
     )
   return text
+
+
+# What is lost at a missing rate, by protocol.
+LOST = {
+  "per_sample": "Random modalities of each example absent, at least one left",
+  "one_kept": "One random modality of each example kept, others by chance",
+  "per_batch": "Batches of 32 examples without one or two of three modalities",
+  "frames": "Random frames of every modality that has time replaced by zeros",
+}
