@@ -259,7 +259,7 @@ def _tables(found: dict, options) -> list[str]:
   lines += ["", "corruption and missing rates; milliseconds a training step"]
   words = [f"corrupted {place}" for place in PLACES]
   words += [f"missing {rate}" for rate in RATES] + ["mAP", "ms"]
-  lines.append(_row("", words, 16))
+  lines.append(_row("", words, 20))
   for arm in measured:
     columns = [
       [np.mean(_corruption_rows(m, place)) for m in of[arm]] for place in PLACES
@@ -270,7 +270,7 @@ def _tables(found: dict, options) -> list[str]:
     cells.append(
       f"{np.median([m['milliseconds_a_step'] for m in of[arm]]):.1f}"
     )
-    lines.append(_row(arm, cells, 16))
+    lines.append(_row(arm, cells, 20))
   if options.against in arms:
     lines += _differences(of, measured, options)
   return lines

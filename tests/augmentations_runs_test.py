@@ -183,7 +183,7 @@ def test_a_run_is_changed_by_augmentation_and_repeats_itself(tmp_path):
 
 def test_every_operation_takes_its_steps_on_real_sensors(data_dir, tmp_path):
   config = load(
-    "configs/modal_immune.py:utd_mhad,fixed,no_gate,smoke",
+    "configs/joint.py:utd_mhad,smoke",
     f"--config.data.path={data_dir}",
     *(f"--config.augmentation.{name}={value}" for name, value in UTD.items()),
   )

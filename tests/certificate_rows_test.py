@@ -443,7 +443,12 @@ def test_signal_keeps_what_is_done_and_says_how_to_go_on(
   monkeypatch.setattr(sharding, "each_batch", stopping)
   before = signal.getsignal(signal.SIGTERM)
   common = (f"--workdir={workdir}", f"--output={tmp_path / 'rows.csv'}")
-  code, _, err = run(capsys, "certify", *common, "--source=relaxation")
+  # A shell's background jobs, this one too, are started without it.
+  inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    code, _, err = run(capsys, "certify", *common, "--source=relaxation")
+  finally:
+    signal.signal(signal.SIGINT, inherited)
   assert code == 130
   assert "interrupted; with --resume the same command goes on" in err
   assert [path.name for path in tmp_path.iterdir()] == ["rows.partial.npz"]

@@ -97,7 +97,7 @@ def test_override_keeps_the_type(override, expected):
     (
       "configs/joint.py:mfeat",
       ["--config.data.train_splits=train,validation"],
-      "config.selection.metric must be 'last' where .* got 'accuracy'",
+      "config.selection.metric must be 'last' where .* got 'auto'",
     ),
     *(
       (
