@@ -200,6 +200,8 @@ def _official(config) -> None:
   config.training.average_decay = 0.99
   config.recipe.options.label_smoothing = 0.1
   if config.recipe.name == "modal_immune":
-    # One step on the meta-parameters takes as long as some 250 updates here:
-    # second derivatives of convolutions.
+    # Second derivatives of convolutions are slow on a CPU: one refresh of the
+    # gates takes as long as some 300 updates, one step on the meta-parameters
+    # about as long.
     config.recipe.options.adapt = False
+    config.recipe.options.gate = "none"
