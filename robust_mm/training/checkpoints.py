@@ -23,17 +23,23 @@ class Checkpoints:
   Args:
     folder: where they lie; made when missing.
     keep: how many of the newest are kept.
+    reading: nothing will be saved: the folder must be there, and what a killed
+      save has left is not cleaned up.
   """
 
-  def __init__(self, folder: pathlib.Path, *, keep: int = 2):
-    folder.mkdir(parents=True, exist_ok=True)
+  def __init__(
+    self, folder: pathlib.Path, *, keep: int = 2, reading: bool = False
+  ):
+    if not reading:
+      folder.mkdir(parents=True, exist_ok=True)
     policies = ocp.training.preservation_policies
     self._folder = folder.resolve()
     self._checkpointer = ocp.training.Checkpointer(
       self._folder,
       preservation_policy=policies.LatestN(keep),
       save_decision_policy=ocp.training.save_decision_policies.ContinuousCheckpointingPolicy(),
-      cleanup_tmp_directories=jax.process_index() == 0,
+      # In a thread of its own, which a program that ends at once would kill.
+      cleanup_tmp_directories=not reading and jax.process_index() == 0,
     )
 
   @property

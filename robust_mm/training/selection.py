@@ -122,10 +122,9 @@ def read_model(workdir: pathlib.Path, phase: str, abstract):
   missing = _validate.UserError(
     f"{workdir} holds no model of phase {phase!r}: {folder} has no checkpoint."
   )
-  # Reading makes no folder.
   if not folder.is_dir():
     raise missing
-  store = checkpoints.Checkpoints(folder, keep=1)
+  store = checkpoints.Checkpoints(folder, keep=1, reading=True)
   try:
     step = store.latest_step
     if step is None:
