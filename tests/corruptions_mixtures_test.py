@@ -83,3 +83,9 @@ def test_only_touched_rows_change_and_the_mixture_is_jitted():
 def test_bad_kinds_are_named(kinds):
   with pytest.raises(ValueError, match="kinds"):
     corruptions.mixture(kinds)
+
+
+def test_the_only_channel_is_never_dropped():
+  mixture = corruptions.mixture(["channel_drop"])
+  assert mixture.fitting("a", jnp.ones((4, 8, 8, 1))) == ()
+  assert len(mixture.fitting("a", jnp.ones((4, 8, 8, 2)))) == 1

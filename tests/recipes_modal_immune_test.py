@@ -621,3 +621,17 @@ def test_damage_is_of_the_arm_and_of_its_share(monkeypatch, model):
 
 def test_without_a_rate_nothing_is_damaged(monkeypatch, model):
   assert settings_of(monkeypatch, model).damage is None
+
+
+def test_who_is_damaged_says_nothing_about_how_much(monkeypatch, model):
+  settings = settings_of(
+    monkeypatch, model, damage_rate=0.25, damage_kinds=("frame_drop",)
+  )
+  inputs = {n: jnp.ones((8000, *s)) for n, s in SHAPES.items()}
+  present = {n: jnp.ones(8000, bool) for n in SHAPES}
+  found = jax.jit(
+    lambda key: destruction.damaged(settings, key, inputs, present, 1)
+  )(jax.random.key(0))["b"]
+  lost = np.all(np.asarray(found) == 0, axis=2)
+  # A frame of a damaged example is lost with chance .1 to .9, .5 on average.
+  assert abs(lost.mean() - 0.25 * 0.5) < 0.015

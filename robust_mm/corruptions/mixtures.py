@@ -34,7 +34,9 @@ class Mixture:
       made = getattr(factories, kind)(
         severity=base.MAX_SEVERITY, forms=self.forms, **own
       )
-      if name in made.targets({name: value}):
+      # Losing the only channel would be losing the whole.
+      alone = kind == "channel_drop" and value.shape[-1] == 1
+      if name in made.targets({name: value}) and not alone:
         found.append(dataclasses.replace(made, modalities=(name,)))
     return tuple(found)
 

@@ -201,9 +201,9 @@ def damaged(settings: immunity.Settings, key, inputs, present, arm):
     return inputs
   changed = {}
   for index, name in enumerate(modalities.names(inputs)):
-    own = jax.random.fold_in(key, index)
+    hit_key, own = jax.random.split(jax.random.fold_in(key, index))
     chosen = jax.random.bernoulli(
-      jax.random.fold_in(own, 1), settings.damage_rate, present[name].shape
+      hit_key, settings.damage_rate, present[name].shape
     )
     changed[name] = jax.lax.cond(
       arm == index,
