@@ -172,6 +172,18 @@ def parse(
   return dataset, frozenset(words) - {dataset}
 
 
+def refuse_idle(
+  dataset: str, variants: frozenset[str], idle: tuple[str, ...]
+) -> None:
+  """UserError for the first of the variants that change nothing on a set."""
+  for variant in idle:
+    if variant in variants:
+      raise _validate.UserError(
+        f"--config: the variant {variant} changes nothing on {dataset}; leave "
+        f"it out."
+      )
+
+
 def spare_attacks(config: ml_collections.ConfigDict) -> None:
   """Fewer attacks, in place: on video they are slow without an accelerator."""
   config.evaluation.radii = (0.1, 0.2, 0.4)

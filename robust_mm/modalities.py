@@ -73,6 +73,15 @@ def availability_sets(
   )
 
 
+def left_by_set(present: Present) -> dict[str, Bool[Array, "s b"]]:
+  """Presence within each of :func:`availability_sets`, stacked."""
+  sets = availability_sets(present)
+  return {
+    name: jnp.stack([flag & (name in subset) for subset in sets])
+    for name, flag in present.items()
+  }
+
+
 def subset_name(subset: Iterable[str]) -> str:
   """The name of a subset in reports and files: ``"left+right"``."""
   return "+".join(names(subset))

@@ -1,5 +1,7 @@
 """Configuration files: found, overridden, refused by name."""
 
+import json
+
 import pytest
 
 from robust_mm import _validate
@@ -7,6 +9,7 @@ from robust_mm import attacks
 from robust_mm import cli
 from robust_mm import commands
 from robust_mm import config as config_lib
+from robust_mm.training import runs
 
 
 def load(spec="configs/joint.py:digits", *overrides):
@@ -234,3 +237,17 @@ def test_every_attack_can_be_asked_for_and_takes_what_it_knows():
       assert (key in given) == (key in known)
     made = attacks.make(norm=2, budget=1.0, **given)
     assert made.settings["name"] == name
+
+
+def test_the_default_metric_of_an_earlier_version_is_the_same(tmp_path):
+  config = load("configs/joint.py:mfeat")
+  assert config.selection.metric == "auto"
+  runs.save_config(tmp_path, config)
+  path = tmp_path / runs.CONFIG_FILE
+  stored = json.loads(path.read_text())
+  stored["selection"]["metric"] = "accuracy"
+  path.write_text(json.dumps(stored))
+  runs.check_config(tmp_path, config)
+  config.selection.metric = "loss"
+  with pytest.raises(_validate.UserError, match=r"selection\.metric"):
+    runs.check_config(tmp_path, config)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from robust_mm import _validate
 from robust_mm import config as config_lib
 from robust_mm import training
 from robust_mm.training import setup as setup_lib
@@ -67,8 +68,9 @@ IMMUNE = (
   "digits,random_subset",
   "digits,joint",
   "diabetes,every_subset",
+  "mfeat,damage_alone",
   "mfeat,fixed",
-  "utd_mhad,fixed,no_gate",
+  "utd_mhad",
   "av_digits,fixed,no_gate",
   "mosi,no_gate",
   "diabetes",
@@ -142,3 +144,12 @@ def test_published_schedule_is_the_published_one():
   np.testing.assert_allclose(path, published, rtol=1e-5)
   unbroken = published_descent(rates, decay=1e-2, restart=len(rates))
   assert np.max(np.abs(path - unbroken)) > 0.01
+
+
+def test_a_variant_that_changes_nothing_is_refused():
+  for variant in ("no_gate", "fixed"):
+    with pytest.raises(_validate.UserError, match=f"{variant} changes nothing"):
+      config_lib.load(f"configs/modal_immune.py:utd_mhad,{variant}")
+  published = config_lib.load("configs/modal_immune.py:utd_mhad,published")
+  assert "adapt" not in published.recipe.options
+  assert "gate" not in published.recipe.options

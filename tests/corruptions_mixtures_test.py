@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 
 from robust_mm import corruptions
 
@@ -87,5 +89,32 @@ def test_bad_kinds_are_named(kinds):
 
 def test_the_only_channel_is_never_dropped():
   mixture = corruptions.mixture(["channel_drop"])
-  assert mixture.fitting("a", jnp.ones((4, 8, 8, 1))) == ()
-  assert len(mixture.fitting("a", jnp.ones((4, 8, 8, 2)))) == 1
+  assert mixture.fitting("a", (8, 8, 1)) == ()
+  assert len(mixture.fitting("a", (8, 8, 2))) == 1
+
+
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+def test_eight_devices_damage_like_one(axis_type):
+  axis = getattr(jax.sharding.AxisType, axis_type)
+  mesh = jax.make_mesh((8,), ("data",), (axis,))
+  kinds = ["additive", "band_limit", "blur", "channel_drop", "frame_drop"]
+  mixture = corruptions.mixture(kinds)
+  x = jax.random.normal(jax.random.key(0), (64, 20, 3))
+  touched = jnp.arange(64) % 2 == 0
+
+  @jax.jit
+  def run(key, x, touched):
+    return jax.lax.cond(
+      jnp.all(key[0] >= 0),
+      lambda x: mixture(jax.random.wrap_key_data(key), "a", x, touched),
+      lambda x: x,
+      x,
+    )
+
+  for seed in range(6):
+    key = jax.random.key_data(jax.random.key(seed))
+    expected = np.asarray(run(key, x, touched))
+    with jax.set_mesh(mesh):
+      rows = NamedSharding(mesh, PartitionSpec("data"))
+      found = run(key, jax.device_put(x, rows), jax.device_put(touched, rows))
+    np.testing.assert_allclose(np.asarray(found), expected, 1e-5, 1e-5)

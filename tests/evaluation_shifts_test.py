@@ -17,6 +17,7 @@ from robust_mm.evaluation import batches
 from robust_mm.evaluation import matrix
 from robust_mm.evaluation import metrics
 from robust_mm.evaluation import shifts
+from robust_mm.evaluation import texts
 
 RATES = (0.0, 0.25, 0.5)
 PLAIN = {"radii": (), "attack": None, "certificate": None}
@@ -232,6 +233,8 @@ def test_one_kept_is_that_of_its_masks(batch):
     missing_protocol="one_kept",
   ).results["missing"]
   assert found["protocol"] == "one_kept"
+  text = texts.caption("missing", [{"missing": found}])
+  assert "One random modality of each example kept" in text
   (row,) = found["rows"]
   for seed, accuracy in enumerate(row["by_seed"]):
     masks = missing.one_kept(tuple(toy.DIMS), 60, 0.3, seed=seed)

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from robust_mm.models import encoders
 from robust_mm.models import functional
@@ -112,3 +113,11 @@ def test_videos_that_do_not_fit_are_refused(shape, named):
   encoder = encoders.video_resnet(pooling=2)
   with pytest.raises(ValueError, match=named):
     functional.encoder_functions(encoder, shape)
+
+
+@pytest.mark.parametrize("length", [7, 8])
+def test_the_skip_of_a_block_keeps_constants(length):
+  block = residual._Block(4, 3, 0.0, nnx.Rngs(0))
+  block.second.kernel[...] = jnp.zeros_like(block.second.kernel[...])
+  found = block(jnp.ones((2, length, 4)), None)
+  np.testing.assert_array_equal(found, jnp.ones((2, 4, 4)))

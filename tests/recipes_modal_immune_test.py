@@ -433,7 +433,11 @@ def test_features_are_pooled_until_they_are_few():
     ({"controller": controllers.uniform(2)}, "controller must have 3 arms"),
     ({"removal": "all"}, "removal"),
     ({"damage_rate": 1.5}, "damage_rate"),
-    ({"damage_rate": 0.5, "damage_kinds": ["swap"]}, "kinds"),
+    ({"damage_rate": 0.5, "damage_kinds": ["swap"]}, "damage_kinds"),
+    ({"damage_rate": 0.5, "damage_kinds": []}, "damage_kinds"),
+    ({"damage_rate": 0.5, "damage_kinds": ["token_drop"]}, "damage_kinds"),
+    ({"damage_rate": 0.5, "noise_scale": -1.0}, "noise_scale"),
+    ({"damage_rate": 0.5, "noise_scale": {"a": 1.0}}, "noise_scale"),
     ({"temperature": 0.0}, "temperature"),
     ({"consistency_weight": -1.0}, "consistency_weight"),
     ({"feedback_weight": -1.0}, "feedback_weight"),
@@ -609,11 +613,12 @@ def test_damage_is_of_the_arm_and_of_its_share(monkeypatch, model):
     )
   )
   for arm in range(4):
-    found = run(jax.random.key(arm), arm)
+    found, intact = run(jax.random.key(arm), arm)
     for index, name in enumerate(NAMES):
       axes = tuple(range(1, found[name].ndim))
       changed = np.any(np.asarray(found[name] != batch["inputs"][name]), axes)
       there = np.asarray(batch["present"][name])
+      np.testing.assert_array_equal(intact[name], there & ~changed)
       assert not np.any(changed & ~there)
       share = changed[there].mean()
       assert abs(share - (0.25 if index == arm else 0)) < 0.05
@@ -631,7 +636,98 @@ def test_who_is_damaged_says_nothing_about_how_much(monkeypatch, model):
   present = {n: jnp.ones(8000, bool) for n in SHAPES}
   found = jax.jit(
     lambda key: destruction.damaged(settings, key, inputs, present, 1)
-  )(jax.random.key(0))["b"]
+  )(jax.random.key(0))[0]["b"]
   lost = np.all(np.asarray(found) == 0, axis=2)
   # A frame of a damaged example is lost with chance .1 to .9, .5 on average.
   assert abs(lost.mean() - 0.25 * 0.5) < 0.015
+
+
+def _damaged_step(model, monkeypatch, **options):
+  """(settings, params, batch, damaged inputs, intact, embeddings) of arm a."""
+  settings = settings_of(
+    monkeypatch,
+    model,
+    damage_rate=0.5,
+    damage_kinds=("additive",),
+    noise_scale=5.0,
+    **{**DROPOUT, **options},
+  )
+  params, _ = model.init(jax.random.key(0))
+  batch = make_batch(size=60)
+  inputs, intact = destruction.damaged(
+    settings, jax.random.key(1), batch["inputs"], batch["present"], 0
+  )
+  embeddings, _ = model.encode(params, {}, inputs, batch["present"])
+  return settings, params, batch, intact, embeddings
+
+
+def test_what_is_intact_teaches_and_counts_as_clean(model, monkeypatch):
+  settings, params, batch, intact, embeddings = _damaged_step(
+    model, monkeypatch, consistency_weight=1.0, removal="every"
+  )
+  hit = np.asarray(batch["present"]["a"] & ~intact["a"])
+  assert 0 < hit.sum() < 60
+  loss, parts = destruction.make_task(settings)(
+    params, embeddings, {}, batch["present"], intact, batch
+  )
+  del loss
+  outputs, _ = model.apply(params, {}, batch["inputs"], batch["present"])
+  each = losses.cross_entropy(outputs.logits, batch["label"])
+  counted = np.any([np.asarray(f) for f in batch["present"].values()], axis=0)
+  np.testing.assert_allclose(
+    parts["clean_loss"], np.mean(each[counted & ~hit]), rtol=1e-5
+  )
+  # The teacher has never seen the damage: it is the model on intact inputs.
+  taught, _ = model.apply(params, {}, batch["inputs"], intact)
+  every, left = immunity.over_sets(model, params, embeddings, batch["present"])
+  some = np.any([np.asarray(f) for f in intact.values()], axis=0)
+  assert np.any(counted & ~some)  # who had nothing but the arm is not taught
+  left = {name: flag & some[None] for name, flag in left.items()}
+  expected = immunity.disagreement(model, every, left, taught.logits, 2.0)
+  np.testing.assert_allclose(parts["disagreement"], expected, rtol=1e-5)
+  wrong = immunity.logits_of(model, params, embeddings, batch["present"])
+  other = immunity.disagreement(model, every, left, wrong, 2.0)
+  assert abs(other - expected) > 1e-3
+
+
+def test_the_guard_does_not_see_damage(model, monkeypatch):
+  settings, *_ = _damaged_step(model, monkeypatch)
+  extra = {
+    "count": jnp.asarray(50),
+    "clean_loss": jnp.asarray(1.0),
+    "best_clean_loss": jnp.asarray(1.0),
+  }
+  nothing = destruction.watch(settings, extra, 0.0, False, seen=False)
+  assert nothing["clean_loss"] == 1
+  assert nothing["best_clean_loss"] == 1
+  some = destruction.watch(settings, extra, 0.0, False, seen=True)
+  assert some["clean_loss"] < 1
+
+
+def test_the_inner_loss_knows_of_feedback(model, monkeypatch):
+  batch = make_batch()
+  params, _ = model.init(jax.random.key(0))
+  phi = {}
+  rng = np.random.default_rng(0)
+  made = {
+    name: {
+      "kernel": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32),
+      "bias": jnp.zeros(3),
+    }
+    for name in NAMES
+  }
+  inner = {"batch": batch, "state": {}, "p": jnp.asarray([0.2, 0.3, 0.5])}
+  inner.update(decoders={}, probes=made)
+  found = {
+    weight: immunity.expected_loss(
+      settings_of(monkeypatch, model, feedback_weight=weight, **DROPOUT),
+      params,
+      phi,
+      inner,
+    )
+    for weight in (0.0, 2.0)
+  }
+  embeddings, _ = model.encode(params, {}, batch["inputs"], batch["present"])
+  bounded = probes.bounded(made, embeddings, batch["present"], batch["label"])
+  expected = -2 * jnp.sum(inner["p"] * bounded)
+  np.testing.assert_allclose(found[2.0] - found[0.0], expected, rtol=1e-4)

@@ -247,3 +247,11 @@ KINDS = {
   "token_drop": Kind(frame_drop, ("token",), _RATES),
   "zeros": Kind(zeros, EVERY, _ROWS, by_row=True),
 }
+
+
+def fits(kind: str, form: str, shape: tuple[int, ...]) -> bool:
+  """Whether a kind makes sense for one input of a form and shape."""
+  channels = forms.axes(form, len(shape)).channels
+  single = all(shape[axis] == 1 for axis in channels)
+  # Losing the only channel is what zeros does.
+  return form in KINDS[kind].forms and not (kind == "channel_drop" and single)

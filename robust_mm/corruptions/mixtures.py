@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import PRNGKeyArray
 
@@ -22,23 +23,18 @@ _WHOLE = ("absent", "swap", "zeros")
 class Mixture:
   """Made by :func:`mixture`, which says what the fields mean."""
 
-  kinds: tuple[str, ...]
-  scale: Any
-  forms: Any
+  options: tuple[base.Corruption, ...]
 
-  def fitting(self, name: str, value: Any) -> tuple[base.Corruption, ...]:
-    """Those that make sense for a modality ``[b, ...]``."""
-    found = []
-    for kind in self.kinds:
-      own = {"scale": self.scale} if kind == "additive" else {}
-      made = getattr(factories, kind)(
-        severity=base.MAX_SEVERITY, forms=self.forms, **own
-      )
-      # Losing the only channel would be losing the whole.
-      alone = kind == "channel_drop" and value.shape[-1] == 1
-      if name in made.targets({name: value}) and not alone:
-        found.append(dataclasses.replace(made, modalities=(name,)))
-    return tuple(found)
+  def fitting(
+    self, name: str, shape: tuple[int, ...], dtype: Any = jnp.float32
+  ) -> tuple[base.Corruption, ...]:
+    """Those that make sense for a modality with inputs of a shape."""
+    like = jax.ShapeDtypeStruct((1, *shape), dtype)
+    return tuple(
+      dataclasses.replace(option, modalities=(name,))
+      for option in self.options
+      if kinds_lib.fits(option.kind, option.form(name, like), shape)
+    )
 
   def __call__(
     self, key: PRNGKeyArray, name: str, value: Array, touched: Array
@@ -46,7 +42,8 @@ class Mixture:
     """Corrupts one modality.
 
     The kind is drawn for the batch (only one of them is computed), the strength
-    for each example, uniform between those of severity 1 and 5.
+    for each example, uniform between those of severity 1 and 5. A function of
+    the key and of the row in the batch.
 
     Args:
       key: typed.
@@ -57,19 +54,25 @@ class Mixture:
     Returns:
       Of the shape and dtype of ``value``; ``value`` itself where no kind fits.
     """
-    options = self.fitting(name, value)
-    if not options:
+    fitting = self.fitting(name, value.shape[1:], value.dtype)
+    if not fitting:
       return value
     kind_key, strength_key, own = jax.random.split(key, 3)
-    index = jax.random.randint(kind_key, (), 0, len(options))
-    share = jax.random.uniform(strength_key, (value.shape[0],))
+    index = jax.random.randint(kind_key, (), 0, len(fitting))
+    # Laid out over the devices as the rows are.
+    row = jnp.where(touched, jnp.arange(value.shape[0], dtype=jnp.uint32), 0)
+    share = jax.vmap(
+      lambda number: jax.random.uniform(
+        jax.random.fold_in(strength_key, number)
+      )
+    )(row)
 
     def run(option):
       low, *_, high = kinds_lib.KINDS[option.kind].strengths
       strong = dataclasses.replace(option, strength=low + share * (high - low))
-      return lambda x: strong(own, {name: x}, {name: touched})[0][name]
+      return lambda x: strong(own, {name: x}, {name: touched}, id=row)[0][name]
 
-    return jax.lax.switch(index, [run(option) for option in options], value)
+    return jax.lax.switch(index, [run(option) for option in fitting], value)
 
 
 def mixture(
@@ -87,7 +90,8 @@ def mixture(
     forms: ``{m: form}`` where a shape does not tell.
 
   Raises:
-    ValueError: naming ``kinds`` if one is unknown, unfit, or there is none.
+    ValueError: naming ``kinds`` if one is unknown, unfit, or there is none;
+      ``scale`` or ``forms`` if one is bad.
   """
   kinds = tuple(kinds)
   allowed = tuple(n for n in sorted(kinds_lib.KINDS) if n not in _WHOLE)
@@ -95,4 +99,12 @@ def mixture(
     raise ValueError("kinds must name at least one corruption, got none.")
   for kind in kinds:
     _validate.one_of(allowed, kinds=kind)
-  return Mixture(kinds=kinds, scale=scale, forms=forms)
+  own = {"additive": {"scale": scale}}
+  return Mixture(
+    options=tuple(
+      getattr(factories, kind)(
+        severity=base.MAX_SEVERITY, forms=forms, **own.get(kind, {})
+      )
+      for kind in kinds
+    )
+  )

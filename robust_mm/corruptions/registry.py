@@ -128,11 +128,6 @@ def _fitting(kind, shapes, forms) -> tuple[str, ...]:
     shape = tuple(getattr(shapes[name], "shape", shapes[name]))
     dtype = getattr(shapes[name], "dtype", jnp.float32)
     form = forms.get(name) or forms_lib.form(shape, dtype)
-    channels = forms_lib.axes(form, len(shape)).channels
-    single = all(shape[axis] == 1 for axis in channels)
-    if form in kinds_lib.KINDS[kind].forms and not (
-      # Losing the only channel is what zeros does.
-      kind == "channel_drop" and single
-    ):
+    if kinds_lib.fits(kind, form, shape):
       names.append(name)
   return tuple(names)

@@ -38,7 +38,6 @@ _CAPTIONS = {
     "Thin lines are 95 % intervals."
   ),
   "missing": (
-    "Modalities of each example are absent at random, at least one is left. "
     "The line is the mean absolute error over several masks, which are the "
     "same for every model; the band reaches from the lowest to the highest."
   ),
@@ -98,7 +97,9 @@ def page(results, histories, title: str, drawn: Mapping[str, bytes]) -> dict:
     "figures": [
       {
         "title": _TITLES[name],
-        "text": _CAPTIONS[name],
+        "text": f"{texts.lost(results)} {_CAPTIONS[name]}"
+        if name == "missing"
+        else _CAPTIONS[name],
         "settings": [],
         "alternative": _TITLES[name],
         "data": base64.b64encode(content).decode(),

@@ -111,7 +111,7 @@ def missing(
         "achieved": achieved,
         **{n: float(np.mean([row[n] for row in found])) for n in names},
         "by_seed": [row[names[0]] for row in found],
-        "num_examples": data.size,
+        "num_examples": min(row["num_examples"] for row in found),
       }
     )
     tick(f"missing rate {rate:g}")
@@ -148,11 +148,13 @@ def _without_frames(data: batches.Data, rate: float, seed: int):
   """Every frame, or token, of every modality that has time, by chance."""
   kept = missing_lib.frames(_lengths(data), data.size, rate, seed=seed)
   inputs = missing_lib.drop_frames(data.inputs, kept)
-  lost = sum(np.sum(~flag) for flag in kept.values())
+  there = {name: data.present[name][:, None] for name in kept}
+  lost = sum(np.sum(~flag & there[name]) for name, flag in kept.items())
+  had = sum(flag.shape[1] * np.sum(there[name]) for name, flag in kept.items())
   seen = dataclasses.replace(
     data, inputs={name: np.asarray(x) for name, x in inputs.items()}
   )
-  return seen, float(lost / sum(flag.size for flag in kept.values()))
+  return seen, float(lost / max(had, 1))
 
 
 def corrupted(

@@ -1,5 +1,6 @@
 """Captions, definitions and what recipes do: fixed text, no numbers."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence
 
 TITLES = {
@@ -42,7 +43,6 @@ _CAPTIONS = {
     "accuracy with all, less that of always saying the commonest class."
   ),
   "missing": (
-    "Modalities of each example are absent at random, at least one is left. "
     "The line is the mean over several masks, which are the same for every "
     "model; the band reaches from the lowest to the highest of them."
   ),
@@ -115,8 +115,17 @@ def recipe(name: str | None) -> str:
   return f"{name}: {text}" if text else name
 
 
+def lost(results: Sequence[Mapping]) -> str:
+  """What goes missing at a missing rate, by the protocols of the results."""
+  found = [result["missing"] for result in results if result.get("missing")]
+  kinds = dict.fromkeys(row["protocol"] for row in found)
+  return " ".join(f"{LOST[kind]}." for kind in kinds)
+
+
 def caption(name: str, results: Sequence[dict]) -> str:
   """What a figure shows and how to read it, only of lines that are there."""
+  if name == "missing":
+    return f"{lost(results)} {_CAPTIONS[name]}"
   if name != "radius_joint":
     return _CAPTIONS[name]
   parts = ["The higher and flatter, the better."]

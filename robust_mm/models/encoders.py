@@ -223,7 +223,8 @@ def temporal_resnet(
   """
   _validate.at_least(1, width=width, embedding_dim=embedding_dim)
   _validate.at_least(1, num_blocks=num_blocks, kernel_size=kernel_size)
-  _rates(dropout, velocity)
+  _validate.non_negative(velocity=velocity)
+  _validate.below_one(dropout=dropout)
 
   def build(input_shape, rngs):
     return residual.TemporalResNet(
@@ -270,7 +271,8 @@ def video_resnet(
   _widths(features=features)
   _validate.at_least(1, pooling=pooling, width=width, num_blocks=num_blocks)
   _validate.at_least(1, embedding_dim=embedding_dim)
-  _rates(dropout, velocity)
+  _validate.non_negative(velocity=velocity)
+  _validate.below_one(dropout=dropout)
   if not velocity and not appearance:
     raise ValueError("velocity must be positive where appearance is False.")
 
@@ -348,12 +350,6 @@ def from_linen(
     )
 
   return custom(build, embedding_dim, lipschitz=lipschitz, tokens=tokens)
-
-
-def _rates(dropout: float, velocity: float) -> None:
-  _validate.non_negative(velocity=velocity, dropout=dropout)
-  if dropout >= 1:
-    raise ValueError(f"dropout must be below 1, got {dropout}.")
 
 
 def _widths(**arguments) -> None:

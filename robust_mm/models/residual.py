@@ -144,7 +144,13 @@ class _Block(nnx.Module):
   def __call__(self, x, key):
     y = self.first(nnx.relu(self.norm_first(x)))
     y = dropped(nnx.relu(self.norm_second(y)), self.dropout, key)
-    skip = nnx.avg_pool(x, (_STRIDE,), strides=(_STRIDE,), padding="SAME")
+    skip = nnx.avg_pool(
+      x,
+      (_STRIDE,),
+      strides=(_STRIDE,),
+      padding="SAME",
+      count_include_pad=False,
+    )
     return skip + self.second(y)
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robust_mm import modalities
+from robust_mm.models import masked
 
 WIDTH = 64
 MOST_FEATURES = 256
@@ -47,8 +48,8 @@ def init(key, features: Mapping, embedding_dims: Mapping[str, int]) -> dict:
   for index, name in enumerate(modalities.names(features)):
     first, second = jax.random.split(jax.random.fold_in(key, index))
     made[name] = {
-      "hidden": _dense(first, size, WIDTH),
-      "last": _dense(second, WIDTH, len(features[name][0])),
+      "hidden": masked.dense(first, size, WIDTH),
+      "last": masked.dense(second, WIDTH, len(features[name][0])),
     }
   return made
 
@@ -71,20 +72,11 @@ def loss(decoders, features: Mapping, embeddings, present, batch):
   for name, decoder in decoders.items():
     mean, deviation = (jnp.asarray(a)[None] for a in features[name])
     target = (pooled(inputs[name].astype(u.dtype)) - mean) / deviation
-    hidden = jax.nn.gelu(_apply(decoder["hidden"], u))
+    hidden = jax.nn.gelu(masked.apply(decoder["hidden"], u))
     error = jnp.mean(
-      jnp.square(_apply(decoder["last"], hidden) - target), axis=-1
+      jnp.square(masked.apply(decoder["last"], hidden) - target), axis=-1
     )
     rows = batch["present"][name]
     total = jnp.sum(jnp.where(rows, error, 0))
     terms.append(total / jnp.maximum(jnp.sum(rows), 1))
   return sum(terms) / len(terms)
-
-
-def _dense(key, size, width):
-  kernel = jax.nn.initializers.lecun_normal()(key, (size, width))
-  return {"kernel": kernel, "bias": jnp.zeros(width)}
-
-
-def _apply(layer, x):
-  return jnp.einsum("bd,de->be", x, layer["kernel"]) + layer["bias"][None]

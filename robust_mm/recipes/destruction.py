@@ -67,17 +67,18 @@ def make_extra(settings: immunity.Settings) -> Callable:
       "clean_loss": jnp.zeros(()),
       "best_clean_loss": jnp.zeros(()),
     }
+    decoder_key, probe_key = jax.random.split(key)
     if settings.adapt:
       found["outer"] = immune_jobs.outer_step(settings).init(settings.phi())
     if settings.reconstruction_weight:
       made = decoders_lib.init(
-        key, settings.features, embedding_dims(settings, params)
+        decoder_key, settings.features, embedding_dims(settings, params)
       )
       found["decoders"] = made
       found["decoder_optimizer"] = side_optimizer().init(made)
     if settings.feedback_weight:
       made = probes_lib.init(
-        jax.random.fold_in(key, 1),
+        probe_key,
         embedding_dims(settings, params),
         settings.model.num_classes,
       )
@@ -116,14 +117,17 @@ def make_update(
   loss_fn = make_task(settings)
 
   def update(state, batch, key):
-    draw_key, model_key, noise_key, subset_key = jax.random.split(key, 4)
-    damage_key = jax.random.fold_in(key, 4)
+    draw_key, model_key, noise_key, subset_key, damage_key = jax.random.split(
+      key, 5
+    )
     extra, present = state.extra, batch["present"]
     weights = settings.weights(meta_parameters(settings, extra))
     warm = extra["count"] < settings.warmup_steps
     arm = draw(settings, draw_key, extra, warm)
     available = left(settings, subset_key, present, arm)
-    inputs = damaged(settings, damage_key, batch["inputs"], present, arm)
+    inputs, intact = damaged(
+      settings, damage_key, batch["inputs"], present, arm
+    )
 
     def encode(params):
       return model.encode(
@@ -138,7 +142,12 @@ def make_update(
     embeddings, pull, model_state = jax.vjp(encode, state.params, has_aux=True)
     task = jax.value_and_grad(loss_fn, argnums=(0, 1, 2), has_aux=True)
     (loss, parts), (by_params, by_embeddings, by_decoders) = task(
-      state.params, embeddings, extra.get("decoders", {}), available, batch
+      state.params,
+      embeddings,
+      extra.get("decoders", {}),
+      available,
+      intact,
+      batch,
     )
     grads = jax.tree.map(jnp.add, by_params, pull(by_embeddings)[0])
     options, found = {"value": loss}, jnp.zeros(())
@@ -157,7 +166,8 @@ def make_update(
       grads, state.opt_state, state.params, **options
     )
     extra = {**extra, "count": extra["count"] + 1, "arm": arm}
-    extra = watch(settings, extra, parts["clean_loss"], warm)
+    seen = jnp.any(undamaged(present, intact))
+    extra = watch(settings, extra, parts["clean_loss"], warm, seen)
     extra = _train(extra, "decoder", by_decoders)
     if settings.feedback_weight:
       by_probes = jax.grad(
@@ -196,24 +206,30 @@ def left(settings: immunity.Settings, key, present, arm):
 
 
 def damaged(settings: immunity.Settings, key, inputs, present, arm):
-  """The inputs of the arm corrupted, in a share of the examples."""
+  """(inputs with those of the arm corrupted in some rows, what is intact).
+
+  The second is ``present`` without what was corrupted.
+  """
   if settings.damage is None:
-    return inputs
-  changed = {}
+    return inputs, present
+  hit_key, key = jax.random.split(key)
+  changed, intact = {}, {}
   for index, name in enumerate(modalities.names(inputs)):
-    hit_key, own = jax.random.split(jax.random.fold_in(key, index))
-    chosen = jax.random.bernoulli(
-      hit_key, settings.damage_rate, present[name].shape
-    )
+    x, there = inputs[name], present[name]
+    changed[name], intact[name] = x, there
+    if not settings.damage.fitting(name, x.shape[1:], x.dtype):
+      continue
+    hit = jax.random.bernoulli(hit_key, settings.damage_rate, there.shape)
+    hit = hit & there & (arm == index)
+    own = jax.random.fold_in(key, index)
     changed[name] = jax.lax.cond(
       arm == index,
-      lambda x, name=name, own=own, hit=chosen & present[name]: settings.damage(
-        own, name, x, hit
-      ),
+      lambda x, name=name, own=own, hit=hit: settings.damage(own, name, x, hit),
       lambda x: x,
-      inputs[name],
+      x,
     )
-  return changed
+    intact[name] = there & ~hit
+  return changed, intact
 
 
 def _destroy(settings, embeddings, batch, arm, weights, key, extra, warm):
@@ -255,37 +271,55 @@ def _separable(settings, params, state, batch, weights, extra):
 
 
 def make_task(settings: immunity.Settings) -> Callable:
-  """``loss(params, embeddings, decoders, available, batch)``: no collapse."""
+  """``loss(params, embeddings, decoders, available, intact, batch)``.
 
-  def loss_fn(params, embeddings, decoders, available, batch):
-    model = settings.model
-    logits = immunity.logits_of(model, params, embeddings, batch["present"])
+  No collapse. Rows with a damaged modality are trained on; what teaches them is
+  the prediction from what is intact, and they do not count as clean.
+  """
+
+  def loss_fn(params, embeddings, decoders, available, intact, batch):
+    model, present, label = settings.model, batch["present"], batch["label"]
+    smoothing = settings.label_smoothing
+
+    def predict(present):
+      return immunity.logits_of(model, params, embeddings, present)
+
+    def task_loss(batch):
+      return objectives.task_loss(
+        model, logits, batch, label_smoothing=smoothing
+      )
+
+    logits = teacher = predict(present)
+    clean = batch
+    if settings.damage is not None:
+      teacher = predict(intact)
+      whole = undamaged(present, intact)
+      clean = {**batch, "present": {n: f & whole for n, f in present.items()}}
     if settings.removal == "every" or settings.consistency_weight:
-      every = immunity.over_sets(model, params, embeddings, batch["present"])
+      every = immunity.over_sets(model, params, embeddings, present)
     if settings.removal == "every":
       said, left = every
     else:
-      one = immunity.logits_of(model, params, embeddings, available)
-      said, left = jax.tree.map(lambda x: x[None], (one, available))
-    smoothing = settings.label_smoothing
-    clean = objectives.task_loss(
-      model, logits, batch, label_smoothing=smoothing
-    )
-    attacked = immunity.loss_over_sets(
-      model, said, left, batch["label"], smoothing
-    )
-    total = settings.clean_weight * clean + settings.attack_weight * attacked
+      said, left = jax.tree.map(
+        lambda x: x[None], (predict(available), available)
+      )
+    attacked = immunity.loss_over_sets(model, said, left, label, smoothing)
+    total = settings.attack_weight * attacked
+    total = total + settings.clean_weight * task_loss(batch)
     metric = objectives.score_name(model)
     parts = {
-      metric: objectives.score(model, logits, batch),
-      f"attacked_{metric}": immunity.score_over_sets(
-        model, said, left, batch["label"]
-      ),
-      "clean_loss": clean,
+      metric: objectives.score(model, logits, clean),
+      f"attacked_{metric}": immunity.score_over_sets(model, said, left, label),
+      "clean_loss": task_loss(clean),
       "attacked_loss": attacked,
     }
     if settings.consistency_weight:
-      apart = immunity.disagreement(model, *every, logits, settings.temperature)
+      said, left = every
+      taught = jnp.any(modalities.stack(intact), axis=0)
+      left = {name: flag & taught[None] for name, flag in left.items()}
+      apart = immunity.disagreement(
+        model, said, left, teacher, settings.temperature
+      )
       total = total + settings.consistency_weight * apart
       parts["disagreement"] = apart
     if settings.reconstruction_weight:
@@ -297,6 +331,12 @@ def make_task(settings: immunity.Settings) -> Callable:
     return total, parts
 
   return loss_fn
+
+
+def undamaged(present, intact):
+  """``bool[b]``: rows of which nothing has been corrupted."""
+  same = [present[name] == intact[name] for name in present]
+  return jnp.all(jnp.stack(same), axis=0)
 
 
 def _train(extra, name: str, grads):
@@ -330,11 +370,14 @@ def draw(settings: immunity.Settings, key, extra, warm):
   return jnp.where(harmed, settings.num_arms, arm)
 
 
-def watch(settings: immunity.Settings, extra, clean, warm):
-  """The running mean of the clean loss, and its best since the warm-up."""
+def watch(settings: immunity.Settings, extra, clean, warm, seen=True):
+  """The running mean of the clean loss, and its best since the warm-up.
+
+  It stays where nothing clean has been ``seen`` in a step.
+  """
   first = extra["count"] == 1
   mean = _MEMORY * extra["clean_loss"] + (1 - _MEMORY) * clean
-  mean = jnp.where(first, clean, mean)
+  mean = jnp.where(first, clean, jnp.where(seen, mean, extra["clean_loss"]))
   best = jnp.where(warm, mean, jnp.minimum(extra["best_clean_loss"], mean))
   if not settings.warmup_steps:
     best = jnp.where(first, mean, best)

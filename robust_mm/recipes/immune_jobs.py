@@ -99,6 +99,7 @@ def make_outer(settings: immunity.Settings) -> Callable:
       "state": state.model_state,
       "p": settings.controller.probabilities(extra["controller"]),
       "decoders": extra.get("decoders", {}),
+      "probes": extra.get("probes", {}),
     }
     outer, info = step.update(
       extra["outer"],

@@ -20,6 +20,7 @@ from robust_mm import spectrum
 from robust_mm._types import Model
 from robust_mm.recipes import decoders as decoders_lib
 from robust_mm.recipes import objectives
+from robust_mm.recipes import probes as probes_lib
 
 REMOVALS = ("arm", "subset", "every")
 COLLAPSED = ("arm", "all")
@@ -152,9 +153,10 @@ def _every_collapse(
 def expected_loss(settings: Settings, params, phi, batch):
   r"""The inner loss: the expectation of the training loss over arms.
 
-  In evaluation mode, with expected Gaussian targets. ``batch`` has the training
-  ``batch``, the model's ``state``, probabilities ``p`` [M] (constants) and
-  ``decoders``.
+  In evaluation mode, with expected Gaussian targets, of inputs as the pipeline
+  gives them: neither damaged nor augmented. ``batch`` has the training
+  ``batch``, the model's ``state``, probabilities ``p`` [M] (constants),
+  ``decoders`` and ``probes``.
   """
   data, p = batch["batch"], jax.lax.stop_gradient(batch["p"])
   present, label = data["present"], data["label"]
@@ -193,6 +195,9 @@ def expected_loss(settings: Settings, params, phi, batch):
   total += settings.reconstruction_weight * jnp.sum(p * rebuilt)
   collapse_weight, kappa = settings.weights(phi)
   terms = _every_collapse(settings, embeddings, present, kappa)
+  if settings.feedback_weight:
+    climbed = probes_lib.bounded(batch["probes"], embeddings, present, label)
+    total -= settings.feedback_weight * jnp.sum(p * climbed)
   if settings.collapse_on == "all":
     p = jnp.full_like(p, jnp.sum(p) / len(p))
   return total + collapse_weight * jnp.sum(p * terms)
@@ -227,12 +232,7 @@ def mean_over_sets(
 
 def over_sets(model: Model, params, embeddings, present):
   """``(logits [s, b, k], {m: bool[s, b]})`` of every availability set."""
-  sets = modalities.availability_sets(present)
-  left = {
-    name: jnp.stack([flag & (name in subset) for subset in sets])
-    for name, flag in present.items()
-  }
-
+  left = modalities.left_by_set(present)
   said = jax.vmap(lambda flags: logits_of(model, params, embeddings, flags))
   return said(left), left
 

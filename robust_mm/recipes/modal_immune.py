@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from robust_mm import _validate
@@ -33,7 +34,7 @@ from robust_mm.recipes import phases
 FIDELITIES = ("default", "published")
 CONTROLLERS = ("hedge", "exp3", "exp3s", "uniform")
 GATES = ("hessian", "directional", "published", "none")
-DAMAGE = ("additive", "channel_drop", "frame_drop")
+DAMAGE = ("additive", "channel_drop", "frame_drop", "token_drop")
 GAINS = ("hinge", "squared")
 _TARGETS = ("expected", "sampled")
 # (default, published) of the arguments that fidelity decides.
@@ -88,17 +89,23 @@ def modal_immune(
   r"""Self-destructive training for missing modalities.
 
   .. math:: L = w_{clean} L(a) + w_{attack} L(a \setminus m) + \lambda
-            L_{col}(Z_m) + w_{rec} L_{rec}(a \setminus m)
+            L_{col}(Z_m) + w_{rec} L_{rec}(a \setminus m) + w_{con} D(a)
+            - w_{fb} L_{probe}(Z_m)
 
   with the arm m drawn by the controller and L the cross-entropy, or L1 in
-  deviations of the target for a regression. The collapse part is descended
-  through the curvature gates, on the encoder of m alone; :math:`\lambda` and
-  the weight of the spectral ratio are adapted on validation data.
+  deviations of the target for a regression. :math:`L(a \setminus m)` is that of
+  random subsets with ``removal="subset"``, and the mean over all availability
+  sets, m in some of them, with ``"every"``: then the task and the collapse pull
+  at the same encoder. D is the divergence of ``consistency_weight``. Collapse
+  and probe are descended through the curvature gates, on the encoder of m
+  alone; :math:`\lambda` and the weight of the spectral ratio are adapted on
+  validation data.
 
   Formal guarantees:
     - The loss without m has a gradient of exactly 0 in the encoder of m.
-    - ``collapse_weight=0, controller="uniform", gate="none"`` is leave-one-out
-      modality dropout beside the clean loss; no trace of the rest is left.
+    - ``collapse_weight=0, controller="uniform", guard_tolerance=None`` without
+      ``features`` is leave-one-out modality dropout beside the clean loss; no
+      trace of the rest is left.
     - One trace for all arms, gates and meta-parameters.
 
   What is *not* covered: robustness, of any kind. Validation examples choose the
@@ -118,14 +125,15 @@ def modal_immune(
     collapse_on: ``arm``, or ``all`` embeddings at the same total weight.
     gaussian_target: ``expected`` or ``sampled``.
     adaptive: scale the collapse by how far the spectrum is from collapsed.
-    attack_weight: of the loss without the arm.
+    attack_weight: of the loss of ``removal``.
     clean_weight: of the loss with everything present.
     removal: ``arm``, or ``subset``: a random subset of modalities per example
       in its place (every non-empty one is equally likely), or ``every``
       availability set in every step: the encoders run once all the same.
     consistency_weight: of the divergence of predictions from every availability
-      set from the one of all modalities, which is the teacher; of a regression
-      the squared difference, in deviations.
+      set from the one of all modalities (of all that are intact, where one is
+      damaged), which is the teacher; of a regression the squared difference, in
+      deviations.
     temperature: of that divergence; nothing to a regression.
     label_smoothing: share of every label, in [0, 1), that the training losses
       spread over all classes alike; those on validation batches stay plain. 0
@@ -135,7 +143,8 @@ def modal_immune(
     damage_rate: share of the examples whose input of the arm is corrupted, by a
       kind that is drawn for the step, at a strength drawn for the example. The
       label stays; so does the target of reconstruction, which is of the intact
-      input. Not part of the inner loss of the hyper-gradient.
+      input. Damaged rows do not count in the guard and the clean loss that is
+      reported. Not part of the inner loss of the hyper-gradient.
     damage_kinds: of ``robust_mm.corruptions``, those to draw from; of a
       modality, those that make sense for it.
     noise_scale: of the kind ``additive``: a number or ``{m: array}``, such as
@@ -212,8 +221,7 @@ def modal_immune(
     raise ValueError("adapt must be False where collapse_weight is 0.")
   warmup_steps = _warmup(warmup_steps, num_steps, steps_per_epoch)
   destroys = bool(collapse_weight or feedback_weight)
-  _validate.in_unit_interval(damage_rate=damage_rate)
-  damage = corruptions.mixture(damage_kinds, scale=noise_scale)
+  damage = _damage(model, damage_rate, damage_kinds, noise_scale)
   settings = immunity.Settings(
     model=model,
     fidelity=fidelity,
@@ -230,7 +238,7 @@ def modal_immune(
     attack_weight=attack_weight,
     reconstruction_weight=reconstruction_weight,
     feedback_weight=feedback_weight,
-    damage=damage if damage_rate else None,
+    damage=damage,
     damage_rate=damage_rate,
     features=features,
     removal=removal,
@@ -297,6 +305,27 @@ def _warmup(warmup_steps, num_steps: int, steps_per_epoch) -> int:
       f"warmup_steps must be below num_steps ({num_steps}), got {warmup_steps}."
     )
   return warmup_steps
+
+
+def _damage(model: Model, rate: float, kinds, scale):
+  """What damages the arm; None at a rate of 0."""
+  _validate.in_unit_interval(damage_rate=rate)
+  if not rate:
+    return None
+  try:
+    damage = corruptions.mixture(kinds, scale=scale)
+    fitting = []
+    for name, shape in (model.input_shapes or {}).items():
+      tokens = name in (model.tokens or ())
+      dtype = jnp.int32 if tokens else jnp.float32
+      for corruption in damage.fitting(name, shape, dtype):
+        corruption.option(name)
+        fitting.append(corruption)
+    if model.input_shapes and not fitting:
+      raise ValueError(f"none of {', '.join(kinds)} fits a modality.")
+  except ValueError as error:
+    raise ValueError(f"damage_kinds, noise_scale: {error}") from error
+  return damage
 
 
 def _period(num_steps: int) -> int:

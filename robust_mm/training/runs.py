@@ -71,7 +71,9 @@ def check_config(
   for key in sorted(keys, key=lambda key: (key not in _SAID_FIRST, key)):
     if key.startswith(_MAY_CHANGE) and key not in _MAY_NOT_CHANGE:
       continue
-    if stored.get(key) != given.get(key):
+    if stored.get(key) != given.get(key) and not _same(
+      key, stored.get(key), given.get(key)
+    ):
       raise _validate.UserError(
         f"the work directory {workdir} holds a run of another configuration: "
         f"config.{key} is {stored.get(key)!r} there and {given.get(key)!r} "
@@ -106,6 +108,11 @@ _MAY_NOT_CHANGE = (
 )
 # Keys that runs of earlier versions, which may be resumed, do not state.
 _SINCE = ("data.train_splits", "training.average_decay")
+
+
+def _same(key: str, stored: Any, given: Any) -> bool:
+  """Whether the two mean one thing, said differently by another version."""
+  return key == "selection.metric" and {stored, given} == {"accuracy", "auto"}
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:

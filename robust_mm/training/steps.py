@@ -176,12 +176,6 @@ def _by_subset(model: Model, params, embeddings, batch) -> dict:
 
   One pass of the encoders.
   """
-  present = batch["present"]
-  sets = modalities.availability_sets(model.modalities)
-  stacked = {
-    name: jnp.stack([flag & (name in subset) for subset in sets])
-    for name, flag in present.items()
-  }
 
   def one(left):
     logits = model.fuse(params, modalities.mask(embeddings, left), left).logits
@@ -190,7 +184,7 @@ def _by_subset(model: Model, params, embeddings, batch) -> dict:
       found = jnp.abs(logits[:, 0] - batch["label"])
     return found, jnp.any(modalities.stack(left), axis=0)
 
-  found, counted = jax.lax.map(one, stacked)
+  found, counted = jax.lax.map(one, modalities.left_by_set(batch["present"]))
   name = "subset_correct" if model.target is None else "subset_error"
   return {name: found.T, "subset_counted": counted.T}
 
