@@ -1,58 +1,51 @@
-"""Does ModalImmune beat what is simpler, at the same gradient budget?
+"""Does ModalImmune beat what is simpler, in the same number of steps?
 
-  python benchmarks/immunity_grid.py --dataset=utd_mhad --seeds=5 \\
-    --workdir=runs/grid --output=benchmarks/results/immunity_utd_mhad.json
+  python benchmarks/immunity_grid.py --dataset=utd_mhad --specialists --seeds=5 \\
+    --workdir=runs/grid --output=benchmarks/results/immunity_utd_mhad.txt
 
 Trains every arm (a variant of ``configs/modal_immune.py``, and a specialist for
 every subset of modalities) for every seed, with the same encoders, data,
-augmentation, averaging and number of steps, and measures on the test split:
-accuracy with every availability set, mean corruption score with one modality
-corrupted at a time and with all at once, accuracy at missing rates. Tables have
-mean and standard deviation over seeds, and the paired difference to an arm with
-its 95 % interval over seeds and examples. What is done is kept in ``--workdir``
-and not done again: the same command goes on where it stopped. ``--set
-data.path=...`` overrides keys of all arms.
+augmentation, averaging and number of steps; what a step costs is measured by
+``immunity_cost.py``. On the test split: accuracy with every availability set,
+mean corruption score with one modality corrupted at a time and with all at
+once, of all kinds and of those that damage in training has not shown, accuracy
+at missing rates. Tables have mean and standard deviation over seeds, and the
+paired difference to an arm with its 95 % interval over seeds and examples (over
+examples alone with one seed). What is done is kept in ``--workdir`` and not
+done again: the same command goes on where it stopped. ``--set data.path=...``
+overrides keys of all arms.
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
-import time
+import runpy
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import robust_mm
+from robust_mm import _validate
 from robust_mm import config as config_lib
 from robust_mm import corruptions
 from robust_mm import missing
 from robust_mm import modalities
 from robust_mm import training
 from robust_mm.evaluation import metrics
+from robust_mm.recipes.modal_immune import DAMAGE
 from robust_mm.training import setup as setup_lib
 
-BASELINES = ("joint", "leave_one_out", "random_subset", "every_subset")
 FULL = "full"
-ABLATIONS = (
-  "no_consistency",
-  "no_damage",
-  "no_collapse",
-  "no_spectral",
-  "l2",
-  "no_gate",
-  "uniform",
-  "fixed",
-  "no_reconstruction",
-  "published",
-)
+SPEC = "configs/modal_immune.py"
 RATES = (0.1, 0.3, 0.5, 0.7)
 PLACES = ("each", "all")
 
 
 def main():
   options = _parser().parse_args()
-  arms = options.arms or (*BASELINES, FULL, *ABLATIONS)
+  arms = options.arms or _every_arm(options)
   found = {}
   for seed in range(options.seeds):
     for arm in arms:
@@ -68,12 +61,24 @@ def main():
     options.output.write_text(text + "\n")
 
 
+def _every_arm(options) -> list[str]:
+  """The full method and every variant that the data set takes."""
+  path, _ = config_lib.find(SPEC)
+  arms = [FULL]
+  for variant in runpy.run_path(str(path))["VARIANTS"]:
+    with contextlib.suppress(_validate.UserError):
+      config_lib.load(f"{SPEC}:{options.dataset},{variant}")
+      arms.append(variant)
+  return [arm for arm in arms if arm != "smoke"]
+
+
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
   parser.add_argument("--dataset", default="utd_mhad")
   parser.add_argument("--seeds", type=int, default=5)
   parser.add_argument("--arms", nargs="*", default=[])
   parser.add_argument("--specialists", action="store_true")
+  parser.add_argument("--smoke", action="store_true", help="a few steps")
   parser.add_argument("--against", default="every_subset")
   parser.add_argument("--severities", type=int, nargs="+", default=[1, 3, 5])
   parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
@@ -95,17 +100,14 @@ def _kept(options, arm: str, seed: int, measure) -> dict:
 
 
 def _measured(options, arm: str, seed: int, folder: pathlib.Path) -> dict:
-  variants = [] if arm == FULL else [arm]
-  argument = ",".join([options.dataset, *variants])
-  run, timing, steps = _train(options, argument, seed, folder)
-  model, data, reference = run
-  every = modalities.subsets(data["inputs"])
+  config = _config(options, arm, seed)
+  model, data, reference = _train(config, folder)
   return {
     "correct": {
       modalities.subset_name(subset): _right(
         model, modalities.restrict(data, subset)
       )
-      for subset in every
+      for subset in modalities.subsets(data["inputs"])
     },
     "average_precision": _average_precision(model, data),
     "corrupted": {
@@ -113,56 +115,50 @@ def _measured(options, arm: str, seed: int, folder: pathlib.Path) -> dict:
       for place in PLACES
     },
     "missing": {str(rate): _missing(model, data, rate) for rate in RATES},
-    "milliseconds_a_step": 1e3 * timing["train"] / steps,
   }
 
 
 def _specialists(options, arm: str, seed: int, folder: pathlib.Path) -> dict:
   """One model for each subset, trained on it and seeing nothing else."""
   del arm
-  spec = f"configs/modal_immune.py:{options.dataset},joint"
-  names = config_lib.load(spec, _overrides(options, seed))
-  names = setup_lib.open_split(names, "test").spec
+  spec = setup_lib.open_split(_config(options, "joint", seed), "test").spec
   correct = {}
-  for subset in modalities.subsets(names):
+  for subset in modalities.subsets(spec):
     name = modalities.subset_name(subset)
-    (model, data, _), _, _ = _train(
-      options,
-      f"{options.dataset},joint",
-      seed,
-      folder / name,
-      [f"--config.data.modalities={','.join(subset)}"],
-    )
+    config = _config(options, "joint", seed)
+    config.data.modalities = subset
+    with config.unlocked():
+      for group in (config.model.encoders, config.augmentation):
+        for other in set(group) - {*subset, "default"}:
+          del group[other]
+    model, data, _ = _train(config, folder / name)
     correct[name] = _right(model, data)
   return {"correct": correct}
 
 
-def _overrides(options, seed: int) -> list[str]:
+def _config(options, arm: str, seed: int):
+  words = [options.dataset, *([] if arm == FULL else [arm])]
+  words += ["smoke"] if options.smoke else []
   given = [f"--config.{setting}" for setting in options.set]
-  return [f"--config.seed={seed}", *given]
-
-
-def _train(options, argument: str, seed: int, folder, more=()):
-  """((predict, test data, a part of the training data), seconds, steps)."""
-  config = config_lib.load(
-    f"configs/modal_immune.py:{argument}",
-    [*_overrides(options, seed), *more],
+  return config_lib.load(
+    f"{SPEC}:{','.join(words)}", [f"--config.seed={seed}", *given]
   )
+
+
+def _train(config, folder: pathlib.Path):
+  """(predict, test data, a part of the training data)."""
   folder.mkdir(parents=True, exist_ok=True)
-  began = time.perf_counter()
-  result = training.train(config, folder / "run", say=lambda line: None)
-  timing = result.timing
+  training.train(config, folder / "run", say=lambda line: None)
   model, params, state, _ = robust_mm.load(folder / "run")
-  print(f"{argument} {seed}: {time.perf_counter() - began:.0f} s", flush=True)
 
   @jax.jit
   def logits(inputs, present):
     outputs, _ = model.apply(params, state, inputs, present)
     return outputs.logits
 
-  data = jax.tree.map(jnp.asarray, setup_lib.open_split(config, "test").batch())
+  data = setup_lib.open_split(config, "test").batch()
   reference = setup_lib.reference_batch(setup_lib.open_split(config, "train"))
-  return (logits, data, reference), timing, config.num_steps
+  return logits, jax.tree.map(jnp.asarray, data), reference
 
 
 def _right(model, data) -> list[int]:
@@ -221,7 +217,9 @@ def _line(arm: str, seed: int, found: dict) -> dict:
   scores = {name: np.mean(rows) for name, rows in found["correct"].items()}
   line = {"arm": arm, "seed": seed, **metrics.robustness(scores)}
   for place in PLACES:
-    line[f"corrupted {place}"] = np.mean(_corruption_rows(found, place))
+    for word, kinds in _kinds(found).items():
+      rows = _corruption_rows(found, place, kinds)
+      line[f"{word} {place}"] = np.mean(rows)
   return {k: v if isinstance(v, str) else round(v, 4) for k, v in line.items()}
 
 
@@ -230,10 +228,19 @@ def _subset_rows(found: dict) -> np.ndarray:
   return np.mean(list(found["correct"].values()), axis=0)
 
 
-def _corruption_rows(found: dict, place: str) -> np.ndarray:
+def _kinds(found: dict) -> dict[str, list[str]]:
+  """All kinds, and those that no damaged training input has."""
+  every = list(found["corrupted"]["each"])
+  unseen = [kind for kind in every if kind not in DAMAGE]
+  return {"corrupted": every, "unseen": unseen}
+
+
+def _corruption_rows(found: dict, place: str, kinds) -> np.ndarray:
   """``[n]``: a row's mean corruption score, every kind alike."""
-  kinds = found["corrupted"][place].values()
-  return np.mean([np.mean(list(k.values()), axis=0) for k in kinds], axis=0)
+  table = found["corrupted"][place]
+  return np.mean(
+    [np.mean(list(table[kind].values()), axis=0) for kind in kinds], axis=0
+  )
 
 
 def _tables(found: dict, options) -> list[str]:
@@ -242,70 +249,63 @@ def _tables(found: dict, options) -> list[str]:
     arm: [found[arm, seed] for seed in range(options.seeds)] for arm in arms
   }
   lines = [
-    f"{options.dataset}, {options.seeds} seeds, jax {jax.__version__}, "
+    f"{options.dataset}, {options.seeds} seeds, severities "
+    f"{', '.join(map(str, options.severities))}, jax {jax.__version__}, "
     f"{jax.devices()[0].device_kind}",
     "",
     "accuracy by availability set: mean +- standard deviation over seeds",
   ]
   names = list(of[arms[0]][0]["correct"])
-  lines.append(_row("", [*names, "mean", "worst"], 24))
+  lines.append(_row("", [*names, "mean", "worst"], 25))
   for arm in arms:
     table = np.array(
       [[np.mean(m["correct"][n]) for n in names] for m in of[arm]]
     )
     columns = [*table.T, table.mean(1), table.min(1)]
-    lines.append(_row(arm, [_spread(c) for c in columns], 24))
+    lines.append(_row(arm, [_spread(c) for c in columns], 25))
   measured = [arm for arm in arms if "corrupted" in of[arm][0]]
-  lines += ["", "corruption and missing rates; milliseconds a training step"]
-  words = [f"corrupted {place}" for place in PLACES]
-  words += [f"missing {rate}" for rate in RATES] + ["mAP", "ms"]
-  lines.append(_row("", words, 20))
+  kinds = _kinds(of[measured[0]][0])
+  scores = [(word, place) for word in kinds for place in PLACES]
+  words = [" ".join(score) for score in scores]
+  lines += ["", "corruption (unseen: not in damage) and missing rates"]
+  rates = [f"missing {rate}" for rate in RATES]
+  lines.append(_row("", [*words, *rates, "mAP"], 20))
   for arm in measured:
     columns = [
-      [np.mean(_corruption_rows(m, place)) for m in of[arm]] for place in PLACES
+      [np.mean(_corruption_rows(m, place, kinds[word])) for m in of[arm]]
+      for word, place in scores
     ]
     columns += [[m["missing"][str(r)] for m in of[arm]] for r in RATES]
     columns += [[m["average_precision"] for m in of[arm]]]
-    cells = [_spread(c) for c in columns]
-    cells.append(
-      f"{np.median([m['milliseconds_a_step'] for m in of[arm]]):.1f}"
-    )
-    lines.append(_row(arm, cells, 20))
-  if options.against in arms:
-    lines += _differences(of, measured, options)
-  return lines
-
-
-def _differences(of: dict, arms: list[str], options) -> list[str]:
-  """Paired differences to the arm ``--against``, with intervals."""
-  lines = ["", f"difference to {options.against}, 95 % interval (points)"]
-  lines.append(_row("", ["mean over sets", "worst set", *PLACES], 24))
-  base = of[options.against]
-  for arm in arms:
-    if arm == options.against:
-      continue
-    cells = [_interval(*(map(_subset_rows, m) for m in (of[arm], base)))]
-    means = [
-      {n: np.mean([m["correct"][n] for m in ms]) for n in ms[0]["correct"]}
-      for ms in (of[arm], base)
-    ]
-    worst = min(means[1], key=means[1].get)
-    pairs = ([m["correct"][worst] for m in ms] for ms in (of[arm], base))
-    cells.append(_interval(*pairs))
-    for place in PLACES:
-      pairs = (
-        [_corruption_rows(m, place) for m in ms] for ms in (of[arm], base)
-      )
-      cells.append(_interval(*pairs))
-    lines.append(_row(arm, cells, 24))
+    lines.append(_row(arm, [_spread(c) for c in columns], 20))
+  if options.against in measured:
+    others = [arm for arm in measured if arm != options.against]
+    base = of[options.against]
+    lines += ["", f"difference to {options.against}, 95 % interval (points)"]
+    lines.append(_row("", ["mean over sets", *names, *words], 25))
+    for arm in others:
+      pairs = [(_subset_rows(m) for m in ms) for ms in (of[arm], base)]
+      cells = [_interval(*pairs)]
+      cells += [_difference(of[arm], base, name) for name in names]
+      for word, place in scores:
+        pairs = [
+          [_corruption_rows(m, place, kinds[word]) for m in ms]
+          for ms in (of[arm], base)
+        ]
+        cells.append(_interval(*pairs))
+      lines.append(_row(arm, cells, 25))
   if "specialists" in of and FULL in of:
     lines += ["", "full less the specialist of the subset (points)"]
-    for name in of[FULL][0]["correct"]:
-      pair = (
-        [m["correct"][name] for m in of[a]] for a in (FULL, "specialists")
-      )
-      lines.append(_row(name, [_interval(*pair)], 24))
+    cells = [_difference(of[FULL], of["specialists"], name) for name in names]
+    lines += [_row("", names, 25), _row("", cells, 25)]
   return lines
+
+
+def _difference(first, second, name: str) -> str:
+  """With one availability set."""
+  return _interval(
+    *([m["correct"][name] for m in ms] for ms in (first, second))
+  )
 
 
 def _interval(first, second) -> str:
@@ -317,7 +317,8 @@ def _interval(first, second) -> str:
 
 
 def _spread(values) -> str:
-  return f"{np.mean(values):.4f} +- {np.std(values):.4f}"
+  spread = f"{np.std(values, ddof=1):.4f}" if len(values) > 1 else "-"
+  return f"{np.mean(values):.4f} +- {spread}"
 
 
 def _row(head: str, cells, width: int) -> str:

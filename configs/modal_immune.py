@@ -175,6 +175,7 @@ def get_config(argument: str = ""):
   config.selection.metric = "mean_over_subsets"
   if "joint" in variants:
     config.recipe.name = "joint"
+    config.optimizer.clip_norm = 1.0  # the others clip as well, by block
   elif "published" not in variants:
     config.recipe.options.update(OPTIONS)
   for variant in sorted(variants & set(CHANGES)):

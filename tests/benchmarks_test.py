@@ -1,0 +1,38 @@
+"""Benchmarks that are long jobs take a few steps, stop, and go on."""
+
+import json
+import pathlib
+import runpy
+import sys
+
+GRID = pathlib.Path(__file__).parents[1] / "benchmarks" / "immunity_grid.py"
+
+
+def run(monkeypatch, *arguments):
+  monkeypatch.setattr(sys, "argv", [str(GRID), *map(str, arguments)])
+  runpy.run_path(str(GRID), run_name="__main__")
+
+
+def test_the_grid_measures_every_arm_once(tmp_path, monkeypatch, capsys):
+  common = ["--dataset=digits", "--seeds=1", "--smoke", "--severities", 3]
+  common += ["--workdir", tmp_path / "grid"]
+  arms = ["--arms", "every_subset", "full"]
+  run(monkeypatch, *common, "--specialists", *arms)
+  first = capsys.readouterr().out
+  assert "full less the specialist of the subset" in first
+  files = sorted((tmp_path / "grid").glob("*/0/measured.json"))
+  names = [path.parts[-3] for path in files]
+  assert names == ["every_subset", "full", "specialists"]
+  times = [path.stat().st_mtime_ns for path in files]
+  table = tmp_path / "table.txt"
+  run(monkeypatch, *common, "--specialists", *arms, "--output", table)
+  assert times == [path.stat().st_mtime_ns for path in files]  # kept
+  assert table.read_text() in capsys.readouterr().out
+  # What the table says is what was measured.
+  found = json.loads(files[1].read_text())
+  both = sum(found["correct"]["left+right"]) / len(found["correct"]["left"])
+  (row,) = [line for line in first.splitlines() if line.startswith("full  ")][
+    :1
+  ]
+  assert f"{both:.4f}" in row
+  assert "zeros" in found["corrupted"]["all"]
