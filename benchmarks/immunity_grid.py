@@ -1,6 +1,6 @@
 """Does ModalImmune beat what is simpler, in the same number of steps?
 
-  python benchmarks/immunity_grid.py --dataset=utd_mhad --specialists --seeds=5 \\
+  python benchmarks/immunity_grid.py --dataset=utd_mhad --specialists \\
     --workdir=runs/grid --output=benchmarks/results/immunity_utd_mhad.txt
 
 Trains every arm (a variant of ``configs/modal_immune.py``, and a specialist for

@@ -8,12 +8,13 @@ import numpy as np
 import optax
 import pytest
 import recipes_models as helpers
+from killed_runs import Killed
+from killed_runs import load
+from killed_runs import train
 from orbax.checkpoint import v1 as ocp
 
 import robust_mm
-from robust_mm import config as config_lib
 from robust_mm import recipes
-from robust_mm import training
 from robust_mm import weights
 from robust_mm.recipes import objectives
 from robust_mm.training import runs
@@ -27,26 +28,6 @@ DECAY = 0.15  # the first early decay is 0.18, the second 0.25
 ON = f"training.average_decay={DECAY}"
 EVERY = ("training.checkpoint_every=1", "training.keep_checkpoints=99")
 JOINT = "configs/joint.py:digits,smoke"
-
-
-def load(spec, *overrides):
-  return config_lib.load(
-    spec, ["--config.mesh.data=1", *(f"--config.{o}" for o in overrides)]
-  )
-
-
-class Killed(Exception):
-  """Stands for kill -9 at a point of the test's choosing."""
-
-
-def train(config, workdir, kill_at=None):
-  def progress(done, total, text):
-    if done == kill_at:
-      raise Killed
-
-  return training.train(
-    config, workdir, say=lambda line: None, progress=progress
-  )
 
 
 def named(tree):

@@ -7,36 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from killed_runs import Killed
+from killed_runs import load
+from killed_runs import train
 
 import robust_mm
-from robust_mm import config as config_lib
 from robust_mm import recipes
-from robust_mm import training
 from robust_mm.recipes import objectives
 from robust_mm.training import setup as setup_lib
 from robust_mm.training import state as state_lib
 from robust_mm.training import writers
 
-
-def load(*overrides):
-  return config_lib.load(
-    "configs/joint.py:digits,smoke",
-    ["--config.mesh.data=1", *(f"--config.{o}" for o in overrides)],
-  )
-
-
-class Killed(Exception):
-  """Stands for kill -9 at a point of the test's choosing."""
-
-
-def train(config, workdir, kill_at=None):
-  def progress(done, total, text):
-    if done == kill_at:
-      raise Killed
-
-  return training.train(
-    config, workdir, say=lambda line: None, progress=progress
-  )
+SMOKE = "configs/joint.py:digits,smoke"
 
 
 def make_phase(model, name, tx):
@@ -134,15 +116,15 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def undisturbed(whole):
   if not rows(whole):
-    train(load(), whole)
+    train(load(SMOKE), whole)
   return whole
 
 
 @pytest.mark.parametrize("kill_at", [2, 6, 8])
 def test_killed_run_resumes_bit_identically(tmp_path, undisturbed, kill_at):
   with pytest.raises(Killed):
-    train(load(), tmp_path, kill_at)
-  assert train(load(), tmp_path).finished
+    train(load(SMOKE), tmp_path, kill_at)
+  assert train(load(SMOKE), tmp_path).finished
   for a, b in zip(leaves(tmp_path), leaves(undisturbed), strict=True):
     np.testing.assert_array_equal(a, b)
   assert rows(tmp_path) == rows(undisturbed)
@@ -164,8 +146,8 @@ def test_jobs_are_due_when_they_say_and_see_validation_batches(undisturbed):
 
 def test_eight_devices_do_the_same_work(tmp_path, undisturbed):
   with pytest.raises(Killed):
-    train(load("mesh.data=8"), tmp_path, 4)
-  assert train(load("mesh.data=8"), tmp_path).finished
+    train(load(SMOKE, "mesh.data=8"), tmp_path, 4)
+  assert train(load(SMOKE, "mesh.data=8"), tmp_path).finished
   for one, eight in zip(rows(undisturbed), rows(tmp_path), strict=True):
     assert one.keys() == eight.keys()
     for name, value in one.items():
@@ -174,7 +156,7 @@ def test_eight_devices_do_the_same_work(tmp_path, undisturbed):
 
 
 def test_extra_is_drawn_anew_for_every_phase():
-  config = load()
+  config = load(SMOKE)
   setup = setup_lib.prepare(config)
   phase = make_phase(setup.model, "x", optax.adam(1e-2))
   key = jax.random.key(0)
@@ -200,6 +182,6 @@ def test_phases_refuse_what_they_cannot_run():
 
 
 def test_too_few_validation_examples_for_the_mesh_are_refused(tmp_path):
-  config = load("mesh.data=8", "data.max_eval_examples=4")
+  config = load(SMOKE, "mesh.data=8", "data.max_eval_examples=4")
   with pytest.raises(robust_mm.UserError, match="look job needs at least 8"):
     train(config, tmp_path)

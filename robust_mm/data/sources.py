@@ -319,8 +319,6 @@ def digits(split: str) -> Source:
   import sklearn.datasets
   import sklearn.model_selection
 
-  registry.check_split(split)
-  info = registry.get("digits")
   raw = sklearn.datasets.load_digits()
   scans = (raw.images / 16.0).astype(np.float32)[..., None]
   labels = raw.target.astype(np.int32)
@@ -330,24 +328,8 @@ def digits(split: str) -> Source:
       rows, test_size=size, random_state=0, stratify=labels[rows]
     )
 
-  rest, test = divide(np.arange(len(labels)), 360)
-  train, validation = divide(rest, 0.1)
-  rows = {"train": train, "validation": validation, "test": test}[split]
   halves = {"left": scans[:, :, :4], "right": scans[:, :, 4:]}
-  return Source(
-    name="digits",
-    split=split,
-    columns={
-      name: Column(array=np.ascontiguousarray(half[rows]))
-      for name, half in halves.items()
-    },
-    present=dict.fromkeys(halves),
-    labels=labels[rows],
-    ids=rows.astype(np.int32),
-    num_classes=10,
-    value_range={name: m.value_range for name, m in info.modalities.items()},
-    notes=info.notes,
-  )
+  return _embedded("digits", split, halves, labels, divide, (360, 0.1))
 
 
 def diabetes(split: str) -> Source:
@@ -359,8 +341,6 @@ def diabetes(split: str) -> Source:
   import sklearn.datasets
   import sklearn.model_selection
 
-  registry.check_split(split)
-  info = registry.get("diabetes")
   raw = sklearn.datasets.load_diabetes(scaled=False)
   values = raw.data.astype(np.float32)
   labels = raw.target.astype(np.float32)
@@ -370,22 +350,38 @@ def diabetes(split: str) -> Source:
       rows, test_size=size, random_state=0
     )
 
-  rest, test = divide(np.arange(len(labels)), 88)
-  train, validation = divide(rest, 44)
-  rows = {"train": train, "validation": validation, "test": test}[split]
   columns = {"serum": values[:, 4:], "vitals": values[:, :4]}
+  return _embedded("diabetes", split, columns, labels, divide, (88, 44))
+
+
+def _embedded(name, split, columns, labels, divide, sizes) -> Source:
+  """A split of a set that comes with a library.
+
+  Args:
+    name: in the registry.
+    split: its name.
+    columns: ``{m: [n, ...]}``.
+    labels: ``[n]``.
+    divide: ``divide(rows, size) -> (rest, drawn)``.
+    sizes: of the test set, and of the validation set drawn from the rest.
+  """
+  registry.check_split(split)
+  info = registry.get(name)
+  rest, test = divide(np.arange(len(labels)), sizes[0])
+  train, validation = divide(rest, sizes[1])
+  rows = {"train": train, "validation": validation, "test": test}[split]
   return Source(
-    name="diabetes",
+    name=name,
     split=split,
     columns={
-      name: Column(array=np.ascontiguousarray(column[rows]))
-      for name, column in columns.items()
+      m: Column(array=np.ascontiguousarray(column[rows]))
+      for m, column in columns.items()
     },
     present=dict.fromkeys(columns),
     labels=labels[rows],
     ids=rows.astype(np.int32),
-    num_classes=0,
-    value_range=dict.fromkeys(columns),
+    num_classes=info.num_classes,
+    value_range={m: found.value_range for m, found in info.modalities.items()},
     notes=info.notes,
   )
 
