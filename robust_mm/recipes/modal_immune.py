@@ -2,9 +2,9 @@ r"""ModalImmune: training that destroys one modality on purpose.
 
 Each step draws a modality, trains the task with and without it, and collapses
 its embeddings. None of it certifies robustness. What it has to beat is
-``removal="every"`` alone, every availability set in every step: so far (one
-seed, ``benchmarks/results/immunity_*.txt``) damaged inputs buy accuracy under
-corruption of all modalities at once, and nothing, or less, without corruption.
+``removal="every"`` alone, and with damaged inputs but nothing else: so far
+(``benchmarks/results/immunity_*.txt``) damage buys accuracy under corruption,
+and the rest of the method nothing that could be measured.
 
 References:
   `Fu et al. (2026) <https://arxiv.org/abs/2602.16197>`_; the form is our
