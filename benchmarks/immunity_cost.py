@@ -1,6 +1,7 @@
 """What does a step of ModalImmune cost, next to random-subset dropout?
 
-  python benchmarks/immunity_cost.py --dataset=mfeat --steps=400
+  OPENBLAS_NUM_THREADS=1 \
+    python benchmarks/immunity_cost.py --dataset=mfeat --steps=400
 
 Times the compiled training steps of several variants of
 ``configs/modal_immune.py`` in turn, a block of steps each, refreshes of the

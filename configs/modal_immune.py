@@ -15,8 +15,9 @@ inputs and consistency, but nothing else of the method); smoke.
 Models are selected by validation accuracy, or MAE, averaged over availability
 sets. On mosi nothing is: its features have evidently seen the labels of the
 validation split. On utd_mhad nothing is either: the official training set is
-trained on, validation subject included. There is no gate and no hyper-gradient
-there but in published; no_gate and fixed would change nothing and are refused.
+trained on, validation subject included. There, as on mosi, nothing is adapted
+but in published: meta-parameters would be learnt on what was trained on. fixed
+would change nothing and is refused.
 """
 
 from robust_mm import config as base
@@ -158,7 +159,7 @@ def get_config(argument: str = ""):
     argument, datasets=DATASETS, flags=VARIANTS, apart=APART
   )
   if dataset == "utd_mhad":
-    base.refuse_idle(dataset, variants, ("no_gate", "fixed"))
+    base.refuse_idle(dataset, variants, ("fixed",))
   config = base.default()
   config.data.name = dataset
   config.data.batch_size = BATCH.get(dataset, 64)
@@ -216,8 +217,4 @@ def _official(config, *, published: bool) -> None:
   config.training.average_decay = 0.99
   config.recipe.options.label_smoothing = 0.1
   if config.recipe.name == "modal_immune" and not published:
-    # Second derivatives of convolutions are slow on a CPU: one refresh of the
-    # gates takes as long as some 300 updates, one step on the meta-parameters
-    # about as long.
     config.recipe.options.adapt = False
-    config.recipe.options.gate = "none"

@@ -27,6 +27,7 @@ from jaxtyping import Float
 from jaxtyping import PRNGKeyArray
 from jaxtyping import PyTree
 
+from robust_mm import _convolutions
 from robust_mm import _validate
 from robust_mm.linalg import Ritz
 from robust_mm.linalg import SpectralBounds
@@ -189,7 +190,8 @@ def fisher_diagonal(
     return jax.tree.map(lambda g: jnp.sum(jnp.square(g), axis=0), grads)
 
   def step(total, examples):
-    return jax.tree.map(jnp.add, total, squares(examples)), None
+    found = _convolutions.canonical(squares, examples)
+    return jax.tree.map(jnp.add, total, found), None
 
   def split(x):
     x = x[: number - rest] if rest else x
@@ -373,7 +375,7 @@ def _on_upcast(product, params):
   def matvec(vector):
     vector = trees.cast_like(vector, params)
     with jax.default_matmul_precision("highest"):
-      return product(vector)
+      return _convolutions.canonical(product, vector)
 
   return matvec
 

@@ -10,7 +10,6 @@ import pytest
 from sklearn import datasets
 
 from robust_mm import attacks
-from robust_mm.attacks import convolutions
 
 SIZES = (32, 48, 10)
 HALVES = {"left": slice(0, 4), "right": slice(4, 8)}
@@ -280,39 +279,3 @@ def test_chosen_radius_for_each_example(trained):
   )
   np.testing.assert_allclose(size, radius, rtol=2e-2, atol=1e-6)
   assert np.all(size <= radius * (1 + 1e-6))
-
-
-@pytest.mark.parametrize(
-  "numbers", [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")]
-)
-def test_canonical_convolutions_change_no_number(numbers):
-  rng = np.random.default_rng(0)
-  kernel = jnp.asarray(rng.normal(size=(3, 2, 4, 6)), "f4")
-  x = jnp.asarray(rng.normal(size=(5, 9, 8, 4)), "f4")
-  if numbers[0] == "NCHW":
-    kernel, x = jnp.transpose(kernel, (3, 2, 0, 1)), jnp.moveaxis(x, -1, 1)
-
-  @jax.jit
-  def loss(kernel, x):
-    y = jax.lax.conv_general_dilated(
-      x, kernel, (2, 1), "SAME", dimension_numbers=numbers
-    )
-    return jnp.sum(jnp.sin(y)), y
-
-  both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-  expected = both(kernel, x)
-  actual = jax.jit(lambda *a: convolutions.canonical(both, *a))(kernel, x)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4),
-    actual,
-    expected,
-  )
-
-  def step(x, _):
-    return convolutions.canonical(both, kernel, x)[1][1], None
-
-  program = jax.jit(lambda x: jax.lax.scan(step, x, None, length=2)[0])
-  text = program.lower(x).compile().as_text()
-  layouts = set(re.findall(r" convolution\(.*dim_labels=(\S+?)[, ]", text))
-  assert layouts
-  assert all(layout.split("_")[1][:3] == "01i" for layout in layouts)

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from robust_mm import _convolutions
 from robust_mm.attacks import balls
 from robust_mm.attacks import budgets
-from robust_mm.attacks import convolutions
 from robust_mm.attacks import losses
 
 
@@ -67,7 +67,7 @@ class Objective:
 
   def __call__(self, delta: Mapping, target: Any = None) -> Evaluation:
     """The loss of a perturbation; one forward pass."""
-    _, evaluation = convolutions.canonical(
+    _, evaluation = _convolutions.canonical(
       self._evaluate, self.region.inputs(delta), target
     )
     return jax.lax.stop_gradient(evaluation)
@@ -80,14 +80,14 @@ class Objective:
     The projection on the valid range is outside the gradient: at its ends the
     slope of the model is seen, not that of a clip.
     """
-    grad, evaluation = convolutions.canonical(
+    grad, evaluation = _convolutions.canonical(
       jax.grad(self._evaluate, has_aux=True), self.region.inputs(delta), target
     )
     return jax.lax.stop_gradient((evaluation, grad))
 
   def returned(self, delta: Mapping, target: Any = None) -> Evaluation:
     """The loss of what the caller will get, rounded and inside the ball."""
-    _, evaluation = convolutions.canonical(
+    _, evaluation = _convolutions.canonical(
       self._evaluate, self.region.finished(delta), target
     )
     return jax.lax.stop_gradient(evaluation)

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from jaxtyping import PRNGKeyArray
 from jaxtyping import PyTree
 
+from robust_mm import _convolutions
 from robust_mm import linalg
 from robust_mm.linalg import trees
 
@@ -84,8 +85,8 @@ def linearize(inner: Callable, theta: PyTree, phi: PyTree) -> Linearized:
   (gradient, _), push = jax.linearize(lambda t: gradients(t, phi), theta)
   return Linearized(
     gradient=gradient,
-    hessian=lambda vector: push(vector)[0],
-    mixed=lambda vector: push(vector)[1],
+    hessian=lambda vector: _convolutions.canonical(push, vector)[0],
+    mixed=lambda vector: _convolutions.canonical(push, vector)[1],
   )
 
 
@@ -94,7 +95,8 @@ def columns(
 ) -> Callable[[PyTree], PyTree]:
   """``f -> B f``, like theta."""
   gradient = jax.grad(inner)
-  return jax.linearize(lambda f: gradient(theta, f), phi)[1]
+  _, push = jax.linearize(lambda f: gradient(theta, f), phi)
+  return lambda vector: _convolutions.canonical(push, vector)
 
 
 def basis_vector(index: Array, like: PyTree) -> PyTree:

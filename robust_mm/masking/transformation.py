@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from robust_mm import _convolutions
 from robust_mm import _validate
 from robust_mm.linalg import trees
 from robust_mm.masking import blocks as blocks_lib
@@ -240,13 +241,11 @@ class _Mask:
     if problem.destructive is None and not self._measures_without(problem):
       return cached, {}
     measures.check(self.gate, problem)
+    key = jax.random.fold_in(state.key, state.count)
     measured = jax.lax.cond(
       state.count % self.period == 0,
-      lambda: measures.measure(
-        self.gate,
-        problem,
-        cached,
-        jax.random.fold_in(state.key, state.count),
+      lambda: _convolutions.canonical(
+        lambda: measures.measure(self.gate, problem, cached, key)
       ),
       lambda: cached,
     )

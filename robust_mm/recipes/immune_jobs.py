@@ -25,14 +25,23 @@ def make_probe(settings: immunity.Settings) -> Callable:
   def probe(state, batch, key):
     del key
     extra = state.extra
+    embeddings, _ = model.encode(
+      state.params,
+      state.model_state,
+      batch["inputs"],
+      batch["present"],
+      train=False,
+    )
 
     def loss_fn(params, batch):
-      outputs, _ = model.apply(
-        params, state.model_state, batch["inputs"], batch["present"]
+      logits = immunity.logits_of(
+        model, params, batch["inputs"], batch["present"]
       )
-      return objectives.task_loss(model, outputs.logits, batch)
+      return objectives.task_loss(model, logits, batch)
 
-    full, left = modalities.leave_one_out(loss_fn, state.params, batch)
+    full, left = modalities.leave_one_out(
+      loss_fn, state.params, {**batch, "inputs": embeddings}
+    )
     gains = modalities.information_gain(full, left, mode=settings.gain)
     scaled = controllers.scale_gains(
       extra["gain_scale"], modalities.stack(gains)
@@ -43,13 +52,6 @@ def make_probe(settings: immunity.Settings) -> Callable:
       extra["controller"], scaled.rewards, extra["arm"]
     )
     metrics = {"loss": full, "finite": scaled.finite.astype(jnp.float32)}
-    embeddings, _ = model.encode(
-      state.params,
-      state.model_state,
-      batch["inputs"],
-      batch["present"],
-      train=False,
-    )
     for index, name in enumerate(model.modalities):
       metrics[f"gain_{name}"] = gains[name]
       metrics[f"p_{name}"] = p[index]

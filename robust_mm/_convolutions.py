@@ -3,7 +3,8 @@
 XLA brings the layout of a convolution into the form its fast CPU kernel takes
 (batch, space, feature; kernel: space, in, out) at the top level of a program
 only. The gradient of a convolution in its input has another kernel layout, so
-inside ``lax.scan`` it falls to a naive kernel, about a hundred times slower:
+inside ``lax.scan`` or ``lax.cond`` it falls to a naive kernel, some 20 to 100
+times slower:
 https://github.com/jax-ml/jax/issues/12868. Here the layout is changed before
 XLA sees it. On other devices that is at most a transpose of the kernel.
 """
