@@ -30,12 +30,19 @@ def default() -> ml_collections.ConfigDict:
   # How long the recipe's first phase is: one of the two, the other is 0.
   config.num_steps = 1000
   config.num_epochs = 0  # passes over the training set
+  # Work directory of a finished run of the same model to start from, and the
+  # phase of it whose model to take; "" = from scratch, and the last phase.
+  config.init_from = ""
+  config.init_phase = ""
 
   config.data = ml_collections.ConfigDict()
   config.data.name = "digits"
   config.data.path = ""  # arrays: the folder; others: where they are prepared
   config.data.modalities = ()  # () = the data set's default modalities
   config.data.batch_size = 256
+  # Modalities that training and selection see; evaluation has all of
+  # data.modalities. () = all.
+  config.data.labelled = ()
   config.data.missing_rate = 0.0  # share of modality entries dropped for good
   # ("train", "validation") trains on both; then selection.metric is "last".
   config.data.train_splits = ("train",)
@@ -190,6 +197,30 @@ def spare_attacks(config: ml_collections.ConfigDict) -> None:
   config.evaluation.num_steps = 20
   config.evaluation.num_restarts = 2
   config.evaluation.tightness = ()
+
+
+# What token models take of a data set, where it is not its default.
+_TOKEN_MODALITIES = {
+  "mfeat": ("fac", "fou", "kar", "mor", "pix", "zer"),
+  "mosi": ("audio", "text", "video"),
+}
+_PATCHES = {"digits": dict.fromkeys(("left", "right"), (2, 2))}
+
+
+def token_model(config: ml_collections.ConfigDict, *, small: bool) -> None:
+  """The token transformer of a data set, in place.
+
+  The same for pretraining and what goes on from it; ``small`` in smoke form.
+  """
+  name = config.data.name
+  config.data.modalities = _TOKEN_MODALITIES.get(name, ())
+  config.model.fusion = "transformer"
+  config.model.fusion_options.num_layers = 1 if small else 4
+  encoder = {"name": "patches", "embedding_dim": 32 if small else 128}
+  config.model.encoders = {
+    "default": encoder,
+    **{m: {**encoder, "patch": p} for m, p in _PATCHES.get(name, {}).items()},
+  }
 
 
 def shrink(config: ml_collections.ConfigDict) -> None:

@@ -13,6 +13,7 @@ from robust_mm import config as config_lib
 from robust_mm import config_checks
 from robust_mm import data
 from robust_mm.training import runs
+from robust_mm.training import starts
 
 
 def check(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -38,6 +39,7 @@ def check(config: ml_collections.ConfigDict, workdir: str) -> None:
       data.prepared.check_prepared(info, config.data.path or None)
   task = "classification" if num_classes else "regression"
   config_checks.check_task(config, task)
+  starts.check(config)
   runs.check_config(workdir, config)
   runs.check_free(workdir)
 

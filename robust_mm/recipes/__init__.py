@@ -8,6 +8,8 @@ from robust_mm.recipes.modal_immune import modal_immune
 from robust_mm.recipes.phases import Job
 from robust_mm.recipes.phases import Phase
 from robust_mm.recipes.phases import Recipe
+from robust_mm.recipes.pretraining import pretrain
+from robust_mm.recipes.probing import finetune
 
 __all__ = [
   "Job",
@@ -16,6 +18,8 @@ __all__ = [
   "certified_radius",
   "crmt",
   "feature_statistics",
+  "finetune",
   "joint",
   "modal_immune",
+  "pretrain",
 ]

@@ -25,6 +25,7 @@ from robust_mm.recipes import Phase
 from robust_mm.training import checkpoints
 from robust_mm.training import context
 from robust_mm.training import jobs as jobs_lib
+from robust_mm.training import loading
 from robust_mm.training import metrics as metrics_lib
 from robust_mm.training import runs
 from robust_mm.training import selection
@@ -126,6 +127,7 @@ def _plan(config) -> _Plan:
     sharding.check_batch_size(config.data.batch_size, mesh)
     # ---- data, model
     setup = setup_lib.prepare(config)
+    loading.check_start(config, setup.model)
     # ---- optimizer
     recipe = setup_lib.make_recipe(config, setup)
     setup.facts["notes"] += setup_lib.recipe_notes(config, recipe)
@@ -240,7 +242,10 @@ def _stream(config, setup: setup_lib.Setup, mesh, *, start: int = 0):
 
 
 def _initial(run: context.Run, phase: Phase) -> state_lib.TrainState:
-  """The first state, every array created where it lives."""
+  """The first state, every array created, or read, where it lives."""
+  if run.config.get("init_from"):
+    run.say(f"starts from the model of {run.config.init_from}")
+    return _enter(run, phase, loading.start(run, phase))
   average = run.average_decay(phase) > 0
   create = state_lib.initializer(run.setup.model, phase, average=average)
   key, _ = _keys(run.config.seed)

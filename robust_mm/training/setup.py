@@ -20,6 +20,7 @@ from robust_mm._types import Model
 from robust_mm._types import Target
 from robust_mm.training import optimizers
 from robust_mm.training import runs
+from robust_mm.training import starts
 
 REFERENCE_SIZE = 2048
 NORMS = ("l2", "linf", "l1")  # in which the typical size of inputs is kept
@@ -53,6 +54,7 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
   Raises:
     UserError: one sentence naming the key, file or argument.
   """
+  earlier = starts.check(config)
   train = open_split(config, "train")
   config_checks.check_task(config, train.task)
   validation = open_split(config, "validation")
@@ -82,13 +84,18 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
       *split_notes(config, "validation"),
     ],
   }
+  facts = starts.adopt(facts, earlier, config)
   model = make_model(config, facts)
+  # Facts are of all inputs, which need no labels; what is trained and selected
+  # on is of the labelled modalities alone.
+  train = starts.labelled(config, train)
+  validation = starts.labelled(config, validation)
   return Setup(
     train=train,
     validation=validation,
     model=model,
     facts=facts,
-    reference=reference,
+    reference=reference_batch(train),
   )
 
 
@@ -282,10 +289,11 @@ def make_model(config: ml_collections.ConfigDict, facts: dict) -> Model:
   }
   for name, encoder in chosen.items():
     tokens = facts["kinds"][name] == "tokens"
-    if tokens and encoder["name"] != "transformer":
+    if tokens and encoder["name"] not in ("transformer", "patches"):
       raise _validate.UserError(
         f"config.model.encoders.{name}: integer tokens need the encoder "
-        f"'transformer', got {encoder['name']!r}."
+        f"'transformer' (or 'patches', with the fusion 'transformer'), got "
+        f"{encoder['name']!r}."
       )
   target = None
   if runs.task(facts) == "regression":
@@ -313,8 +321,11 @@ def automatic(
   """An encoder named ``auto`` or ``lipschitz_auto``, chosen by the input.
 
   Vectors get an MLP, ``[t, d]`` a temporal CNN, ``[h, w, c]`` and
-  ``[t, h, w, c]`` a CNN, integer tokens a transformer.
+  ``[t, h, w, c]`` a CNN, integer tokens a transformer. ``patches`` stays, and
+  is told the vocabulary of integer tokens.
   """
+  if encoder["name"] == "patches" and kind == "tokens":
+    return {"vocabulary_size": vocabulary, **encoder}
   if encoder["name"] not in ("auto", "lipschitz_auto"):
     return encoder
   lipschitz = encoder["name"] == "lipschitz_auto"
@@ -344,7 +355,7 @@ def make_recipe(
   num_steps = config.num_epochs * epoch or config.num_steps
   tx = optimizers.make(num_steps=num_steps, **config.optimizer.to_dict())
   factory = getattr(recipes, config.recipe.name)
-  if config.recipe.name != "modal_immune":  # the others have sizes
+  if config.recipe.name in ("joint", "crmt", "certified_radius"):  # have sizes
     options["units"] = resolve_units(
       options.get("units", "raw"), facts, "config.recipe.options.units"
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from robust_mm import _compiling
@@ -83,6 +84,35 @@ def make(config, setup: setup_lib.Setup, mesh) -> Validator:
     if "subset_correct" in rows:
       metrics["mean_over_subsets"] = _over_subsets(rows, "subset_correct")
     return metrics
+
+  return validate
+
+
+def own(config, setup: setup_lib.Setup, mesh, phase: Phase) -> Callable | None:
+  """``validate(state) -> {"loss", ...}`` of ``Phase.evaluate``, or None.
+
+  Means over validation batches, weighted by their examples.
+  """
+  if phase.evaluate is None:
+    return None
+  axis = sharding.batch_sharding(mesh)
+  size = sharding.padded_size(
+    config.evaluation.batch_size, len(setup.validation), mesh
+  )
+
+  def rows(state, batch):
+    found = phase.evaluate(state, batch)
+    return {n: jnp.broadcast_to(x, (size,)) for n, x in found.items()}
+
+  evaluate = jax.jit(rows, out_shardings=axis)
+
+  def validate(state):
+    found = sharding.map_batches(
+      lambda batch: evaluate(state, batch),
+      data.evaluation_batches(setup.validation, size),
+      axis,
+    )
+    return {n: float(np.mean(x, dtype=np.float64)) for n, x in found.items()}
 
   return validate
 
