@@ -43,6 +43,10 @@ def default() -> ml_collections.ConfigDict:
   # Modalities that training and selection see; evaluation has all of
   # data.modalities. () = all.
   config.data.labelled = ()
+  # Splits whose examples, with all their modalities but without their labels,
+  # are in every batch as well, and how many a labelled one. Of recipe "masd".
+  config.data.unlabelled_splits = ()
+  config.data.unlabelled_ratio = 1
   config.data.missing_rate = 0.0  # share of modality entries dropped for good
   # ("train", "validation") trains on both; then selection.metric is "last".
   config.data.train_splits = ("train",)

@@ -14,6 +14,7 @@ RECIPES = (
   "modal_immune",
   "pretrain",
   "finetune",
+  "masd",
 )
 FUSIONS = ("concat", "masked", "orthogonal", "token", "transformer", "trunk")
 ATTACKS = ("apgd", "auto", "fgm", "minimum_norm", "pgd", "square")
@@ -46,7 +47,7 @@ SELECTION_METRICS = (
 _OF_CLASSES = ("accuracy", "certified_accuracy")
 _OF_NUMBERS = ("mae", "correlation")
 _NUMBERS_TAKE = {
-  "recipe.name": ("joint", "modal_immune", "pretrain", "finetune"),
+  "recipe.name": ("joint", "modal_immune", "pretrain", "finetune", "masd"),
   "model.fusion": ("concat", "masked", "token", "transformer"),
   "evaluation.certificate": ("auto", "none"),  # the same there
 }
@@ -144,6 +145,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   )
   _check_length(config)
   _check_train_splits(config)
+  _check_unlabelled(config)
   _check_pretraining(config)
   _check_smoothing(settings.smoothing)
   _validate.positive(**{"config.optimizer.lr": config.optimizer.lr})
@@ -181,6 +183,31 @@ def _check_length(config: ml_collections.ConfigDict) -> None:
       f"config.num_steps ({config.num_steps}) and config.num_epochs "
       f"({config.num_epochs}) both set the length of training; set the other "
       f"one to 0."
+    )
+
+
+def _check_unlabelled(config: ml_collections.ConfigDict) -> None:
+  splits = tuple(config.data.unlabelled_splits)
+  for split in splits:
+    _validate.one_of(
+      ("train", "validation"), **{"config.data.unlabelled_splits": split}
+    )
+  if (
+    "train" in splits
+    and splits.count("validation")
+    and ("validation" in config.data.train_splits)
+  ):
+    raise _validate.UserError(
+      "config.data.unlabelled_splits must not name validation beside train "
+      "where config.data.train_splits has it already."
+    )
+  _validate.at_least(
+    1, **{"config.data.unlabelled_ratio": config.data.unlabelled_ratio}
+  )
+  if bool(splits) != (config.recipe.name == "masd"):
+    raise _validate.UserError(
+      "config.data.unlabelled_splits must name splits for recipe 'masd', and "
+      f"nothing for others; got {splits!r} for {config.recipe.name!r}."
     )
 
 

@@ -110,6 +110,8 @@ _MAY_NOT_CHANGE = (
 _SINCE = (
   "data.labelled",
   "data.train_splits",
+  "data.unlabelled_ratio",
+  "data.unlabelled_splits",
   "init_from",
   "init_phase",
   "training.average_decay",
