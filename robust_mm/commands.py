@@ -23,6 +23,7 @@ from robust_mm import config as config_lib
 from robust_mm import evaluation
 from robust_mm import smoothed_rows
 from robust_mm import training
+from robust_mm import weight_paths
 from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
 from robust_mm.training import sharding
@@ -175,6 +176,19 @@ def _smooth(folder: pathlib.Path, smoothing: dict, **asked: Any) -> int:
       progress=progress,
       **asked,
     )
+  return 0
+
+
+def interpolate(
+  workdir: str, *, device_count: int | None = None, **asked: Any
+) -> int:
+  """The path between two models of a run; ``asked`` as ``weight_paths.trace``."""
+  _devices(device_count)
+  folder = pathlib.Path(workdir)
+  with _bar() as progress:
+    points, chosen = weight_paths.trace(folder, progress=progress, **asked)
+  print(weight_paths.format_table(points, chosen))
+  print(f"\nplot: {folder / 'plots' / 'interpolation.png'}")
   return 0
 
 

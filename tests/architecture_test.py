@@ -44,6 +44,8 @@ FLOORS = {
   "preflight": 8,
   "unfinished": 1,
   "certificate_rows": 8,
+  "parsers": 1,
+  "weight_paths": 8,
   "smoothed_rows": 8,
   "commands": 9,
   "cli": 10,

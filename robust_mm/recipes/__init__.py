@@ -4,6 +4,7 @@ from robust_mm.recipes.crmt import certified_radius
 from robust_mm.recipes.crmt import crmt
 from robust_mm.recipes.decoders import statistics as feature_statistics
 from robust_mm.recipes.joint import joint
+from robust_mm.recipes.masd import masd
 from robust_mm.recipes.modal_immune import modal_immune
 from robust_mm.recipes.phases import Job
 from robust_mm.recipes.phases import Phase
@@ -20,6 +21,7 @@ __all__ = [
   "feature_statistics",
   "finetune",
   "joint",
+  "masd",
   "modal_immune",
   "pretrain",
 ]

@@ -364,6 +364,8 @@ def make_recipe(
   if config.recipe.name == "crmt":  # its published step 2 counts epochs
     options.setdefault("steps_per_epoch", epoch)
     options.setdefault("batch_size", config.data.batch_size)
+  if config.recipe.name == "masd":
+    options.setdefault("labelled", tuple(config.data.labelled))
   if config.recipe.name == "modal_immune":
     options.setdefault("steps_per_epoch", epoch)
     options.setdefault("features", _features(facts, setup.reference))
