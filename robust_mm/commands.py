@@ -182,7 +182,7 @@ def _smooth(folder: pathlib.Path, smoothing: dict, **asked: Any) -> int:
 def interpolate(
   workdir: str, *, device_count: int | None = None, **asked: Any
 ) -> int:
-  """The path between two models of a run; ``asked`` as ``weight_paths.trace``."""
+  """The path between two models; ``asked`` as ``weight_paths.trace``."""
   _devices(device_count)
   folder = pathlib.Path(workdir)
   with _bar() as progress:
