@@ -180,7 +180,7 @@ def shift_pairs(
   """
   if kind is not None:
     _validate.one_of(SHIFTS, kind=kind)
-  every = subsets(as_subset(names, argument="names"))
+  every = subsets(as_subset(list(names), argument="names"))
   return tuple(
     (train, test)
     for train, test in itertools.product(every, every)
