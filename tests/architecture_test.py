@@ -28,6 +28,7 @@ FLOORS = {
   "certification": 3,
   "controllers": 3,
   "corruptions": 3,
+  "distillation": 3,
   "hypergrad": 3,
   "losses": 3,
   "masking": 3,
