@@ -52,6 +52,9 @@ def finetune(
       :math:`b - W \mu / \sigma`; the model that is kept has no other parts, and
       fine-tuning begins at exactly what the probe predicts.
 
+  Encoders of modalities without labels get no gradient in fine-tuning; weight
+  decay shrinks them all the same.
+
   Args:
     model: with ``features`` (``fusion="transformer"``).
     num_steps: updates of fine-tuning; unused by ``probe``.
