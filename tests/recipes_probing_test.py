@@ -175,3 +175,22 @@ def test_bad_arguments_are_refused_by_name(model, options, message):
 def test_a_model_without_pooled_features_is_refused():
   with pytest.raises(ValueError, match="finetune needs a model with pooled"):
     recipes.finetune(helpers.concat_model(), num_steps=3, tx=TX)
+
+
+def test_l2_sp_is_the_gradient_of_half_the_squared_distance_to_the_start():
+  start = {"a": jnp.array([1.0, -2.0]), "b": jnp.array(3.0)}
+  tx = optax.chain(probing.pull_to_start(0.5), optax.sgd(0.1))
+  state, params = tx.init(start), start
+  grads = {"a": jnp.array([1.0, 0.0]), "b": jnp.array(-1.0)}
+  expected = {"a": np.array([1.0, -2.0]), "b": np.array(3.0)}
+  for _ in range(3):
+    updates, state = tx.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    expected = {
+      n: x - 0.1 * (np.asarray(grads[n]) + 0.5 * (x - np.asarray(start[n])))
+      for n, x in expected.items()
+    }
+  for name, leaf in params.items():
+    np.testing.assert_allclose(leaf, expected[name], rtol=1e-6)
+  with pytest.raises(ValueError, match="needs params"):
+    tx.update(grads, state)

@@ -33,6 +33,7 @@ def finetune(
   trainable: str = ".*",
   dropout_rate: float = 0.0,
   label_smoothing: float = 0.0,
+  l2_sp: float = 0.0,
   probe_steps: int = 1000,
   probe_lr: float = 1e-2,
   probe_decay: float = 0.05,
@@ -64,6 +65,8 @@ def finetune(
     dropout_rate: share of the examples of which fine-tuning sees a random
       non-empty subset of the modalities they have; 0 for none.
     label_smoothing: share of every label that is spread over all classes.
+    l2_sp: weight of half the squared distance to where fine-tuning began
+      (L2-SP); 0 for none.
     probe_steps: updates of the probe, each on all training examples.
     probe_lr: of AdamW for the probe, falling along a cosine.
     probe_decay: weight decay of that, on standardised features.
@@ -82,7 +85,7 @@ def finetune(
   objectives.check_smoothing(model, label_smoothing)
   _validate.at_least(1, probe_steps=probe_steps)
   _validate.positive(probe_lr=probe_lr)
-  _validate.non_negative(probe_decay=probe_decay)
+  _validate.non_negative(probe_decay=probe_decay, l2_sp=l2_sp)
   probe = _probe(
     model,
     num_steps=probe_steps,
@@ -97,7 +100,7 @@ def finetune(
   tune = phases.Phase(
     name="finetune",
     num_steps=num_steps,
-    tx=tx,
+    tx=optax.chain(pull_to_start(l2_sp), tx) if l2_sp else tx,
     trainable=trainable,
     loss=objectives.cross_entropy_loss(model, label_smoothing=label_smoothing),
     interventions=(interventions.modality_dropout(rate=dropout_rate),)
@@ -106,6 +109,34 @@ def finetune(
   )
   before = (probe,) if method == "lp_ft" else ()
   return phases.Recipe(name=method, phases=(*before, tune))
+
+
+def pull_to_start(weight: float) -> optax.GradientTransformation:
+  r"""Adds :math:`w (\theta - \theta_0)` to the gradient (L2-SP).
+
+  :math:`\theta_0` is what ``init`` was given. Before a clip and an optimiser::
+
+    tx = optax.chain(pull_to_start(0.01), optax.adamw(1e-3))
+
+  References:
+    `Li, Grandvalet & Davoine (2018) <https://arxiv.org/abs/1802.01483>`_.
+  """
+
+  def update(updates, start, params=None):
+    if params is None:
+      raise ValueError("pull_to_start needs params in update().")
+    pulled = jax.tree.map(
+      lambda g, p, s: g + (weight * (p - s)).astype(g.dtype),
+      updates,
+      params,
+      start,
+    )
+    return pulled, start
+
+  def init(params):
+    return jax.tree.map(jnp.array, params)
+
+  return optax.GradientTransformation(init, update)
 
 
 def _probe(
