@@ -140,6 +140,21 @@ def default() -> ml_collections.ConfigDict:
   return config
 
 
+def study() -> ml_collections.ConfigDict:
+  """What ``robust-mm shift`` reads beside a run's own configuration."""
+  config = ml_collections.ConfigDict()
+  config.seeds = 3
+  config.methods = ("finetune",)  # names of robust_mm.shift_methods
+  # Sets such as "audio+image"; () = all, of at most four modalities.
+  config.train_sets = ()
+  config.test_sets = ()
+  # FILE.py:ARGUMENT of the run that all start from; "" = from scratch.
+  config.pretraining = ""
+  config.alpha = 0.5  # of weights between the probe and what follows it
+  config.num_samples = 2000  # replicates of the bootstrap
+  return config
+
+
 def parse(
   argument: str,
   *,

@@ -1,0 +1,434 @@
+"""``robust-mm shift``: trained on every T, evaluated on every E, compared.
+
+Under the work directory every training run has a folder of its own,
+``runs/<method>/<T>/<seed>`` and ``pretraining/<seed>``, which resumes like any
+run; what a model says of the test split lies beside it in ``logits.npz``, and
+what has that is not done again.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+
+from robust_mm import _files
+from robust_mm import _validate
+from robust_mm import config as config_lib
+from robust_mm import evaluation
+from robust_mm import modalities
+from robust_mm import shift_methods
+from robust_mm import training
+from robust_mm import weights
+from robust_mm.evaluation import sets
+from robust_mm.evaluation import shift
+from robust_mm.evaluation import shift_plots
+from robust_mm.evaluation import shift_scores
+from robust_mm.evaluation import style
+from robust_mm.training import runs
+from robust_mm.training import setup as setup_lib
+from robust_mm.training import sharding
+
+_MOST = 4  # modalities of which all sets are trained on
+_SMALLEST = 1e-12
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Study:
+  """What is compared, on what.
+
+  Attributes:
+    config: of one run, with ``study``.
+    folder: the work directory.
+    names: all modalities, P.
+    train_sets: T.
+    test_sets: E.
+    test: the test split, host arrays.
+    prior: log-frequencies of the classes in training, ``[k]``.
+    say: prints one line.
+    progress: ``progress(done, total, text)``.
+  """
+
+  config: object
+  folder: pathlib.Path
+  names: tuple[str, ...]
+  train_sets: tuple[tuple[str, ...], ...]
+  test_sets: tuple[tuple[str, ...], ...]
+  test: dict
+  prior: np.ndarray
+  say: Callable[[str], None]
+  progress: Callable[..., None]
+
+  @property
+  def seeds(self) -> range:
+    """0, 1, ..."""
+    return range(self.config.study.seeds)
+
+  def place(self, method: str, train: tuple[str, ...], seed: int):
+    """The folder of one model."""
+    name = modalities.subset_name(train)
+    return self.folder / "runs" / method / name / str(seed)
+
+
+class Stopped(Exception):  # noqa: N818
+  """SIGTERM: everything so far is saved, the same command goes on."""
+
+
+def run(
+  config,
+  folder: pathlib.Path,
+  *,
+  say: Callable[[str], None] = print,
+  progress: Callable[..., None] = lambda done, total, text: None,
+) -> shift.ShiftReport | None:
+  """The whole matrix of every method; writes tables, plots and numbers.
+
+  ``shift.json``, ``shift.txt`` and ``plots/shift_<method>.png`` in the folder.
+
+  Args:
+    config: see ``configs/shift.py``.
+    folder: the work directory.
+    say: prints one line.
+    progress: ``progress(done, total, text)``; done counts models.
+
+  Returns:
+    The report; None after SIGTERM, when the same call goes on.
+
+  Raises:
+    UserError: one sentence naming the key.
+  """
+  study = prepare(config, folder, say, progress)
+  logits = {}
+  jobs = [
+    (name, seed, train)
+    for seed in study.seeds
+    for name in config.study.methods
+    for train in study.train_sets
+  ]
+  # What is made of others comes after them.
+  jobs.sort(key=lambda job: _is_derived(job[0]))
+  try:
+    for done, (name, seed, train) in enumerate(jobs):
+      text = f"{name} {modalities.subset_name(train)} seed {seed}"
+      progress(done, len(jobs), text)
+      logits[name, seed, train] = _logits(study, name, train, seed)
+  except Stopped:
+    return None
+  report = _report(study, logits)
+  _write(study, report)
+  return report
+
+
+def prepare(config, folder, say, progress) -> Study:
+  """Opens the data and checks what is asked.
+
+  Raises:
+    UserError: naming the key.
+  """
+  asked = config.study
+  with _validate.user_errors():
+    _validate.at_least(
+      1,
+      **{
+        "config.study.seeds": asked.seeds,
+        "config.study.num_samples": asked.num_samples,
+      },
+    )
+    _validate.in_unit_interval(**{"config.study.alpha": asked.alpha})
+  shift_methods.check(tuple(asked.methods), pretrained=bool(asked.pretraining))
+  if config.data.labelled:
+    raise _validate.UserError(
+      "config.data.labelled must be left out: the study has all of "
+      "config.study.train_sets in turn."
+    )
+  test = setup_lib.open_split(config, "test")
+  if test.task != "classification":
+    raise _validate.UserError(
+      f"config.data.name: robust-mm shift compares classifiers, and "
+      f"{config.data.name} is a {test.task}."
+    )
+  names = modalities.names(test.spec)
+  train = setup_lib.open_split(config, "train").batch()
+  counts = np.bincount(train["label"], minlength=test.num_classes)
+  return Study(
+    config=config,
+    folder=pathlib.Path(folder),
+    names=names,
+    train_sets=_sets("train_sets", asked.train_sets, names),
+    test_sets=_sets("test_sets", asked.test_sets, names),
+    test=test.batch(),
+    prior=np.log(np.maximum(counts / counts.sum(), _SMALLEST)),
+    say=say,
+    progress=progress,
+  )
+
+
+def _sets(key: str, given, names) -> tuple[tuple[str, ...], ...]:
+  path = f"config.study.{key}"
+  if not given:
+    if len(names) > _MOST:
+      raise _validate.UserError(
+        f"{path} must name sets of the {len(names)} modalities: all of them "
+        f"are {2 ** len(names) - 1}."
+      )
+    return modalities.subsets(names)
+  found = []
+  for text in given:
+    with _validate.user_errors():
+      subset = modalities.as_subset(text.split("+"), argument=path)
+      _validate.known(names, **{path: subset})
+    found.append(subset)
+  return tuple(found)
+
+
+def _is_derived(name: str) -> bool:
+  return not isinstance(shift_methods.METHODS[name], shift_methods.Trained)
+
+
+def _logits(study: Study, name: str, train, seed: int) -> np.ndarray:
+  """``[E, n, k]`` of one model, from its file where it has been made."""
+  method = shift_methods.METHODS[name]
+  if isinstance(method, shift_methods.Trained) and method.oracle:
+    train = study.names  # the same model whatever T is
+  path = study.place(name, train, seed) / "logits.npz"
+  if not path.is_file():
+    found = _made(study, name, train, seed)
+    # The name must end so, or numpy adds it.
+    scratch = path.with_name("unfinished.npz")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(
+      scratch, **{modalities.subset_name(e): x for e, x in found.items()}
+    )
+    scratch.replace(path)
+  with np.load(path, allow_pickle=False) as kept:
+    lacking = {modalities.subset_name(e) for e in study.test_sets} - {*kept}
+    if lacking:
+      raise _validate.UserError(
+        f"{path} lacks the sets {', '.join(sorted(lacking))}: the study in "
+        f"{study.folder} had other config.study.test_sets."
+      )
+    return np.stack([kept[modalities.subset_name(e)] for e in study.test_sets])
+
+
+def _made(study: Study, name: str, train, seed: int) -> dict:
+  method = shift_methods.METHODS[name]
+  if isinstance(method, shift_methods.Trained):
+    folder = _trained(study, name, train, seed)
+    model, params, state, _ = training.load(folder)
+  elif isinstance(method, shift_methods.Between):
+    folder = study.place(method.of, train, seed)
+    ended = list(runs.describe(folder)["finished"])
+    if len(ended) < 2:
+      raise _validate.UserError(
+        f"config.recipe.options.method must be 'lp_ft' for {name!r}, which "
+        "lies between a probe and what follows it."
+      )
+    model, first, _, _ = training.load(folder, phase=ended[0])
+    _, last, state, _ = training.load(folder, phase=ended[-1])
+    params = weights.interpolate(first, last, study.config.study.alpha)
+  elif isinstance(method, shift_methods.Ensemble):
+    return _ensemble(study, method.of, train, seed)
+  else:
+    return _class_means(study, train, seed)
+  return _evaluated(study, model, params, state)
+
+
+def _evaluated(study: Study, model, params, state) -> dict:
+  return sets.logits_by_set(
+    model,
+    params,
+    state,
+    study.test,
+    sets=study.test_sets,
+    batch_size=study.config.evaluation.batch_size,
+    sharding=sharding.batch_sharding(sharding.make_mesh()),
+  )
+
+
+def _trained(study: Study, name: str, train, seed: int) -> pathlib.Path:
+  config = shift_methods.METHODS[name].configure(study.config, train)
+  config.seed = seed
+  if study.config.study.pretraining:
+    config.init_from = str(_pretrained(study, seed))
+  folder = study.place(name, train, seed)
+  _train(study, config, folder)
+  return folder
+
+
+def _pretrained(study: Study, seed: int) -> pathlib.Path:
+  folder = study.folder / "pretraining" / str(seed)
+  config = config_lib.load(
+    study.config.study.pretraining, [f"--config.seed={seed}"]
+  )
+  with config.unlocked():
+    config.data.path = study.config.data.path
+  if not runs.is_finished(folder):
+    _train(study, config, folder)
+  return folder
+
+
+def _train(study: Study, config, folder: pathlib.Path) -> None:
+  result = training.train(config, folder, say=lambda line: None)
+  if not result.finished:
+    raise Stopped
+
+
+def _ensemble(study: Study, of: str, train, seed: int) -> dict:
+  """Mean log-probabilities of the single models of T and E."""
+  single = {}
+  for name in train:
+    alone = (name,)
+    if alone not in study.train_sets:
+      raise _validate.UserError(
+        f"config.study.train_sets must have {name!r} alone for 'ensemble'."
+      )
+    logits = _logits(study, of, alone, seed)[study.test_sets.index(alone)]
+    single[name] = _log_softmax(logits)
+  found = {}
+  for subset in study.test_sets:
+    parts = [single[name] for name in train if name in subset]
+    prior = np.broadcast_to(
+      study.prior, (len(study.test["label"]), len(study.prior))
+    )
+    if not parts:
+      found[subset] = prior
+      continue
+    # An item that has none of them is left to the prior.
+    stacked = np.stack(parts)
+    known = ~np.isnan(stacked).all(axis=-1)
+    total = np.where(known[..., None], stacked, 0).sum(axis=0)
+    mean = total / np.maximum(known.sum(axis=0), 1)[:, None]
+    found[subset] = np.where(known.any(axis=0)[:, None], mean, prior)
+  return found
+
+
+def _class_means(study: Study, train, seed: int) -> dict:
+  """Cosine to the mean pretrained feature of every class."""
+  model, params, state, _ = training.load(_pretrained(study, seed))
+  source = setup_lib.open_split(study.config, "train")
+  batch = source.batch()
+
+  def features(batch, subset):
+    present = {
+      m: jnp.asarray(flag) & (m in subset)
+      for m, flag in batch["present"].items()
+    }
+    parts = []
+    size = study.config.evaluation.batch_size
+    for start in range(0, len(batch["label"]), size):
+      rows = slice(start, start + size)
+      inputs = {m: jnp.asarray(x[rows]) for m, x in batch["inputs"].items()}
+      there = {m: flag[rows] for m, flag in present.items()}
+      embeddings, _ = model.encode(params, state, inputs, there, train=False)
+      parts.append(np.asarray(model.features(params, embeddings, there)))
+    return np.concatenate(parts)
+
+  centre = features(batch, train)
+  mean = centre.mean(axis=0)
+  means = np.stack(
+    [
+      _unit(centre[batch["label"] == label] - mean).mean(axis=0)
+      if np.any(batch["label"] == label)
+      else np.zeros_like(mean)
+      for label in range(len(study.prior))
+    ]
+  )
+  return {
+    subset: _unit(features(study.test, subset) - mean) @ _unit(means).T
+    for subset in study.test_sets
+  }
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+  return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), _SMALLEST)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+  shifted = logits - logits.max(axis=-1, keepdims=True)
+  return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def _report(study: Study, logits) -> shift.ShiftReport:
+  label = study.test["label"]
+  right = {
+    name: np.array(
+      [
+        [
+          shift_scores.predictions(logits[name, seed, train]) == label
+          for train in study.train_sets
+        ]
+        for seed in study.seeds
+      ]
+    )
+    for name in study.config.study.methods
+  }
+  return shift.shift_report(
+    right,
+    study.names,
+    shift_scores.chance_level(label, "accuracy"),
+    shift_methods.REFERENCE,
+    train_sets=study.train_sets,
+    test_sets=study.test_sets,
+    present=study.test["present"],
+    num_samples=study.config.study.num_samples,
+  )
+
+
+def _write(study: Study, report: shift.ShiftReport) -> None:
+  found = report.to_dict()
+  found["budget"] = budgets(study)
+  _files.write_bytes(
+    study.folder / "shift.json",
+    (json.dumps(found, indent=2, allow_nan=False) + "\n").encode(),
+  )
+  _files.write_bytes(
+    study.folder / "shift.txt", summary(study, report).encode()
+  )
+  for method in report.methods:
+    figure = shift_plots.heat_map(report, method)
+    _files.write_bytes(
+      study.folder / "plots" / f"shift_{method}.png", style.png(figure)
+    )
+
+
+def budgets(study: Study) -> dict[str, dict[str, float]]:
+  """Epochs of every trained method, and passes over labelled rows.
+
+  A pass forward and backward is 3 units, one without gradient 1.
+  """
+  found = {}
+  for name in study.config.study.methods:
+    method = shift_methods.METHODS[name]
+    if isinstance(method, shift_methods.Trained):
+      config = method.configure(study.config, study.names)
+      found[name] = {
+        "epochs": config.num_epochs,
+        "steps": config.num_steps,
+        "relative_cost": 1.0 if method.share == 1 else 1 / method.share,
+      }
+  return found
+
+
+def summary(study: Study, report: shift.ShiftReport) -> str:
+  """The report's tables, what interventions gain, what each method passed."""
+  lines = [report.table(), "", "times plain fine-tuning (pooled):"]
+  for method in report.methods:
+    if method == shift_methods.REFERENCE:
+      continue
+    cells = []
+    for kind in report.categories:
+      if report.num_pairs[kind]:
+        found = report.improvement(method, shift_methods.REFERENCE, kind)
+        cells.append(
+          f"{kind} {found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+        )
+    lines.append(f"  {method:14s} " + "  ".join(cells))
+  lines += ["", "budget: epochs or steps, and the cost of one"]
+  for name, cost in budgets(study).items():
+    lines.append(
+      f"  {name:14s} {cost['epochs'] or cost['steps']:6d}  "
+      f"x {cost['relative_cost']:.2f}"
+    )
+  return "\n".join(lines) + "\n"
