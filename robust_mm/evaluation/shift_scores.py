@@ -143,27 +143,40 @@ def _average_precision(logits, counted, label, cluster) -> Weighted:
   counted = np.broadcast_to(counted, logits.shape[:-1])
 
   def weighted(w):
-    items = w[:, cluster]
+    items = np.ascontiguousarray(w.T)[cluster]  # [item, r]
     found = np.full((len(w), *lead), np.nan)
     for at in np.ndindex(lead):
-      present = items * counted[at]
+      present = items * counted[at][:, None]
       total, number = np.zeros(len(w)), np.zeros(len(w))
       for k in range(label.shape[1]):
-        rows, end = order[(k, *at)], last[(k, *at)]
-        every = present[:, rows]
-        hits = every * label[rows, k]
-        precision = _ratio(
-          np.cumsum(hits, axis=-1)[:, end], np.cumsum(every, axis=-1)[:, end]
-        )
-        positives = hits.sum(axis=-1)
-        area = np.sum(np.where(hits > 0, hits * precision, 0), axis=-1)
-        some = positives > 0
-        total += np.where(some, area / np.where(some, positives, 1), 0)
+        rows = order[(k, *at)]
+        area, some = _area(present[rows], label[rows, k], last[(k, *at)])
+        total += area
         number += some
       found[(slice(None), *at)] = _ratio(total, number)
     return found
 
   return weighted
+
+
+def _area(weight, positive, last):
+  """Average precision of ranked items, ``[item, r]``, and where there is one.
+
+  Zero in a replicate without a positive.
+  """
+  places = np.flatnonzero(positive)
+  if not places.size:
+    return 0.0, 0.0
+  own = weight[places]
+  hits = np.cumsum(own, axis=0)
+  # The last positive that is not ranked below the end of a tie.
+  upto = np.searchsorted(places, last[places], side="right") - 1
+  every = np.cumsum(weight, axis=0)[last[places]]
+  # Where nothing was drawn up to here, the weight here is 0 too.
+  precision = hits[upto] / np.where(every > 0, every, 1)
+  some = hits[-1] > 0
+  area = np.einsum("ir,ir->r", own, precision)
+  return area / np.where(some, hits[-1], 1), some
 
 
 def _sums(values: np.ndarray, cluster: np.ndarray) -> np.ndarray:
