@@ -24,10 +24,10 @@ def main(argv: list[str] | None = None) -> int:
   words, overrides = take_overrides(words)
   parser = build_parser()
   options = parser.parse_args(words)
-  if overrides and options.command != "train":
-    parser.error(f"{overrides[0]} is for robust-mm train only.")
-  if options.command == "train":
+  if options.command in ("train", "shift"):
     options.overrides = overrides
+  elif overrides:
+    parser.error(f"{overrides[0]} is for robust-mm train and shift only.")
   try:
     return options.run(options) or 0
   except (_validate.UserError, FloatingPointError) as error:
@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
       "train": _train,
       "evaluate": _evaluate,
       "certify": _certify,
+      "shift": _shift,
       "interpolate": _interpolate,
       "report": _report,
       "data list": _data_list,
@@ -86,6 +87,10 @@ def _train(options):
   from robust_mm import preflight
 
   config = config_lib.load(options.config, options.overrides)
+  if "study" in config:
+    raise _validate.UserError(
+      f"--config: {options.config} is a study: robust-mm shift runs it."
+    )
   preflight.check(config, options.workdir)
   from robust_mm import commands
 
@@ -146,6 +151,19 @@ def _certify(options):
     resume=options.resume,
     device_count=options.device_count,
     distributed=options.distributed,
+  )
+
+
+def _shift(options):
+  from robust_mm import config as config_lib
+  from robust_mm import preflight
+
+  config = config_lib.load(options.config, options.overrides)
+  preflight.check_study(config, options.workdir)
+  from robust_mm import commands
+
+  return commands.shift(
+    config, options.workdir, device_count=options.device_count
   )
 
 

@@ -21,6 +21,7 @@ from robust_mm import attacks
 from robust_mm import certificate_rows
 from robust_mm import config as config_lib
 from robust_mm import evaluation
+from robust_mm import shift_study
 from robust_mm import smoothed_rows
 from robust_mm import training
 from robust_mm import weight_paths
@@ -176,6 +177,25 @@ def _smooth(folder: pathlib.Path, smoothing: dict, **asked: Any) -> int:
       progress=progress,
       **asked,
     )
+  return 0
+
+
+def shift(
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  *,
+  device_count: int | None = None,
+) -> int:
+  """The study of modality shift; 0 at the end and after SIGTERM."""
+  _devices(device_count)
+  folder = pathlib.Path(workdir)
+  with _bar() as progress:
+    found = shift_study.run(config, folder, say=_say, progress=progress)
+  if found is None:
+    _say("stopped; the same command goes on")
+    return 0
+  print((folder / "shift.txt").read_text(), end="")
+  print(f"\nplots: {folder / 'plots'}")
   return 0
 
 

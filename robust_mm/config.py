@@ -12,7 +12,6 @@ import pathlib
 import re
 
 import ml_collections
-from ml_collections import config_dict
 
 from robust_mm import _validate
 from robust_mm import arguments
@@ -383,8 +382,11 @@ def check(config: ml_collections.ConfigDict) -> None:
   Raises:
     UserError: one sentence.
   """
+  known = default()
+  if "study" in config:
+    known.study = study()
   with _validate.user_errors():
-    _same_keys(config_dict.ConfigDict(default()), config, "config")
+    _same_keys(known, config, "config")
     config_checks.check(config)
 
 

@@ -63,6 +63,7 @@ def build(handlers: Mapping[str, Callable]) -> argparse.ArgumentParser:
   _add_train(commands, handlers["train"])
   _add_evaluate(commands, handlers["evaluate"])
   _add_certify(commands, handlers["certify"])
+  _add_shift(commands, handlers["shift"])
   _add_interpolate(commands, handlers["interpolate"])
   _add_report(commands, handlers["report"])
   _add_data(commands, handlers)
@@ -246,6 +247,26 @@ def _add_sizes(command) -> None:
     help="raw input values, or each modality's median distance to its mean, in "
     "the norm (default: the units of the run's evaluation)",
   )
+
+
+def _add_shift(commands, run) -> None:
+  command = _command(
+    commands,
+    "shift",
+    "Train on every set of modalities T and evaluate on every set E, with "
+    "every method of a study; into shift.json, shift.txt and plots/ in the "
+    "work directory. The same command goes on where it stopped.",
+    run,
+  )
+  command.add_argument(
+    "--config",
+    required=True,
+    metavar="FILE.py:ARGUMENT",
+    help="such as configs/shift.py:utd_mhad; change a key by "
+    "--config.study.seeds=5",
+  )
+  command.add_argument("--workdir", required=True, help="folder of the study")
+  _add_devices(command)
 
 
 def _add_interpolate(commands, run) -> None:

@@ -30,8 +30,8 @@ class Trained:
       not have: an upper reference, trained once for all T.
   """
 
-  options: Mapping[str, Any] = MappingProxyType({})
-  keys: Mapping[str, Any] = MappingProxyType({})
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  keys: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   share: float = 1.0
   oracle: bool = False
 
@@ -41,7 +41,7 @@ class Trained:
     """The configuration of the run with labels on ``labelled``."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
-      config.pop("study", None)
+      del config["study"]
     config.data.labelled = () if self.oracle else labelled
     config.recipe.options.update(self.options)
     for key, value in self.keys.items():

@@ -11,14 +11,13 @@ import json
 import pathlib
 from collections.abc import Callable
 
-import jax.numpy as jnp
 import numpy as np
 
 from robust_mm import _files
 from robust_mm import _validate
 from robust_mm import config as config_lib
-from robust_mm import evaluation
 from robust_mm import modalities
+from robust_mm import shift_derived
 from robust_mm import shift_methods
 from robust_mm import training
 from robust_mm import weights
@@ -32,7 +31,6 @@ from robust_mm.training import setup as setup_lib
 from robust_mm.training import sharding
 
 _MOST = 4  # modalities of which all sets are trained on
-_SMALLEST = 1e-12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,10 +67,12 @@ class Study:
   def place(self, method: str, train: tuple[str, ...], seed: int):
     """The folder of one model."""
     name = modalities.subset_name(train)
+    if isinstance(shift_methods.METHODS[method], shift_methods.Between):
+      method = f"{method}-{self.config.study.alpha:g}"
     return self.folder / "runs" / method / name / str(seed)
 
 
-class Stopped(Exception):  # noqa: N818
+class _StoppedError(Exception):
   """SIGTERM: everything so far is saved, the same command goes on."""
 
 
@@ -114,7 +114,7 @@ def run(
       text = f"{name} {modalities.subset_name(train)} seed {seed}"
       progress(done, len(jobs), text)
       logits[name, seed, train] = _logits(study, name, train, seed)
-  except Stopped:
+  except _StoppedError:
     return None
   report = _report(study, logits)
   _write(study, report)
@@ -159,7 +159,7 @@ def prepare(config, folder, say, progress) -> Study:
     train_sets=_sets("train_sets", asked.train_sets, names),
     test_sets=_sets("test_sets", asked.test_sets, names),
     test=test.batch(),
-    prior=np.log(np.maximum(counts / counts.sum(), _SMALLEST)),
+    prior=shift_derived.log_prior(counts),
     say=say,
     progress=progress,
   )
@@ -193,6 +193,9 @@ def _logits(study: Study, name: str, train, seed: int) -> np.ndarray:
   if isinstance(method, shift_methods.Trained) and method.oracle:
     train = study.names  # the same model whatever T is
   path = study.place(name, train, seed) / "logits.npz"
+  if isinstance(method, shift_methods.Trained):
+    # A study of other settings is refused, whatever it has left.
+    runs.check_config(path.parent, _configured(study, name, train, seed))
   if not path.is_file():
     found = _made(study, name, train, seed)
     # The name must end so, or numpy adds it.
@@ -229,10 +232,36 @@ def _made(study: Study, name: str, train, seed: int) -> dict:
     _, last, state, _ = training.load(folder, phase=ended[-1])
     params = weights.interpolate(first, last, study.config.study.alpha)
   elif isinstance(method, shift_methods.Ensemble):
-    return _ensemble(study, method.of, train, seed)
+    return shift_derived.ensemble(
+      {(name,): _alone(study, method.of, name, seed) for name in train},
+      study.test_sets,
+      study.prior,
+    )
   else:
-    return _class_means(study, train, seed)
+    model, params, state, _ = training.load(pretrained(study, seed))
+    source = setup_lib.open_split(study.config, "train")
+    return shift_derived.class_means(
+      model,
+      params,
+      state,
+      source.batch(),
+      study.test,
+      train,
+      study.test_sets,
+      batch_size=study.config.evaluation.batch_size,
+    )
   return _evaluated(study, model, params, state)
+
+
+def _alone(study: Study, of: str, name: str, seed: int) -> np.ndarray:
+  """Logits of the model of one modality, on that modality."""
+  alone = (name,)
+  for key in ("train_sets", "test_sets"):
+    if alone not in getattr(study, key):
+      raise _validate.UserError(
+        f"config.study.{key} must have {name!r} alone for 'ensemble'."
+      )
+  return _logits(study, of, alone, seed)[study.test_sets.index(alone)]
 
 
 def _evaluated(study: Study, model, params, state) -> dict:
@@ -248,106 +277,46 @@ def _evaluated(study: Study, model, params, state) -> dict:
 
 
 def _trained(study: Study, name: str, train, seed: int) -> pathlib.Path:
-  config = shift_methods.METHODS[name].configure(study.config, train)
-  config.seed = seed
   if study.config.study.pretraining:
-    config.init_from = str(_pretrained(study, seed))
+    pretrained(study, seed)
   folder = study.place(name, train, seed)
-  _train(study, config, folder)
+  _train(study, _configured(study, name, train, seed), folder)
   return folder
 
 
-def _pretrained(study: Study, seed: int) -> pathlib.Path:
-  folder = study.folder / "pretraining" / str(seed)
+def _configured(study: Study, name: str, train, seed: int):
+  config = shift_methods.METHODS[name].configure(study.config, train)
+  config.seed = seed
+  if study.config.study.pretraining:
+    config.init_from = str(_start(study, seed))
+  config_lib.check(config)
+  return config
+
+
+def _start(study: Study, seed: int) -> pathlib.Path:
+  return study.folder.resolve() / "pretraining" / str(seed)
+
+
+def pretrained(study: Study, seed: int) -> pathlib.Path:
+  """The folder of the run that all of a seed start from, trained by now."""
+  folder = _start(study, seed)
   config = config_lib.load(
     study.config.study.pretraining, [f"--config.seed={seed}"]
   )
   with config.unlocked():
     config.data.path = study.config.data.path
-  if not runs.is_finished(folder):
-    _train(study, config, folder)
+  _train(study, config, folder)
   return folder
 
 
 def _train(study: Study, config, folder: pathlib.Path) -> None:
+  """Trains, or goes on, or finds that it has been done."""
+  runs.check_config(folder, config)
+  if runs.has_ended(folder):
+    return
   result = training.train(config, folder, say=lambda line: None)
   if not result.finished:
-    raise Stopped
-
-
-def _ensemble(study: Study, of: str, train, seed: int) -> dict:
-  """Mean log-probabilities of the single models of T and E."""
-  single = {}
-  for name in train:
-    alone = (name,)
-    if alone not in study.train_sets:
-      raise _validate.UserError(
-        f"config.study.train_sets must have {name!r} alone for 'ensemble'."
-      )
-    logits = _logits(study, of, alone, seed)[study.test_sets.index(alone)]
-    single[name] = _log_softmax(logits)
-  found = {}
-  for subset in study.test_sets:
-    parts = [single[name] for name in train if name in subset]
-    prior = np.broadcast_to(
-      study.prior, (len(study.test["label"]), len(study.prior))
-    )
-    if not parts:
-      found[subset] = prior
-      continue
-    # An item that has none of them is left to the prior.
-    stacked = np.stack(parts)
-    known = ~np.isnan(stacked).all(axis=-1)
-    total = np.where(known[..., None], stacked, 0).sum(axis=0)
-    mean = total / np.maximum(known.sum(axis=0), 1)[:, None]
-    found[subset] = np.where(known.any(axis=0)[:, None], mean, prior)
-  return found
-
-
-def _class_means(study: Study, train, seed: int) -> dict:
-  """Cosine to the mean pretrained feature of every class."""
-  model, params, state, _ = training.load(_pretrained(study, seed))
-  source = setup_lib.open_split(study.config, "train")
-  batch = source.batch()
-
-  def features(batch, subset):
-    present = {
-      m: jnp.asarray(flag) & (m in subset)
-      for m, flag in batch["present"].items()
-    }
-    parts = []
-    size = study.config.evaluation.batch_size
-    for start in range(0, len(batch["label"]), size):
-      rows = slice(start, start + size)
-      inputs = {m: jnp.asarray(x[rows]) for m, x in batch["inputs"].items()}
-      there = {m: flag[rows] for m, flag in present.items()}
-      embeddings, _ = model.encode(params, state, inputs, there, train=False)
-      parts.append(np.asarray(model.features(params, embeddings, there)))
-    return np.concatenate(parts)
-
-  centre = features(batch, train)
-  mean = centre.mean(axis=0)
-  means = np.stack(
-    [
-      _unit(centre[batch["label"] == label] - mean).mean(axis=0)
-      if np.any(batch["label"] == label)
-      else np.zeros_like(mean)
-      for label in range(len(study.prior))
-    ]
-  )
-  return {
-    subset: _unit(features(study.test, subset) - mean) @ _unit(means).T
-    for subset in study.test_sets
-  }
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-  return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), _SMALLEST)
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-  shifted = logits - logits.max(axis=-1, keepdims=True)
-  return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    raise _StoppedError
 
 
 def _report(study: Study, logits) -> shift.ShiftReport:
@@ -367,7 +336,7 @@ def _report(study: Study, logits) -> shift.ShiftReport:
   return shift.shift_report(
     right,
     study.names,
-    shift_scores.chance_level(label, "accuracy"),
+    shift_scores.chance_level("accuracy", label=label),
     shift_methods.REFERENCE,
     train_sets=study.train_sets,
     test_sets=study.test_sets,

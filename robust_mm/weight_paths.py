@@ -14,6 +14,7 @@ from robust_mm import training
 from robust_mm import weights
 from robust_mm.evaluation import sets
 from robust_mm.evaluation import shift_plots
+from robust_mm.evaluation import style
 from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
 from robust_mm.training import sharding
@@ -182,7 +183,7 @@ def _write(folder, points, chosen, phases, matched, split, model) -> None:
     "chosen": chosen.alpha,
     "points": [dataclasses.asdict(point) for point in points],
   }
-  figure = shift_plots.weight_path(
+  figure = shift_plots.curves(
     [point.alpha for point in points],
     {
       "validation, as trained": [point.matched for point in points],
@@ -191,8 +192,8 @@ def _write(folder, points, chosen, phases, matched, split, model) -> None:
         for name in points[0].scores
       },
     },
+    score=score,
     chosen=chosen.alpha,
   )
   _files.write_json(folder / "interpolation.json", found)
-  (folder / "plots").mkdir(exist_ok=True)
-  figure.savefig(folder / "plots" / "interpolation.png")
+  _files.write_bytes(folder / "plots" / "interpolation.png", style.png(figure))

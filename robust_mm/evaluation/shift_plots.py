@@ -25,6 +25,7 @@ MARKS = {
 CELL = 0.62
 UNTUNED = 0.5
 _MARKERS = dict(zip(MARKS, "osD^v"))
+_DASHES = ("-", "--", "-.", ":")
 
 
 def heat_map(
@@ -104,7 +105,7 @@ def path(
     _validate.one_of(report.categories, kinds=kind)
   if chosen is not None:
     _validate.one_of(alphas, chosen=chosen)
-  figure, (axes,) = style.panels(1, height=4.4, width=6.4)
+  figure, axes = _along(chosen)
   ordered = sorted(alphas)
   for kind in kinds or report.categories:
     found = [report.estimate(alphas[a], kind, statistic) for a in ordered]
@@ -129,14 +130,52 @@ def path(
       alpha=0.12,
       linewidth=0,
     )
+  axes.set_ylabel(f"{statistic.replace('_', ' ')} ({report.score})")
+  style.shared_legend(figure, [axes])
+  return figure
+
+
+def curves(
+  alphas: Sequence[float],
+  lines: Mapping[str, Sequence[float]],
+  *,
+  score: str,
+  chosen: float | None = None,
+) -> Figure:
+  """The same of single runs: a line a set of modalities.
+
+  Args:
+    alphas: ascending.
+    lines: ``{what: score at every alpha}``.
+    score: what is measured.
+    chosen: the alpha that was picked on matched validation.
+  """
+  figure, axes = _along(chosen)
+  for index, (name, values) in enumerate(lines.items()):
+    axes.plot(
+      alphas,
+      values,
+      color=style.colour(index),
+      linestyle=_DASHES[index % len(_DASHES)],
+      marker="o",
+      markersize=3,
+      linewidth=1.4,
+      label=name,
+    )
+  axes.set_ylabel(score)
+  style.shared_legend(figure, [axes])
+  return figure
+
+
+def _along(chosen: float | None):
+  """A figure over alpha, 0.5 and the choice marked."""
+  figure, (axes,) = style.panels(1, height=4.4, width=6.4)
   _mark(axes, UNTUNED, "untuned", "--")
   if chosen is not None and chosen != UNTUNED:
     _mark(axes, chosen, "chosen on matched validation", "-")
   axes.set_xlabel("alpha (0: before fine-tuning, 1: fine-tuned)")
-  axes.set_ylabel(f"{statistic.replace('_', ' ')} ({report.score})")
   style.title(axes, "Weights between two models")
-  style.shared_legend(figure, [axes])
-  return figure
+  return figure, axes
 
 
 def _cell(axes, row, column, value, kind, colours, top) -> None:

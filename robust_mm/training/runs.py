@@ -164,6 +164,14 @@ def read_json(path: pathlib.Path) -> Any:
     raise _validate.UserError(f"{path} is damaged: {error}.") from error
 
 
+def has_ended(workdir: pathlib.Path) -> bool:
+  """Whether every phase of the run has ended."""
+  if not (workdir / CONFIG_FILE).is_file():
+    return False
+  facts = describe(workdir)
+  return all(p["name"] in facts["finished"] for p in facts["phases"])
+
+
 def task(facts: dict) -> str:
   """``"classification"`` or ``"regression"``; runs of old do not say."""
   return facts.get("task", "classification")
