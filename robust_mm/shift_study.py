@@ -336,7 +336,7 @@ def _report(study: Study, logits) -> shift.ShiftReport:
   return shift.shift_report(
     right,
     study.names,
-    shift_scores.chance_level("accuracy", label=label),
+    shift_scores.chance_level(label),
     shift_methods.REFERENCE,
     train_sets=study.train_sets,
     test_sets=study.test_sets,
