@@ -188,26 +188,17 @@ def teacher_logits(
   others = [name for name in ordered if name not in labelled]
   extras = [(), *modalities.subsets(others)]
   table = np.array([[m in {*labelled, *e} for m in ordered] for e in extras])
-  asked = np.array([[m in extra for m in ordered] for extra in extras])
-  there = modalities.stack(present, axis=-1)
-
-  def add(carry, row):
-    total, count = carry
-    wanted, extra = row
-    seen = {m: present[m] & wanted[i] for i, m in enumerate(ordered)}
-    # What an example lacks would repeat a smaller set.
-    allowed = jnp.all(~extra[None] | there, axis=-1)
-    logits = logits_fn(params, seen)
-    total = total + jnp.where(allowed[:, None], logits, 0)
-    return (total, count + allowed), None
-
-  rows = jnp.asarray(table), jnp.asarray(asked)
   shape = jax.eval_shape(logits_fn, params, dict(present))
   wide = jnp.promote_types(jnp.float32, shape.dtype)
-  begin = jnp.zeros(shape.shape, wide), jnp.zeros(shape.shape[:1], int)
-  (total, count), _ = jax.lax.scan(add, begin, rows)
-  mean = total / count[:, None].astype(wide)
-  return jax.lax.stop_gradient(mean.astype(shape.dtype))
+
+  def add(total, wanted):
+    seen = {m: present[m] & wanted[i] for i, m in enumerate(ordered)}
+    return total + logits_fn(params, seen).astype(wide), None
+
+  # Each modality that an example lacks repeats all of its sets once more, so
+  # the mean over all of them is the one over those it has.
+  total, _ = jax.lax.scan(add, jnp.zeros(shape.shape, wide), jnp.asarray(table))
+  return jax.lax.stop_gradient((total / len(extras)).astype(shape.dtype))
 
 
 def item_weights(
