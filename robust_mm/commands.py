@@ -195,7 +195,7 @@ def shift(
     _say("stopped; the same command goes on")
     return 0
   print((folder / "shift.txt").read_text(), end="")
-  print(f"\nplots: {folder / 'plots'}")
+  print(f"\nreport: {folder / 'shift.html'}")
   return 0
 
 

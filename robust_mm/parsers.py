@@ -254,8 +254,8 @@ def _add_shift(commands, run) -> None:
     commands,
     "shift",
     "Train on every set of modalities T and evaluate on every set E, with "
-    "every method of a study; into shift.json, shift.txt and plots/ in the "
-    "work directory. The same command goes on where it stopped.",
+    "every method of a study; into shift.html, shift.txt, shift.json and "
+    "plots/ in the work directory. The same command goes on where it stopped.",
     run,
   )
   command.add_argument(

@@ -42,8 +42,8 @@ class Trained:
     config = config.copy_and_resolve_references()
     with config.unlocked():
       del config["study"]
+      config.recipe.options.update(self.options)
     config.data.labelled = () if self.oracle else labelled
-    config.recipe.options.update(self.options)
     for key, value in self.keys.items():
       parent = config
       *path, last = key.split(".")

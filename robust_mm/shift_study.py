@@ -23,6 +23,7 @@ from robust_mm import training
 from robust_mm import weights
 from robust_mm.evaluation import sets
 from robust_mm.evaluation import shift
+from robust_mm.evaluation import shift_page
 from robust_mm.evaluation import shift_plots
 from robust_mm.evaluation import shift_scores
 from robust_mm.evaluation import style
@@ -85,7 +86,8 @@ def run(
 ) -> shift.ShiftReport | None:
   """The whole matrix of every method; writes tables, plots and numbers.
 
-  ``shift.json``, ``shift.txt`` and ``plots/shift_<method>.png`` in the folder.
+  ``shift.json``, ``shift.txt``, ``shift.html`` and ``plots/shift_<method>.png``
+  in the folder.
 
   Args:
     config: see ``configs/shift.py``.
@@ -355,11 +357,19 @@ def _write(study: Study, report: shift.ShiftReport) -> None:
   _files.write_bytes(
     study.folder / "shift.txt", summary(study, report).encode()
   )
-  for method in report.methods:
-    figure = shift_plots.heat_map(report, method)
-    _files.write_bytes(
-      study.folder / "plots" / f"shift_{method}.png", style.png(figure)
-    )
+  drawn = {
+    method: style.png(shift_plots.heat_map(report, method))
+    for method in report.methods
+  }
+  for method, png in drawn.items():
+    _files.write_bytes(study.folder / "plots" / f"shift_{method}.png", png)
+  page = shift_page.render(
+    report,
+    title=f"Modality shift on {study.config.data.name}",
+    drawn=drawn,
+    notes=_budget_lines(study),
+  )
+  _files.write_bytes(study.folder / "shift.html", page.encode())
 
 
 def budgets(study: Study) -> dict[str, dict[str, float]]:
@@ -394,10 +404,14 @@ def summary(study: Study, report: shift.ShiftReport) -> str:
           f"{kind} {found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
         )
     lines.append(f"  {method:14s} " + "  ".join(cells))
-  lines += ["", "budget: epochs or steps, and the cost of one"]
-  for name, cost in budgets(study).items():
-    lines.append(
-      f"  {name:14s} {cost['epochs'] or cost['steps']:6d}  "
-      f"x {cost['relative_cost']:.2f}"
-    )
-  return "\n".join(lines) + "\n"
+  return "\n".join([*lines, "", *_budget_lines(study)]) + "\n"
+
+
+def _budget_lines(study: Study) -> list[str]:
+  """What training each method cost: epochs or steps, times one of them."""
+  return [
+    f"{name}: {cost['epochs'] or cost['steps']} "
+    f"{'epochs' if cost['epochs'] else 'steps'} of {cost['relative_cost']:.2f} "
+    "times the passes of fine-tuning"
+    for name, cost in budgets(study).items()
+  ]
