@@ -28,6 +28,7 @@ from robust_mm import weight_paths
 from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
 from robust_mm.training import sharding
+from robust_mm.training import units as units_lib
 from robust_mm.training import writers
 
 QUICKSTART = {
@@ -314,7 +315,7 @@ def make_protocol(
     radii=radii or tuple(settings.radii),
     norm=2 if settings.norm == "l2" else math.inf,
     attack=_attack(attack or settings.attack, settings),
-    units=setup_lib.units(config, facts, settings.norm),
+    units=units_lib.of_evaluation(config, facts, settings.norm),
     certificate=None
     if settings.certificate == "none"
     else settings.certificate,

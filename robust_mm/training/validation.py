@@ -19,6 +19,7 @@ from robust_mm.recipes import Phase
 from robust_mm.training import setup as setup_lib
 from robust_mm.training import sharding
 from robust_mm.training import steps
+from robust_mm.training import units as units_lib
 
 _SMALLER_IS_BETTER = ("loss", "mae", "mae_over_subsets")
 Validator = Callable[[PyTree, PyTree], dict[str, float]]
@@ -53,7 +54,7 @@ def make(config, setup: setup_lib.Setup, mesh) -> Validator:
   predict = jax.jit(
     steps.make_predict(
       model,
-      units=setup_lib.units(config, setup.facts),
+      units=units_lib.of_evaluation(config, setup.facts),
       certified=certified,
       subsets=config.selection.metric == "mean_over_subsets",
     ),
