@@ -52,7 +52,8 @@ class Outputs:
       ``[b, 1]``: the prediction, in units of the label.
     scores: ``{m: [b, k]}`` raw per-modality scores of a late-fusion head (the
       logits are a sum of per-modality terms), or None.
-    embeddings: ``{m: [b, d_m]}``, zero where the modality is absent.
+    embeddings: ``{m: [b, d_m]}``, or tokens ``{m: [b, N_m, d]}`` of a token
+      transformer; zero where the modality is absent.
     mixed: True when a score depends on other modalities as well; such a model
       has no margin certificate.
   """
@@ -122,6 +123,35 @@ class Geometry:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class TokenParts:
+  """What training without labels needs to know of a token transformer.
+
+  Attributes:
+    num_tokens: ``{m: N_m}``.
+    sizes: ``{m: p_m}``, the values of a token; of integer ids the size of the
+      vocabulary.
+    width: d of all tokens, and of the pooled features.
+    ids: the modalities whose tokens are integer ids, 0 for padding.
+    patches: ``patches(inputs, present) -> {m: [b, N_m, p_m]}``: what each token
+      holds, normalised as the encoder sees it, zeros where absent; ids
+      ``[b, N_m]``.
+    attend: ``attend(params, tokens, keep) -> (pooled [b, d], {m: [b, N_m,
+      d]})``, the transformer without its head, on tokens ``{m: [b, N_m, d]}``
+      of any modalities, ``keep`` {m: bool[b, N_m]} saying which exist.
+    real: ``real(tokens, present) -> {m: bool[b, N_m]}``: which are of a present
+      modality and no padding.
+  """
+
+  num_tokens: Mapping[str, int]
+  sizes: Mapping[str, int]
+  width: int
+  ids: tuple[str, ...]
+  patches: Callable[..., Any]
+  attend: Callable[..., Any]
+  real: Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Model:
   """A multimodal classifier, or regression, as pure functions over pytrees.
 
@@ -134,6 +164,7 @@ class Model:
     init: ``init(key) -> (params, state)``, plain dict pytrees.
     encode: ``encode(params, state, inputs, present, *, train=False, key=None)
       -> ({m: [b, d_m]}, state)``. Normalisation of raw inputs happens inside.
+      Of a token transformer the embeddings are tokens ``[b, N_m, d]``.
     fuse: ``fuse(params, embeddings, present) -> Outputs``.
     geometry: ``geometry(params) -> Geometry``, or None where the logits are no
       sum of per-modality terms.
@@ -149,6 +180,10 @@ class Model:
     tokens: the modalities whose inputs are integer tokens; None where the model
       does not say.
     target: scale of the one number a regression predicts; None of a classifier.
+    features: ``features(params, embeddings, present) -> [b, d]``: what the last
+      linear layer, ``params["fusion"]["last"]`` with ``kernel`` [d, k] and
+      ``bias`` [k], sees; None where the head is another one.
+    token_parts: of a token transformer, None of others.
   """
 
   modalities: tuple[str, ...]
@@ -162,6 +197,8 @@ class Model:
   freeze: Callable[..., Any] | None = None
   project: Callable[..., Any] | None = None
   target: Target | None = None
+  features: Callable[..., Any] | None = None
+  token_parts: TokenParts | None = None
 
   def need_classes(self, what: str) -> None:
     """ValueError where ``what`` is about classes and this is a regression."""

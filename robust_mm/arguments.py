@@ -11,6 +11,34 @@ def count(text: str) -> int:
   return int(text)
 
 
+def path(text: str) -> tuple[float, ...]:
+  """``0:1:0.1``, ends included, or ``0,0.5,1``: points in [0, 1].
+
+  >>> path("0:1:0.25")
+  (0.0, 0.25, 0.5, 0.75, 1.0)
+  """
+  wrong = argparse.ArgumentTypeError(
+    f"must be FROM:TO:STEP or numbers, all in [0, 1], got {text}"
+  )
+  try:
+    if ":" in text:
+      first, last, step = (float(part) for part in text.split(":"))
+      if not step > 0:
+        raise wrong
+      number = round((last - first) / step)
+      # Rounded, so that 0.3 is the 0.3 one would write.
+      points = [round(first + i * step, 10) for i in range(number + 1)]
+      if not points or abs(points[-1] - last) > 1e-9:
+        raise wrong
+    else:
+      points = [float(part) for part in text.split(",")]
+  except ValueError as error:
+    raise wrong from error
+  if not all(0 <= point <= 1 for point in points):
+    raise wrong
+  return tuple(points)
+
+
 def whole(text: str) -> int:
   """An integer of at least 0."""
   if not text.isdecimal():

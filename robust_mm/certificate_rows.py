@@ -19,6 +19,7 @@ from robust_mm.evaluation import bounds
 from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
 from robust_mm.training import sharding
+from robust_mm.training import units as units_lib
 
 # Every entry may move by a size of linf, so it is a much smaller one.
 RADII = {
@@ -102,7 +103,7 @@ def write(
     budgets=_distinct(budgets or (({},) if max_missing else ())),
     max_missing=max_missing,
     norm=norm,
-    units=setup_lib.resolve_units(units, facts, "--units", norm),
+    units=units_lib.resolve(units, facts, "--units", norm),
     fidelity=fidelity,
     source=source,
   )

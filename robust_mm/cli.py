@@ -9,20 +9,9 @@ import argparse
 import os
 import sys
 
-from robust_mm import __version__
 from robust_mm import _validate
 from robust_mm import arguments
-
-_EPILOG = """\
-examples:
-  robust-mm quickstart
-  robust-mm train --config=configs/crmt.py:digits --workdir=runs/crmt
-  robust-mm train --config=configs/crmt.py:digits,smoke --workdir=runs/smoke \\
-      --config.optimizer.lr=3e-4
-  robust-mm evaluate --workdir=runs/crmt
-  robust-mm certify --workdir=runs/crmt --radius=0.25,0.5 --output=rows.csv
-  robust-mm data list
-"""
+from robust_mm import parsers
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,10 +24,10 @@ def main(argv: list[str] | None = None) -> int:
   words, overrides = take_overrides(words)
   parser = build_parser()
   options = parser.parse_args(words)
-  if overrides and options.command != "train":
-    parser.error(f"{overrides[0]} is for robust-mm train only.")
-  if options.command == "train":
+  if options.command in ("train", "shift"):
     options.overrides = overrides
+  elif overrides:
+    parser.error(f"{overrides[0]} is for robust-mm train and shift only.")
   try:
     return options.run(options) or 0
   except (_validate.UserError, FloatingPointError) as error:
@@ -69,264 +58,22 @@ def take_overrides(words: list[str]) -> tuple[list[str], list[str]]:
   return rest, overrides
 
 
-class _Parser(argparse.ArgumentParser):
-  """One sentence and exit code 2, with the closest option named."""
-
-  def parse_known_args(self, args=None, namespace=None):
-    # Before what is missing is named; a command's own options alone can be
-    # meant, not those before it.
-    known = self._option_string_actions
-    for word in args or () if self._subparsers is None else ():
-      name = word.partition("=")[0]
-      if word.startswith("--") and not any(o.startswith(name) for o in known):
-        close = _validate.suggestion(name, known)
-        self.error(f"there is no option {name}{close and '.'}{close}")
-    return super().parse_known_args(args, namespace)
-
-  def error(self, message: str):
-    see = " See" if message.endswith("?") else "; see"
-    self.exit(2, f"{self.prog}: {message}{see} {self.prog} --help.\n")
-
-
 def build_parser() -> argparse.ArgumentParser:
   """The parser of the whole command line."""
-  parser = _Parser(
-    prog="robust-mm",
-    description=(
-      "Train multimodal models that stay right when a modality is attacked, "
-      "corrupted or missing, and certify how far they stay right."
-    ),
-    epilog=_EPILOG,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+  return parsers.build(
+    {
+      "quickstart": _quickstart,
+      "train": _train,
+      "evaluate": _evaluate,
+      "certify": _certify,
+      "shift": _shift,
+      "interpolate": _interpolate,
+      "report": _report,
+      "data list": _data_list,
+      "data inspect": _data_inspect,
+      "data prepare": _data_prepare,
+    }
   )
-  parser.add_argument("--version", action="version", version=__version__)
-  commands = parser.add_subparsers(
-    dest="command", required=True, metavar="COMMAND"
-  )
-  _add_quickstart(commands)
-  _add_train(commands)
-  _add_evaluate(commands)
-  _add_certify(commands)
-  _add_report(commands)
-  _add_data(commands)
-  return parser
-
-
-def _command(commands, name: str, text: str, run):
-  command = commands.add_parser(name, help=text, description=text)
-  command.set_defaults(run=run)
-  return command
-
-
-def _add_quickstart(commands) -> None:
-  command = _command(
-    commands,
-    "quickstart",
-    "Train a joint baseline and a certified model on real digits, attack "
-    "both, certify, and write a report; about a minute.",
-    _quickstart,
-  )
-  command.add_argument("--workdir", default="runs/quickstart")
-  command.add_argument("--seed", type=int, default=0)
-
-
-def _add_train(commands) -> None:
-  command = _command(
-    commands,
-    "train",
-    "Train from a configuration; the same command resumes a stopped run.",
-    _train,
-  )
-  command.add_argument(
-    "--config",
-    required=True,
-    metavar="FILE.py:ARGUMENT",
-    help="such as configs/crmt.py:digits or configs/joint.py:digits,smoke; "
-    "change a key by --config.optimizer.lr=3e-4",
-  )
-  command.add_argument("--workdir", required=True, help="folder of the run")
-  _add_devices(command)
-  _add_distributed(command)
-
-
-def _add_distributed(command) -> None:
-  command.add_argument(
-    "--distributed",
-    action="store_true",
-    help="join the other processes of this job first "
-    "(jax.distributed.initialize; see launch/)",
-  )
-
-
-def _add_devices(command) -> None:
-  command.add_argument(
-    "--device-count",
-    type=arguments.count,
-    metavar="N",
-    help="simulate N devices on the CPU",
-  )
-
-
-def _add_evaluate(commands) -> None:
-  command = _command(
-    commands,
-    "evaluate",
-    "Clean, missing, attacked and certified accuracy of a finished run, into "
-    "results.json, examples.csv and report.html in its work directory.",
-    _evaluate,
-  )
-  command.add_argument("--workdir", required=True)
-  command.add_argument(
-    "--split", default="test", choices=("train", "validation", "test")
-  )
-  command.add_argument("--phase", help="the phase whose model to take")
-  command.add_argument(
-    "--radius", type=arguments.radii, help="attack radii, such as 0.1,0.5"
-  )
-  command.add_argument(
-    "--attack", help="in place of the configuration's; auto: the strongest"
-  )
-  command.add_argument(
-    "--limit", type=arguments.count, help="at most so many examples"
-  )
-  _add_devices(command)
-
-
-def _add_certify(commands) -> None:
-  command = _command(
-    commands,
-    "certify",
-    "What the certificates of a finished run say: radii of every example into "
-    "a .csv file, and the share of examples that are right and stay right. "
-    "The size of a change to one modality is its norm divided by the "
-    "modality's unit.",
-    _certify,
-  )
-  command.add_argument("--workdir", required=True)
-  _add_sizes(command)
-  command.add_argument(
-    "--source",
-    choices=(
-      *("global", "local", "relaxation", "best"),
-      *("empirical", "smoothing"),
-    ),
-    help="global: Lipschitz constants that the encoders guarantee (default); "
-    "local, relaxation: bounds inside a ball around each example, for ordinary "
-    "encoders too; best: the largest radius of these; empirical: the largest "
-    "slopes on training data, an estimate, no guarantee; smoothing: see below",
-  )
-  command.add_argument(
-    "--fidelity",
-    default="corrected",
-    choices=("corrected", "published"),
-    help="published: the formula as published, with estimated constants, a "
-    "split denominator and the second-largest logit as the only rival; no "
-    "guarantee, so its columns are called estimated_*",
-  )
-  command.add_argument(
-    "--output",
-    help="the .csv file (default: certificates.csv, or smoothed.csv, in the "
-    "work directory)",
-  )
-  command.add_argument(
-    "--split", default="test", choices=("train", "validation", "test")
-  )
-  command.add_argument("--phase", help="the phase whose model to take")
-  command.add_argument(
-    "--limit", type=arguments.count, help="at most so many examples"
-  )
-  command.add_argument(
-    "--resume",
-    action="store_true",
-    help="go on where a stopped job was; the same command without it begins "
-    "anew",
-  )
-  arguments.add_smoothing(command)
-  _add_devices(command)
-  _add_distributed(command)
-
-
-def _add_sizes(command) -> None:
-  command.add_argument(
-    "--radius",
-    type=arguments.radii,
-    metavar="R,R,...",
-    help="sizes of a change, to all modalities together and to each alone "
-    "(default: 0.1,0.25,0.5; with --norm=linf 0.01,0.02,0.05)",
-  )
-  command.add_argument(
-    "--budget",
-    type=arguments.budget,
-    action="append",
-    default=[],
-    metavar="NAME=SIZE,...",
-    help="a size for each modality, used all at once, such as "
-    "left=0.3,right=0.1; one that is not named does not change, inf is any "
-    "change at all; may be given several times",
-  )
-  command.add_argument(
-    "--max-missing",
-    type=arguments.whole,
-    default=0,
-    metavar="N",
-    help="besides every --budget (without one: besides no change at all), any "
-    "N modalities may be taken away (default: 0)",
-  )
-  command.add_argument(
-    "--norm",
-    choices=("l2", "linf", "l1"),
-    help="how sizes are measured. No change below the radius r of an example "
-    "alters its prediction, where a change is below r when: l2, the Euclidean "
-    "norms of the modalities, squared and added, stay below r squared; linf, "
-    "every entry of every modality moves by less than r; l1, all absolute "
-    "changes of all entries add up to less than r; each in units. A modality's "
-    "own radius leaves the others unchanged (default: the norm of the run's "
-    "evaluation)",
-  )
-  command.add_argument(
-    "--units",
-    choices=("raw", "relative"),
-    help="raw input values, or each modality's median distance to its mean, in "
-    "the norm (default: the units of the run's evaluation)",
-  )
-
-
-def _add_report(commands) -> None:
-  command = _command(
-    commands,
-    "report",
-    "Draw the report of one or several evaluated runs again; computes nothing.",
-    _report,
-  )
-  command.add_argument(
-    "--workdir", required=True, help="one folder, or several: a,b,c"
-  )
-  command.add_argument(
-    "--output",
-    help="folder of the report, or one file that ends in .html "
-    "(default: the first work directory)",
-  )
-
-
-def _add_data(commands) -> None:
-  command = _command(commands, "data", "List, inspect, prepare data.", None)
-  actions = command.add_subparsers(
-    dest="action", required=True, metavar="ACTION"
-  )
-  listing = actions.add_parser("list", help="the data sets and their state")
-  listing.set_defaults(run=_data_list)
-  inspection = actions.add_parser(
-    "inspect", help="shapes, ranges, classes, balance, share missing"
-  )
-  inspection.add_argument("name")
-  inspection.add_argument("--path", help="folder of the data")
-  inspection.set_defaults(run=_data_inspect)
-  preparing = actions.add_parser("prepare", help="raw files -> records")
-  preparing.add_argument("name")
-  preparing.add_argument("--source", required=True, help="raw files")
-  preparing.add_argument("--path", help="where to put the records")
-  preparing.add_argument("--overwrite", action="store_true")
-  preparing.set_defaults(run=_data_prepare)
 
 
 def _quickstart(options):
@@ -340,6 +87,10 @@ def _train(options):
   from robust_mm import preflight
 
   config = config_lib.load(options.config, options.overrides)
+  if "study" in config:
+    raise _validate.UserError(
+      f"--config: {options.config} is a study: robust-mm shift runs it."
+    )
   preflight.check(config, options.workdir)
   from robust_mm import commands
 
@@ -400,6 +151,36 @@ def _certify(options):
     resume=options.resume,
     device_count=options.device_count,
     distributed=options.distributed,
+  )
+
+
+def _shift(options):
+  from robust_mm import config as config_lib
+  from robust_mm import preflight
+
+  config = config_lib.load(options.config, options.overrides)
+  preflight.check_study(config, options.workdir)
+  from robust_mm import commands
+
+  return commands.shift(
+    config, options.workdir, device_count=options.device_count
+  )
+
+
+def _interpolate(options):
+  from robust_mm import preflight
+
+  preflight.check_run(options.workdir, options.split)
+  from robust_mm import commands
+
+  return commands.interpolate(
+    options.workdir,
+    alphas=options.alpha,
+    start=options.start,
+    end=options.end,
+    split=options.split,
+    limit=options.limit,
+    device_count=options.device_count,
   )
 
 

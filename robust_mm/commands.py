@@ -21,11 +21,14 @@ from robust_mm import attacks
 from robust_mm import certificate_rows
 from robust_mm import config as config_lib
 from robust_mm import evaluation
+from robust_mm import shift_study
 from robust_mm import smoothed_rows
 from robust_mm import training
+from robust_mm import weight_paths
 from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
 from robust_mm.training import sharding
+from robust_mm.training import units as units_lib
 from robust_mm.training import writers
 
 QUICKSTART = {
@@ -178,6 +181,38 @@ def _smooth(folder: pathlib.Path, smoothing: dict, **asked: Any) -> int:
   return 0
 
 
+def shift(
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  *,
+  device_count: int | None = None,
+) -> int:
+  """The study of modality shift; 0 at the end and after SIGTERM."""
+  _devices(device_count)
+  folder = pathlib.Path(workdir)
+  with _bar() as progress:
+    found = shift_study.run(config, folder, say=_say, progress=progress)
+  if found is None:
+    _say("stopped; the same command goes on")
+    return 0
+  print((folder / "shift.txt").read_text(), end="")
+  print(f"\nreport: {folder / 'shift.html'}")
+  return 0
+
+
+def interpolate(
+  workdir: str, *, device_count: int | None = None, **asked: Any
+) -> int:
+  """The path between two models; ``asked`` as ``weight_paths.trace``."""
+  _devices(device_count)
+  folder = pathlib.Path(workdir)
+  with _bar() as progress:
+    points, chosen = weight_paths.trace(folder, progress=progress, **asked)
+  print(weight_paths.format_table(points, chosen))
+  print(f"\nplot: {folder / 'plots' / 'interpolation.png'}")
+  return 0
+
+
 def report(workdirs: list[str], *, output: str | None = None) -> int:
   """Draws the report of evaluated runs again, from their files."""
   folders = [pathlib.Path(workdir) for workdir in workdirs]
@@ -280,7 +315,7 @@ def make_protocol(
     radii=radii or tuple(settings.radii),
     norm=2 if settings.norm == "l2" else math.inf,
     attack=_attack(attack or settings.attack, settings),
-    units=setup_lib.units(config, facts, settings.norm),
+    units=units_lib.of_evaluation(config, facts, settings.norm),
     certificate=None
     if settings.certificate == "none"
     else settings.certificate,

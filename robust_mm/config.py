@@ -12,7 +12,6 @@ import pathlib
 import re
 
 import ml_collections
-from ml_collections import config_dict
 
 from robust_mm import _validate
 from robust_mm import arguments
@@ -30,12 +29,23 @@ def default() -> ml_collections.ConfigDict:
   # How long the recipe's first phase is: one of the two, the other is 0.
   config.num_steps = 1000
   config.num_epochs = 0  # passes over the training set
+  # Work directory of a finished run of the same model to start from, and the
+  # phase of it whose model to take; "" = from scratch, and the last phase.
+  config.init_from = ""
+  config.init_phase = ""
 
   config.data = ml_collections.ConfigDict()
   config.data.name = "digits"
   config.data.path = ""  # arrays: the folder; others: where they are prepared
   config.data.modalities = ()  # () = the data set's default modalities
   config.data.batch_size = 256
+  # Modalities that training and selection see; evaluation has all of
+  # data.modalities. () = all.
+  config.data.labelled = ()
+  # Splits whose examples, with all their modalities but without their labels,
+  # are in every batch as well, and how many a labelled one. Of recipe "masd".
+  config.data.unlabelled_splits = ()
+  config.data.unlabelled_ratio = 1
   config.data.missing_rate = 0.0  # share of modality entries dropped for good
   # ("train", "validation") trains on both; then selection.metric is "last".
   config.data.train_splits = ("train",)
@@ -129,6 +139,21 @@ def default() -> ml_collections.ConfigDict:
   return config
 
 
+def study() -> ml_collections.ConfigDict:
+  """What ``robust-mm shift`` reads beside a run's own configuration."""
+  config = ml_collections.ConfigDict()
+  config.seeds = 3
+  config.methods = ("finetune",)  # names of robust_mm.shift_methods
+  # Sets such as "audio+image"; () = all, of at most four modalities.
+  config.train_sets = ()
+  config.test_sets = ()
+  # FILE.py:ARGUMENT of the run that all start from; "" = from scratch.
+  config.pretraining = ""
+  config.alpha = 0.5  # of weights between the probe and what follows it
+  config.num_samples = 2000  # replicates of the bootstrap
+  return config
+
+
 def parse(
   argument: str,
   *,
@@ -190,6 +215,30 @@ def spare_attacks(config: ml_collections.ConfigDict) -> None:
   config.evaluation.num_steps = 20
   config.evaluation.num_restarts = 2
   config.evaluation.tightness = ()
+
+
+# What token models take of a data set, where it is not its default.
+_TOKEN_MODALITIES = {
+  "mfeat": ("fac", "fou", "kar", "mor", "pix", "zer"),
+  "mosi": ("audio", "text", "video"),
+}
+_PATCHES = {"digits": dict.fromkeys(("left", "right"), (2, 2))}
+
+
+def token_model(config: ml_collections.ConfigDict, *, small: bool) -> None:
+  """The token transformer of a data set, in place.
+
+  The same for pretraining and what goes on from it; ``small`` in smoke form.
+  """
+  name = config.data.name
+  config.data.modalities = _TOKEN_MODALITIES.get(name, ())
+  config.model.fusion = "transformer"
+  config.model.fusion_options.num_layers = 1 if small else 4
+  encoder = {"name": "patches", "embedding_dim": 32 if small else 128}
+  config.model.encoders = {
+    "default": encoder,
+    **{m: {**encoder, "patch": p} for m, p in _PATCHES.get(name, {}).items()},
+  }
 
 
 def shrink(config: ml_collections.ConfigDict) -> None:
@@ -333,8 +382,11 @@ def check(config: ml_collections.ConfigDict) -> None:
   Raises:
     UserError: one sentence.
   """
+  known = default()
+  if "study" in config:
+    known.study = study()
   with _validate.user_errors():
-    _same_keys(config_dict.ConfigDict(default()), config, "config")
+    _same_keys(known, config, "config")
     config_checks.check(config)
 
 

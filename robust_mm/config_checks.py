@@ -7,8 +7,16 @@ import ml_collections
 from robust_mm import _validate
 from robust_mm.augmentations import options as augmentation_options
 
-RECIPES = ("joint", "crmt", "certified_radius", "modal_immune")
-FUSIONS = ("concat", "masked", "orthogonal", "token", "trunk")
+RECIPES = (
+  "joint",
+  "crmt",
+  "certified_radius",
+  "modal_immune",
+  "pretrain",
+  "finetune",
+  "masd",
+)
+FUSIONS = ("concat", "masked", "orthogonal", "token", "transformer", "trunk")
 ATTACKS = ("apgd", "auto", "fgm", "minimum_norm", "pgd", "square")
 ATTACK_LOSSES = ("margin", "cross_entropy", "dlr")
 MISSING_PROTOCOLS = ("per_sample", "one_kept", "per_batch", "frames")
@@ -39,8 +47,8 @@ SELECTION_METRICS = (
 _OF_CLASSES = ("accuracy", "certified_accuracy")
 _OF_NUMBERS = ("mae", "correlation")
 _NUMBERS_TAKE = {
-  "recipe.name": ("joint", "modal_immune"),
-  "model.fusion": ("concat", "masked", "token"),
+  "recipe.name": ("joint", "modal_immune", "pretrain", "finetune", "masd"),
+  "model.fusion": ("concat", "masked", "token", "transformer"),
   "evaluation.certificate": ("auto", "none"),  # the same there
 }
 
@@ -137,6 +145,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   )
   _check_length(config)
   _check_train_splits(config)
+  _check_unlabelled(config)
+  _check_pretraining(config)
   _check_smoothing(settings.smoothing)
   _validate.positive(**{"config.optimizer.lr": config.optimizer.lr})
   _validate.non_negative(
@@ -176,6 +186,31 @@ def _check_length(config: ml_collections.ConfigDict) -> None:
     )
 
 
+def _check_unlabelled(config: ml_collections.ConfigDict) -> None:
+  splits = tuple(config.data.unlabelled_splits)
+  for split in splits:
+    _validate.one_of(
+      ("train", "validation"), **{"config.data.unlabelled_splits": split}
+    )
+  if (
+    "train" in splits
+    and splits.count("validation")
+    and ("validation" in config.data.train_splits)
+  ):
+    raise _validate.UserError(
+      "config.data.unlabelled_splits must not name validation beside train "
+      "where config.data.train_splits has it already."
+    )
+  _validate.at_least(
+    1, **{"config.data.unlabelled_ratio": config.data.unlabelled_ratio}
+  )
+  if bool(splits) != (config.recipe.name == "masd"):
+    raise _validate.UserError(
+      "config.data.unlabelled_splits must name splits for recipe 'masd', and "
+      f"nothing for others; got {splits!r} for {config.recipe.name!r}."
+    )
+
+
 def _check_train_splits(config: ml_collections.ConfigDict) -> None:
   splits = config.data.train_splits
   if splits not in TRAIN_SPLITS:
@@ -188,6 +223,21 @@ def _check_train_splits(config: ml_collections.ConfigDict) -> None:
     raise _validate.UserError(
       f"config.selection.metric must be 'last' where config.data.train_splits "
       f"has validation, which leaves no examples to select on; got {metric!r}."
+    )
+
+
+def _check_pretraining(config: ml_collections.ConfigDict) -> None:
+  """What is trained without labels is selected without them."""
+  metric = config.selection.metric
+  if config.recipe.name == "pretrain" and metric not in ("loss", "last"):
+    raise _validate.UserError(
+      f"config.selection.metric must be 'loss' or 'last' where "
+      f"config.recipe.name is 'pretrain', which trains no classifier; got "
+      f"{metric!r}."
+    )
+  if config.init_phase and not config.init_from:
+    raise _validate.UserError(
+      f"config.init_phase ({config.init_phase!r}) needs config.init_from."
     )
 
 

@@ -290,6 +290,56 @@ def mixup_margin(
   return _floored_mean(-stacked, counted, floor)
 
 
+def info_nce(
+  first: Float[Array, "b c"],
+  second: Float[Array, "b c"],
+  *,
+  scale: float | Array,
+  present: Array | None = None,
+) -> Float[Array, ""]:
+  r"""Symmetric InfoNCE: which row of one matrix belongs to which of the other.
+
+  .. math:: L = \tfrac12 \bigl(CE(s\, Z Z'^T, diag) + CE(s\, Z' Z^T,
+            diag)\bigr)
+
+  - Rows that are not complete leave the numerators *and* the denominators: the
+    loss is that of the batch without them.
+  - Identical rows have the loss :math:`\log n`, n the number of complete ones.
+  - Fewer than two complete rows: 0, with gradient 0.
+
+  Args:
+    first: ``[b, c]``, rows of length 1.
+    second: ``[b, c]``, likewise.
+    scale: s, the inverse temperature.
+    present: ``bool[b]``, rows that have both; all by default. What the others
+      hold, NaN included, is not looked at.
+
+  References:
+    `Radford et al. (2021) <https://arxiv.org/abs/2103.00020>`_.
+  """
+  _validate.positive(scale=scale)
+  if first.shape != second.shape:
+    raise ValueError(
+      f"second must have the shape of first {first.shape}, got {second.shape}."
+    )
+  if present is None:
+    present = jnp.ones(first.shape[0], bool)
+  here = present[:, None]
+  first, second = (
+    jnp.where(here, z, jnp.zeros_like(z)) for z in (first, second)
+  )
+  logits = scale * jnp.einsum("ic,jc->ij", first, second, precision="highest")
+  own = jnp.diagonal(logits)
+  # Finite: a row that has nothing to compare with is not NaN but left out.
+  lowest = jnp.finfo(logits.dtype).min
+  total = jnp.zeros_like(own)
+  for compared in (logits, logits.T):
+    among = jnp.where(present[None], compared, lowest)
+    total = total + jax.nn.logsumexp(among, axis=-1) - own
+  enough = jnp.sum(present) >= 2
+  return jnp.where(enough, _mean(0.5 * total, present), 0)
+
+
 def _radius_ratios(logits, sensitivity, label, budgets, fusion):
   _validate.one_of(margins.FUSIONS, fusion=fusion)
   margin = margins.pairwise(logits, label)

@@ -12,7 +12,9 @@ from robust_mm import _validate
 from robust_mm import config as config_lib
 from robust_mm import config_checks
 from robust_mm import data
+from robust_mm import shift_methods
 from robust_mm.training import runs
+from robust_mm.training import starts
 
 
 def check(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -38,8 +40,28 @@ def check(config: ml_collections.ConfigDict, workdir: str) -> None:
       data.prepared.check_prepared(info, config.data.path or None)
   task = "classification" if num_classes else "regression"
   config_checks.check_task(config, task)
+  starts.check(config)
   runs.check_config(workdir, config)
   runs.check_free(workdir)
+
+
+def check_study(config: ml_collections.ConfigDict, workdir: str) -> None:
+  """Refuses what is no study, or one whose runs cannot be made.
+
+  Raises:
+    UserError: one sentence.
+  """
+  if "study" not in config:
+    raise _validate.UserError(
+      "--config must have the group study (configs/shift.py): robust-mm train "
+      "takes single runs."
+    )
+  study = config.study
+  shift_methods.check(tuple(study.methods), pretrained=bool(study.pretraining))
+  if study.pretraining:
+    config_lib.load(study.pretraining)
+  # The runs lie further down; of this folder it must be clear that it can be.
+  check(config, workdir)
 
 
 def check_run(workdir: str, split: str | None = None) -> None:

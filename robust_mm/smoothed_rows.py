@@ -18,6 +18,7 @@ from robust_mm.evaluation import smoothed
 from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
 from robust_mm.training import sharding
+from robust_mm.training import units as units_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ def write(
   model, params, state, config = training.load(folder, phase=phase)
   facts = runs.describe(folder)
   units = units or config.evaluation.units
-  sizes = setup_lib.resolve_units(units, facts, "--units") or {}
+  sizes = units_lib.resolve(units, facts, "--units") or {}
   rows = setup_lib.open_split(config, split, limit=limit)
   setup_lib.check_same_data(rows, facts)
   for note in setup_lib.split_notes(config, split):

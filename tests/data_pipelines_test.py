@@ -252,3 +252,48 @@ def test_evaluation_begins_where_it_is_told_in_every_process(start):
   np.testing.assert_array_equal(
     np.concatenate(seen), source.batch()["id"][start:]
   )
+
+
+def _beside(source, **options):
+  common = {"batch_size": 4, "seed": 3, "num_epochs": 3, "ratio": 2, **options}
+  return list(
+    data.pipeline(
+      source.limit(10), unlabelled=source.subset(np.arange(20, 34)), **common
+    )
+  )
+
+
+def test_every_labelled_row_is_followed_by_rows_without_a_label(source):
+  few = source.limit(10)
+  plain = list(data.pipeline(few, batch_size=4, seed=3, num_epochs=3))
+  mixed = _beside(source)
+  assert len(mixed) == len(plain) == 6
+  for one, two in zip(plain, mixed):
+    np.testing.assert_array_equal(two["labelled"], [True, False, False] * 4)
+    rows = {k: two[k][two["labelled"]] for k in ("id", "label")}
+    np.testing.assert_array_equal(rows["id"], one["id"])
+    np.testing.assert_array_equal(rows["label"], one["label"])
+    assert not two["label"][~two["labelled"]].any()
+  # Rows without a label have an order, and epochs, of their own.
+  ids = [batch["id"][~batch["labelled"]] for batch in mixed]
+  assert all(len(set(part)) == 8 for part in ids)
+  assert not np.array_equal(ids[0], ids[1])
+
+
+def test_rows_beside_are_the_same_for_any_number_of_processes(source):
+  whole = _beside(source)
+  parts = [
+    _beside(source, process_index=i, process_count=2, start=2) for i in range(2)
+  ]
+  for step, batch in enumerate(whole[2:]):
+    joined = np.concatenate([part[step]["id"] for part in parts])
+    np.testing.assert_array_equal(joined, batch["id"])
+
+
+def test_rows_beside_need_whole_batches(source):
+  with pytest.raises(ValueError, match="drop_remainder"):
+    _beside(source, drop_remainder=False)
+  with pytest.raises(ValueError, match="ratio"):
+    _beside(source, ratio=0)
+  with pytest.raises(ValueError, match="batch_size 16 exceeds the 14"):
+    _beside(source, ratio=4)

@@ -8,7 +8,7 @@ import pytest
 from robust_mm import _validate
 from robust_mm import certification
 from robust_mm import evaluation
-from robust_mm.training import setup as setup_lib
+from robust_mm.training import units as units_lib
 
 ORDERS = {"l2": 2, "linf": np.inf, "l1": 1}
 
@@ -69,8 +69,8 @@ def test_units_of_a_run_follow_the_norm_or_are_refused():
     "relative_units_linf": {"a": 1.5},
   }
   for norm, size in (("l2", 4.0), ("linf", 1.5)):
-    assert setup_lib.resolve_units("relative", facts, "x", norm) == {"a": size}
+    assert units_lib.resolve("relative", facts, "x", norm) == {"a": size}
   del facts["relative_units_linf"]
   with pytest.raises(_validate.UserError, match=r"norm linf.*before"):
-    setup_lib.resolve_units("relative", facts, "x", "linf")
-  assert setup_lib.resolve_units("raw", facts, "x", "linf") is None
+    units_lib.resolve("relative", facts, "x", "linf")
+  assert units_lib.resolve("raw", facts, "x", "linf") is None

@@ -62,7 +62,7 @@ def test_narrow_parameters_are_averaged_in_float32_and_come_back():
 
 
 def test_the_example_holds():
-  assert doctest.testmod(weights) == (0, 2)
+  assert doctest.testmod(weights) == (0, 4)
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1])

@@ -17,6 +17,8 @@ import numpy as np
 from robust_mm import _validate
 from robust_mm.data import sources
 
+_OTHER_ORDER = 2**32  # far from every seed that is given
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Gather:
@@ -48,6 +50,36 @@ class _Gather:
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Beside:
+  """Labelled rows, each followed by ``ratio`` rows without a label."""
+
+  labelled: _Gather
+  unlabelled: _Gather
+  ratio: int
+
+  def __call__(self, step: int, _) -> dict:
+    parts = self.labelled(step, None), self.unlabelled(step, None)
+    # A label that is not to be read is 0.
+    parts[1]["label"] = np.zeros_like(parts[1]["label"])
+    for part, flag in zip(parts, (True, False)):
+      part["labelled"] = np.full(len(part["id"]), flag)
+    return _zip_map(self._interleaved, *parts)
+
+  def _interleaved(self, first, second):
+    first = first[:, None]
+    second = second.reshape(len(first), self.ratio, *second.shape[1:])
+    both = np.concatenate([first, second], axis=1)
+    return both.reshape(-1, *both.shape[2:])
+
+
+def _zip_map(fn: Callable, first, second):
+  """``fn`` of the leaves of two nested dicts of the same keys."""
+  if isinstance(first, dict):
+    return {k: _zip_map(fn, first[k], second[k]) for k in first}
+  return fn(first, second)
+
+
 # Batches of an epoch share its order; the next epoch may be prefetched.
 @functools.lru_cache(maxsize=8)
 def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
@@ -71,6 +103,8 @@ def pipeline(
   process_index: int = 0,
   process_count: int = 1,
   transforms: Sequence[Callable[[dict], dict]] = (),
+  unlabelled: sources.Source | None = None,
+  ratio: int = 1,
 ) -> grain.IterDataset:
   """Batches of a source, shuffled anew every epoch.
 
@@ -97,6 +131,10 @@ def pipeline(
       the same rows, the same.
     process_count: number of parts; must divide ``batch_size``.
     transforms: applied to each batch, in order.
+    unlabelled: a second source of the same inputs, whose labels are not read:
+      every row of a batch is followed by ``ratio`` of its rows, in an order of
+      their own, and the batch has ``labelled`` bool[(1 + ratio) * batch_size].
+    ratio: of rows without a label to rows with one.
 
   Returns:
     A grain dataset; ``iter(dataset)`` has ``get_state``, ``set_state`` and
@@ -120,6 +158,19 @@ def pipeline(
     process_index=process_index,
     process_count=process_count,
   )
+  if unlabelled is not None:
+    _validate.at_least(1, ratio=ratio)
+    if not drop_remainder:
+      raise ValueError("drop_remainder must be True with unlabelled rows.")
+    number = ratio * batch_size
+    beside = dataclasses.replace(
+      gather,
+      source=unlabelled,
+      batch_size=number,
+      steps_per_epoch=steps_per_epoch(unlabelled, number),
+      seed=seed + _OTHER_ORDER,
+    )
+    gather = _Beside(labelled=gather, unlabelled=beside, ratio=ratio)
   dataset = grain.MapDataset.range(steps).repeat(num_epochs)
   dataset = dataset.map_with_index(gather).slice(slice(start, None))
   for transform in transforms:

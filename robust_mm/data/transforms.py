@@ -59,6 +59,33 @@ def missing_at_random(
   return transform
 
 
+def keep_only(modalities: Sequence[str]) -> Callable[[dict], dict]:
+  """Marks all other modalities as absent; their inputs are zeros.
+
+  Args:
+    modalities: that stay as they are; those that a batch does not have are
+      refused.
+  """
+  kept = tuple(modalities)
+
+  def transform(batch: dict) -> dict:
+    _validate.known(sorted(batch["inputs"]), modalities=kept)
+    gone = [name for name in batch["inputs"] if name not in kept]
+    return {
+      **batch,
+      "inputs": {
+        **batch["inputs"],
+        **{name: np.zeros_like(batch["inputs"][name]) for name in gone},
+      },
+      "present": {
+        **batch["present"],
+        **{name: np.zeros_like(batch["present"][name]) for name in gone},
+      },
+    }
+
+  return transform
+
+
 def _expand(flags: np.ndarray, like: np.ndarray) -> np.ndarray:
   return flags.reshape(flags.shape + (1,) * (like.ndim - 1))
 

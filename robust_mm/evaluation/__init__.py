@@ -16,6 +16,7 @@ from robust_mm.evaluation import metrics
 from robust_mm.evaluation import plots
 from robust_mm.evaluation import protocol
 from robust_mm.evaluation import report
+from robust_mm.evaluation import shift_plots
 from robust_mm.evaluation.masking import masking_report
 from robust_mm.evaluation.protocol import Protocol
 from robust_mm.evaluation.protocol import standard
@@ -23,6 +24,9 @@ from robust_mm.evaluation.report import Report
 from robust_mm.evaluation.report import render
 from robust_mm.evaluation.report import table
 from robust_mm.evaluation.runner import evaluate
+from robust_mm.evaluation.shift import ShiftReport
+from robust_mm.evaluation.shift import shift_report
+from robust_mm.evaluation.shift_scores import chance_level
 from robust_mm.evaluation.thorough import Surrogate
 
 SCHEMA = {
@@ -115,7 +119,9 @@ __all__ = [
   "SCHEMA",
   "Protocol",
   "Report",
+  "ShiftReport",
   "Surrogate",
+  "chance_level",
   "evaluate",
   "masking_report",
   "metrics",
@@ -123,6 +129,8 @@ __all__ = [
   "protocol",
   "render",
   "report",
+  "shift_plots",
+  "shift_report",
   "standard",
   "table",
 ]

@@ -2,18 +2,16 @@
 
 import base64
 import dataclasses
-import functools
 import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
-
 from robust_mm import _files
 from robust_mm.evaluation import captions
 from robust_mm.evaluation import details
 from robust_mm.evaluation import errors
+from robust_mm.evaluation import pages
 from robust_mm.evaluation import plots
 from robust_mm.evaluation import rows as rows_lib
 from robust_mm.evaluation import style
@@ -108,7 +106,9 @@ def render(
     for name, figure in plots.figures(results, histories).items()
   }
   page = _page(results, histories, title or wording.title(results), drawn)
-  page = _template().render(**page, files=_places(results, folders, path))
+  page = pages.template("report.html.j2").render(
+    **page, files=_places(results, folders, path)
+  )
   page = page.encode()
   if path.suffix == ".html":
     return _files.write_bytes(path, page)
@@ -236,15 +236,3 @@ def distinct(results: Sequence[dict]) -> list[dict]:
       result = {**result, "name": f"{name} ({seen[name]})"}
     named.append(result)
   return named
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-  environment = jinja2.Environment(
-    loader=jinja2.PackageLoader("robust_mm.evaluation"),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
-  return environment.get_template("report.html.j2")

@@ -4,6 +4,8 @@ flax lives here and nowhere else.
 """
 
 from robust_mm._types import Target
+from robust_mm._types import TokenParts
+from robust_mm.models import decoding
 from robust_mm.models import encoders
 from robust_mm.models import functional
 from robust_mm.models import fusion
@@ -11,7 +13,9 @@ from robust_mm.models import lipschitz
 from robust_mm.models import lipschitz_layers
 from robust_mm.models import masked
 from robust_mm.models import normalization
+from robust_mm.models import patches
 from robust_mm.models import regression
+from robust_mm.models import transformer
 from robust_mm.models import trunk
 from robust_mm.models.encoders import custom
 from robust_mm.models.functional import Encoder
@@ -30,6 +34,8 @@ from robust_mm.models.multimodal import trunk_fusion
 from robust_mm.models.normalization import Normalization
 from robust_mm.models.normalization import fit_normalization
 from robust_mm.models.plain import from_function
+from robust_mm.models.token_models import token_transformer
+from robust_mm.models.transformer import TransformerFusion
 from robust_mm.models.trunk import TrunkFusion
 
 __all__ = [
@@ -40,10 +46,13 @@ __all__ = [
   "OrthogonalFusion",
   "Target",
   "TokenFusion",
+  "TokenParts",
+  "TransformerFusion",
   "TrunkFusion",
   "build",
   "concat_fusion",
   "custom",
+  "decoding",
   "encoders",
   "fit_normalization",
   "from_function",
@@ -57,8 +66,11 @@ __all__ = [
   "masked",
   "masked_fusion",
   "normalization",
+  "patches",
   "regression",
   "token_fusion",
+  "token_transformer",
+  "transformer",
   "trunk",
   "trunk_fusion",
 ]

@@ -4,7 +4,8 @@ A factory returns an :class:`Encoder`: a description that is built once the
 input shape is known. ``mlp``, ``cnn`` and ``temporal_cnn`` state the product of
 their layers' norms as a Lipschitz constant, which says little unless training
 kept it small; of ``transformer``, ``resnet18``, ``temporal_resnet`` and
-``video_resnet`` none is known; the ``lipschitz_*`` ones state 1.
+``video_resnet`` none is known; the ``lipschitz_*`` ones state 1. ``patches``
+gives a sequence of tokens, for ``fusion="transformer"`` alone.
 
 >>> make("mlp", hidden_sizes=(32,), embedding_dim=16).embedding_dim
 16
@@ -23,12 +24,14 @@ from flax import nnx
 from robust_mm import _validate
 from robust_mm.models import lipschitz
 from robust_mm.models import networks
+from robust_mm.models import patches as patches_lib
 from robust_mm.models import residual
 from robust_mm.models.functional import Encoder
 
 lipschitz_mlp = lipschitz.lipschitz_mlp
 lipschitz_cnn = lipschitz.lipschitz_cnn
 lipschitz_temporal_cnn = lipschitz.lipschitz_temporal_cnn
+patches = patches_lib.patches
 
 
 def make(name: str, **options) -> Encoder:
@@ -365,6 +368,7 @@ FACTORIES = {
   "lipschitz_mlp": lipschitz_mlp,
   "lipschitz_temporal_cnn": lipschitz_temporal_cnn,
   "mlp": mlp,
+  "patches": patches,
   "resnet18": resnet18,
   "temporal_cnn": temporal_cnn,
   "temporal_resnet": temporal_resnet,

@@ -42,6 +42,8 @@ class Encoder:
       default the module's own ``lipschitz()`` if it has one.
     embedding_radius: B, where embeddings are projected on the ball of that
       radius, see ``encoders.bounded``; None for no projection.
+    tokenizer: of an encoder that gives tokens ``[b, N, d]`` in place of one
+      embedding (a ``patches.Tokenizer``); None of others.
   """
 
   name: str
@@ -51,10 +53,13 @@ class Encoder:
   tokens: bool = False
   lipschitz: Callable[..., Any] | float | None = None
   embedding_radius: float | None = None
+  tokenizer: Any = None
 
   def __post_init__(self):
     if self.embedding_radius is None:
       return
+    if self.tokenizer is not None:
+      raise ValueError("embedding_radius must be None for tokens (patches).")
     # The float32 that the projection and the certificate both compute with.
     with np.errstate(over="ignore"):
       radius = float(np.float32(self.embedding_radius))

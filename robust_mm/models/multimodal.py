@@ -30,6 +30,8 @@ from robust_mm.models import fusion as fusion_lib
 from robust_mm.models import geometries
 from robust_mm.models import masked
 from robust_mm.models import regression
+from robust_mm.models import sequences
+from robust_mm.models import transformer
 from robust_mm.models import trunk
 from robust_mm.models.functional import Encoder
 from robust_mm.models.normalization import Normalization
@@ -136,6 +138,7 @@ FUSIONS = {
   "masked": masked.MaskedFusion,
   "orthogonal": fusion_lib.OrthogonalFusion,
   "token": fusion_lib.TokenFusion,
+  "transformer": transformer.TransformerFusion,
   "trunk": trunk.TrunkFusion,
 }
 
@@ -153,7 +156,8 @@ def build(
   """The model a configuration describes.
 
   Args:
-    fusion: "orthogonal", "concat", "masked", "token" or "trunk".
+    fusion: "orthogonal", "concat", "masked", "token", "transformer" or
+      "trunk".
     encoders: ``{m: {"name": factory, **options}}``, see ``encoders.make``;
       ``embedding_radius`` is an option of all of them.
     num_classes: k; 1 with a target.
@@ -232,6 +236,7 @@ def from_parts(
   if not names:
     raise ValueError("encoders must name at least one modality.")
   _check_encoders(encoders)
+  sequences.check(encoders, fusion)
   _validate.known(names, input_shapes=input_shapes)
   normalization = dict(normalization or {})
   _validate.known(names, normalization=normalization)
@@ -264,6 +269,7 @@ def from_parts(
     freeze=_freeze(parts, fusion, encoders, normalizers, shapes),
     project=_project(parts),
     target=target,
+    **sequences.functions(fusion, encoders, normalizers, shapes),
   )
 
 
@@ -320,6 +326,7 @@ def _freeze(parts, fusion, encoders, normalizers, shapes) -> Callable:
       input_shapes=shapes,
       tokens=tuple(name for name in parts if encoders[name].tokens),
       target=getattr(fusion, "target", None),
+      **sequences.functions(fusion, encoders, normalizers, shapes),
     )
     return model, values
 

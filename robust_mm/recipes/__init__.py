@@ -4,10 +4,13 @@ from robust_mm.recipes.crmt import certified_radius
 from robust_mm.recipes.crmt import crmt
 from robust_mm.recipes.decoders import statistics as feature_statistics
 from robust_mm.recipes.joint import joint
+from robust_mm.recipes.masd import masd
 from robust_mm.recipes.modal_immune import modal_immune
 from robust_mm.recipes.phases import Job
 from robust_mm.recipes.phases import Phase
 from robust_mm.recipes.phases import Recipe
+from robust_mm.recipes.pretraining import pretrain
+from robust_mm.recipes.probing import finetune
 
 __all__ = [
   "Job",
@@ -16,6 +19,9 @@ __all__ = [
   "certified_radius",
   "crmt",
   "feature_statistics",
+  "finetune",
   "joint",
+  "masd",
   "modal_immune",
+  "pretrain",
 ]

@@ -83,9 +83,10 @@ class Phase:
     prepare: ``prepare(params, state, cached, reference) -> batch`` gives the
       one batch that every step of the phase sees, from the parameters and state
       at its start; ``cached`` holds ``scores`` {m: [N, k]}, ``logits`` [N, k],
-      ``label`` [N] and ``present`` {m: bool[N]} of the *whole* training set in
-      evaluation mode, ``reference`` is a class-balanced batch of raw training
-      examples. None to stream batches from the data pipeline, one an update.
+      ``features`` [N, d] (where the model has them), ``label`` [N] and
+      ``present`` {m: bool[N]} of the *whole* training set in evaluation mode,
+      ``reference`` is a class-balanced batch of raw training examples. None to
+      stream batches from the data pipeline, one an update.
     judge: ``judge(before, after, state, cached, reference) -> (bool,
       sentence)``: whether the parameters ``after`` this phase are worth having,
       against those ``before`` it, by the phase's own measure; ``cached`` and
@@ -101,6 +102,10 @@ class Phase:
       is given; metrics must have ``loss``. The step is counted, and parameters
       are projected, by the loop. Needs ``trainable=".*"``.
     jobs: what is due every so many updates.
+    evaluate: ``evaluate(state, batch) -> {name: scalar}``, pure: what is
+      validated and selected by in place of the model's predictions, of a phase
+      that trains something else; ``loss`` must be among them. Rows of which the
+      ``id`` is -1 fill a batch up and must not count.
     binding: whether a judgement is obeyed: the phase's last model is judged,
       and the one before it taken back where the answer is no. Not binding, it
       is only reported, and selection chooses the model.
@@ -120,6 +125,7 @@ class Phase:
   extra: Callable[..., Any] | None = None
   update: Callable[..., Any] | None = None
   jobs: tuple[Job, ...] = ()
+  evaluate: Callable[..., Any] | None = None
   averaged: bool = True
 
   def __post_init__(self):

@@ -87,11 +87,31 @@ class Checkpoints:
     """Waits for writes."""
     self._checkpointer.close()
 
-  def _compare(self, step: int, abstract: PyTree) -> None:
+  def misfits(self, abstract: PyTree) -> list[str]:
+    """What differs between the newest checkpoint and a tree, leaf by leaf."""
+    stored = self._stored_shapes(self.latest_step)
+    wanted = _shapes(jax.tree.map(_plain_abstract, abstract))
+    found = []
+    for name in sorted(set(stored) | set(wanted)):
+      if name not in wanted:
+        found.append(f"{name} is only there")
+      elif name not in stored:
+        found.append(f"{name} is missing there")
+      elif stored[name] != wanted[name]:
+        found.append(
+          f"{name} has shape {list(stored[name])} there and "
+          f"{list(wanted[name])} here"
+        )
+    return found
+
+  def _stored_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
     metadata = ocp.metadata(
       self._folder / str(step), checkpointable_name=_STATE
     ).metadata
-    stored = _shapes(metadata)
+    return _shapes(metadata)
+
+  def _compare(self, step: int, abstract: PyTree) -> None:
+    stored = self._stored_shapes(step)
     wanted = _shapes(abstract)
     for name in sorted(set(stored) ^ set(wanted)):
       where = "only in the checkpoint" if name in stored else "missing in it"

@@ -20,11 +20,11 @@ import numpy as np
 
 from robust_mm import _compiling
 from robust_mm import _validate
-from robust_mm import data
 from robust_mm.recipes import Phase
 from robust_mm.training import checkpoints
 from robust_mm.training import context
 from robust_mm.training import jobs as jobs_lib
+from robust_mm.training import loading
 from robust_mm.training import metrics as metrics_lib
 from robust_mm.training import runs
 from robust_mm.training import selection
@@ -32,6 +32,7 @@ from robust_mm.training import setup as setup_lib
 from robust_mm.training import sharding
 from robust_mm.training import state as state_lib
 from robust_mm.training import steps
+from robust_mm.training import streams
 from robust_mm.training import validation
 from robust_mm.training import writers
 
@@ -126,6 +127,7 @@ def _plan(config) -> _Plan:
     sharding.check_batch_size(config.data.batch_size, mesh)
     # ---- data, model
     setup = setup_lib.prepare(config)
+    loading.check_start(config, setup.model)
     # ---- optimizer
     recipe = setup_lib.make_recipe(config, setup)
     setup.facts["notes"] += setup_lib.recipe_notes(config, recipe)
@@ -133,7 +135,8 @@ def _plan(config) -> _Plan:
       abstract = context.abstract_state(setup.model, phase)
       sharding.state_shardings(abstract, mesh, config.mesh.rules, phase)
       jobs_lib.check(phase, setup.validation, mesh)
-    _stream(config, setup, mesh)  # a batch larger than the set is refused here
+    # A batch larger than the set is refused here.
+    streams.training_batches(config, setup, mesh)
     return _Plan(
       mesh=mesh,
       setup=setup,
@@ -227,20 +230,11 @@ def _run_phases(run: context.Run, progress) -> Result:
   return Result(step=start, finished=True, metrics=kept, timing={})
 
 
-def _stream(config, setup: setup_lib.Setup, mesh, *, start: int = 0):
-  index, count = sharding.batch_part(mesh)
-  return data.pipeline(
-    setup.train,
-    batch_size=config.data.batch_size,
-    seed=config.seed,
-    start=start,
-    process_index=index,
-    process_count=count,
-  )
-
-
 def _initial(run: context.Run, phase: Phase) -> state_lib.TrainState:
-  """The first state, every array created where it lives."""
+  """The first state, every array created, or read, where it lives."""
+  if run.config.get("init_from"):
+    run.say(f"starts from the model of {run.config.init_from}")
+    return _enter(run, phase, loading.start(run, phase))
   average = run.average_decay(phase) > 0
   create = state_lib.initializer(run.setup.model, phase, average=average)
   key, _ = _keys(run.config.seed)
@@ -354,7 +348,9 @@ def _batches(run: context.Run, phase: Phase, state):
   """
   if phase.prepare is None:
     start = int(state.step)
-    stream = _stream(run.config, run.setup, run.mesh, start=start)
+    stream = streams.training_batches(
+      run.config, run.setup, run.mesh, start=start
+    )
     with contextlib.closing(iter(stream)) as iterator:
       for batch in iterator:
         yield sharding.put_batch(batch, run.batch_sharding)

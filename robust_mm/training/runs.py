@@ -60,12 +60,12 @@ def check_config(
   path = workdir / CONFIG_FILE
   if not path.is_file():
     return
-  given = _flatten(json.loads(config.to_json()))
+  given = flatten(json.loads(config.to_json()))
   # What an earlier version did not state was as it is by default.
-  default = _flatten(json.loads(config_lib.default().to_json()))
+  default = flatten(json.loads(config_lib.default().to_json()))
   stored = {
     **{key: default[key] for key in _SINCE},
-    **_flatten(read_json(path)),
+    **flatten(read_json(path)),
   }
   keys = stored.keys() | given.keys()
   for key in sorted(keys, key=lambda key: (key not in _SAID_FIRST, key)):
@@ -107,7 +107,15 @@ _MAY_NOT_CHANGE = (
   "training.eval_every",
 )
 # Keys that runs of earlier versions, which may be resumed, do not state.
-_SINCE = ("data.train_splits", "training.average_decay")
+_SINCE = (
+  "data.labelled",
+  "data.train_splits",
+  "data.unlabelled_ratio",
+  "data.unlabelled_splits",
+  "init_from",
+  "init_phase",
+  "training.average_decay",
+)
 
 
 def _same(key: str, stored: Any, given: Any) -> bool:
@@ -115,11 +123,12 @@ def _same(key: str, stored: Any, given: Any) -> bool:
   return key == "selection.metric" and {stored, given} == {"accuracy", "auto"}
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+  """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
   flat = {}
   for key, value in tree.items():
     if isinstance(value, dict):
-      flat.update(_flatten(value, f"{prefix}{key}."))
+      flat.update(flatten(value, f"{prefix}{key}."))
     else:
       flat[f"{prefix}{key}"] = value
   return flat
@@ -153,6 +162,14 @@ def read_json(path: pathlib.Path) -> Any:
     return json.loads(path.read_text())
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise _validate.UserError(f"{path} is damaged: {error}.") from error
+
+
+def has_ended(workdir: pathlib.Path) -> bool:
+  """Whether every phase of the run has ended."""
+  if not (workdir / CONFIG_FILE).is_file():
+    return False
+  facts = describe(workdir)
+  return all(p["name"] in facts["finished"] for p in facts["phases"])
 
 
 def task(facts: dict) -> str:

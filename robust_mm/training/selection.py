@@ -26,6 +26,7 @@ class Best:
       run.setup.model, phase, average=run.average_decay(phase) > 0
     )
     self._choose = None if choose is None else jax.jit(choose)
+    self._evaluate = validation.own(run.config, run.setup, run.mesh, phase)
     self._store = checkpoints.Checkpoints(
       checkpoints.best(run.workdir, phase.name), keep=1
     )
@@ -36,7 +37,10 @@ class Best:
     params = state.params
     if self._choose is not None:
       params = self._choose(params, state.average)
-    metrics = run.validator(params, state.model_state)
+    if self._evaluate is None:
+      metrics = run.validator(params, state.model_state)
+    else:
+      metrics = self._evaluate(dataclasses.replace(state, params=params))
     named = {f"validation_{name}": value for name, value in metrics.items()}
     run.writer.write(step, self._phase.name, named)
     latest = self._store.latest_step
@@ -118,6 +122,24 @@ def _model_like(state: state_lib.TrainState):
 
 def read_model(workdir: pathlib.Path, phase: str, abstract):
   """(``{"params", "model_state"}``, metrics, step) kept by a phase."""
+  store = _open(workdir, phase)
+  try:
+    step = store.latest_step
+    return store.restore(abstract), store.metrics(), step
+  finally:
+    store.close()
+
+
+def misfits(workdir: pathlib.Path, phase: str, abstract) -> list[str]:
+  """What differs between a phase's model and a tree, leaf by leaf."""
+  store = _open(workdir, phase)
+  try:
+    return store.misfits(abstract)
+  finally:
+    store.close()
+
+
+def _open(workdir: pathlib.Path, phase: str) -> checkpoints.Checkpoints:
   folder = checkpoints.best(workdir, phase)
   missing = _validate.UserError(
     f"{workdir} holds no model of phase {phase!r}: {folder} has no checkpoint."
@@ -125,10 +147,7 @@ def read_model(workdir: pathlib.Path, phase: str, abstract):
   if not folder.is_dir():
     raise missing
   store = checkpoints.Checkpoints(folder, keep=1, reading=True)
-  try:
-    step = store.latest_step
-    if step is None:
-      raise missing
-    return store.restore(abstract), store.metrics(), step
-  finally:
+  if store.latest_step is None:
     store.close()
+    raise missing
+  return store

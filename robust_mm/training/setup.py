@@ -10,7 +10,6 @@ import numpy as np
 
 from robust_mm import _validate
 from robust_mm import augmentations
-from robust_mm import certification
 from robust_mm import config_checks
 from robust_mm import corruptions
 from robust_mm import data
@@ -20,9 +19,10 @@ from robust_mm._types import Model
 from robust_mm._types import Target
 from robust_mm.training import optimizers
 from robust_mm.training import runs
+from robust_mm.training import starts
+from robust_mm.training import units
 
 REFERENCE_SIZE = 2048
-NORMS = ("l2", "linf", "l1")  # in which the typical size of inputs is kept
 # Facts about the inputs, {key of run.json: what it holds}.
 INPUTS = {"input_shapes": "shapes", "kinds": "kinds", "value_range": "ranges"}
 
@@ -53,6 +53,7 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
   Raises:
     UserError: one sentence naming the key, file or argument.
   """
+  earlier = starts.check(config)
   train = open_split(config, "train")
   config_checks.check_task(config, train.task)
   validation = open_split(config, "validation")
@@ -75,20 +76,25 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
       if np.issubdtype(value.dtype, np.integer)
     },
     "normalization": {n: v.to_json() for n, v in normalization.items()},
-    **{_units_key(norm): _relative_units(reference, norm) for norm in NORMS},
+    **{units.key(norm): units.typical(reference, norm) for norm in units.NORMS},
     "notes": [
       *train.notes,
       *_label_notes(train),
       *split_notes(config, "validation"),
     ],
   }
+  facts = starts.adopt(facts, earlier, config)
   model = make_model(config, facts)
+  # Facts are of all inputs, which need no labels; what is trained and selected
+  # on is of the labelled modalities alone.
+  train = starts.labelled(config, train)
+  validation = starts.labelled(config, validation)
   return Setup(
     train=train,
     validation=validation,
     model=model,
     facts=facts,
-    reference=reference,
+    reference=reference_batch(train),
   )
 
 
@@ -170,26 +176,6 @@ def recipe_notes(
         f"here, for {' and '.join(work)}."
       )
   return notes
-
-
-def _units_key(norm: str) -> str:
-  return "relative_units" + ("" if norm == "l2" else f"_{norm}")
-
-
-def _relative_units(reference: dict, norm: str) -> dict[str, float | None]:
-  """Median distance to the mean by modality; None where it is 0 or unknown."""
-  sizes = {}
-  for name, value in reference["inputs"].items():
-    if np.issubdtype(value.dtype, np.floating):
-      alone = {
-        "inputs": {name: value},
-        "present": {name: reference["present"][name]},
-      }
-      try:
-        sizes[name] = float(certification.relative_units(alone, norm)[name])
-      except ValueError:
-        sizes[name] = None
-  return sizes
 
 
 def reference_batch(train) -> dict:
@@ -282,10 +268,11 @@ def make_model(config: ml_collections.ConfigDict, facts: dict) -> Model:
   }
   for name, encoder in chosen.items():
     tokens = facts["kinds"][name] == "tokens"
-    if tokens and encoder["name"] != "transformer":
+    if tokens and encoder["name"] not in ("transformer", "patches"):
       raise _validate.UserError(
         f"config.model.encoders.{name}: integer tokens need the encoder "
-        f"'transformer', got {encoder['name']!r}."
+        f"'transformer' (or 'patches', with the fusion 'transformer'), got "
+        f"{encoder['name']!r}."
       )
   target = None
   if runs.task(facts) == "regression":
@@ -313,8 +300,11 @@ def automatic(
   """An encoder named ``auto`` or ``lipschitz_auto``, chosen by the input.
 
   Vectors get an MLP, ``[t, d]`` a temporal CNN, ``[h, w, c]`` and
-  ``[t, h, w, c]`` a CNN, integer tokens a transformer.
+  ``[t, h, w, c]`` a CNN, integer tokens a transformer. ``patches`` stays, and
+  is told the vocabulary of integer tokens.
   """
+  if encoder["name"] == "patches" and kind == "tokens":
+    return {"vocabulary_size": vocabulary, **encoder}
   if encoder["name"] not in ("auto", "lipschitz_auto"):
     return encoder
   lipschitz = encoder["name"] == "lipschitz_auto"
@@ -344,8 +334,8 @@ def make_recipe(
   num_steps = config.num_epochs * epoch or config.num_steps
   tx = optimizers.make(num_steps=num_steps, **config.optimizer.to_dict())
   factory = getattr(recipes, config.recipe.name)
-  if config.recipe.name != "modal_immune":  # the others have sizes
-    options["units"] = resolve_units(
+  if config.recipe.name in ("joint", "crmt", "certified_radius"):  # have sizes
+    options["units"] = units.resolve(
       options.get("units", "raw"), facts, "config.recipe.options.units"
     )
   if config.recipe.name in ("joint", "crmt"):  # they may attack
@@ -353,6 +343,8 @@ def make_recipe(
   if config.recipe.name == "crmt":  # its published step 2 counts epochs
     options.setdefault("steps_per_epoch", epoch)
     options.setdefault("batch_size", config.data.batch_size)
+  if config.recipe.name == "masd":
+    options.setdefault("labelled", tuple(config.data.labelled))
   if config.recipe.name == "modal_immune":
     options.setdefault("steps_per_epoch", epoch)
     options.setdefault("features", _features(facts, setup.reference))
@@ -393,42 +385,6 @@ def value_range(facts: dict) -> dict | None:
   """``{modality: (low, high)}`` of those with bounds, or None."""
   bounded = {n: tuple(b) for n, b in facts["value_range"].items() if b}
   return bounded or None
-
-
-def units(config: ml_collections.ConfigDict, facts: dict, norm: str = "l2"):
-  """``{modality: size of one unit}`` of the evaluation, or None for raw."""
-  return resolve_units(
-    config.evaluation.units, facts, "config.evaluation.units", norm
-  )
-
-
-def resolve_units(value, facts: dict, argument: str, norm: str = "l2"):
-  """``raw``, ``relative``, or ``{modality: size}`` with 1 where not named.
-
-  What is typical is measured in the ``norm`` that sizes are.
-  """
-  if isinstance(value, str):
-    _validate.one_of(("raw", "relative"), **{argument: value})
-    if value == "raw":
-      return None
-    sizes = facts.get(_units_key(norm))
-    if sizes is None:
-      raise _validate.UserError(
-        f"{argument}='relative' with the norm {norm}: this run was trained "
-        f"before typical sizes were measured in it; use 'raw', or train again."
-      )
-    for name, kind in facts["kinds"].items():
-      if kind == "float" and sizes.get(name) is None:
-        raise _validate.UserError(
-          f"{argument}='relative': modality {name!r} is constant over the "
-          f"training data and has no size; use 'raw'."
-        )
-    return sizes
-  _validate.known(tuple(facts["input_shapes"]), **{argument: value})
-  _validate.positive(
-    **{f"{argument}.{name}": size for name, size in value.items()}
-  )
-  return {name: float(value.get(name, 1.0)) for name in facts["input_shapes"]}
 
 
 def restore_model(workdir: pathlib.Path):

@@ -192,7 +192,8 @@ def _by_subset(model: Model, params, embeddings, batch) -> dict:
 def make_encode(model: Model) -> Callable:
   """``encode(params, state, batch) -> {scores, logits, label, present}``.
 
-  In evaluation mode; what a phase that works on cached outputs needs.
+  In evaluation mode; what a phase that works on cached outputs needs, with the
+  pooled ``features`` of a model that has them.
   """
 
   def encode(params, model_state, batch):
@@ -201,11 +202,11 @@ def make_encode(model: Model) -> Callable:
       outputs, _ = model.apply(
         params, model_state, batch["inputs"], batch["present"]
       )
-    return {
-      "scores": outputs.scores,
-      "logits": outputs.logits,
-      "label": batch["label"],
-      "present": batch["present"],
-    }
+      found = {"scores": outputs.scores, "logits": outputs.logits}
+      if model.features is not None:
+        found["features"] = model.features(
+          params, outputs.embeddings, batch["present"]
+        )
+    return {**found, "label": batch["label"], "present": batch["present"]}
 
   return encode

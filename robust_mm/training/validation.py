@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from robust_mm import _compiling
@@ -18,6 +19,7 @@ from robust_mm.recipes import Phase
 from robust_mm.training import setup as setup_lib
 from robust_mm.training import sharding
 from robust_mm.training import steps
+from robust_mm.training import units as units_lib
 
 _SMALLER_IS_BETTER = ("loss", "mae", "mae_over_subsets")
 Validator = Callable[[PyTree, PyTree], dict[str, float]]
@@ -52,7 +54,7 @@ def make(config, setup: setup_lib.Setup, mesh) -> Validator:
   predict = jax.jit(
     steps.make_predict(
       model,
-      units=setup_lib.units(config, setup.facts),
+      units=units_lib.of_evaluation(config, setup.facts),
       certified=certified,
       subsets=config.selection.metric == "mean_over_subsets",
     ),
@@ -83,6 +85,35 @@ def make(config, setup: setup_lib.Setup, mesh) -> Validator:
     if "subset_correct" in rows:
       metrics["mean_over_subsets"] = _over_subsets(rows, "subset_correct")
     return metrics
+
+  return validate
+
+
+def own(config, setup: setup_lib.Setup, mesh, phase: Phase) -> Callable | None:
+  """``validate(state) -> {"loss", ...}`` of ``Phase.evaluate``, or None.
+
+  Means over validation batches, weighted by their examples.
+  """
+  if phase.evaluate is None:
+    return None
+  axis = sharding.batch_sharding(mesh)
+  size = sharding.padded_size(
+    config.evaluation.batch_size, len(setup.validation), mesh
+  )
+
+  def rows(state, batch):
+    found = phase.evaluate(state, batch)
+    return {n: jnp.broadcast_to(x, (size,)) for n, x in found.items()}
+
+  evaluate = jax.jit(rows, out_shardings=axis)
+
+  def validate(state):
+    found = sharding.map_batches(
+      lambda batch: evaluate(state, batch),
+      data.evaluation_batches(setup.validation, size),
+      axis,
+    )
+    return {n: float(np.mean(x, dtype=np.float64)) for n, x in found.items()}
 
   return validate
 

@@ -1,0 +1,60 @@
+"""A classifier on a token transformer: linear probe, fine-tuning, or both.
+
+  robust-mm train --config=configs/finetune.py:utd_mhad --workdir=runs/tuned \\
+      --config.init_from=runs/pre --config.data.labelled=inertial,skeleton
+
+The argument names the data set (digits, av_digits, utd_mhad, mosi, mfeat) and
+variants: probe (a linear head on frozen features), finetune (all parameters at
+once, from a fresh head) in place of the one after the other (LP-FT); dropout
+(fine-tuning sees random subsets of what is labelled); smoke (a few steps).
+
+--config.init_from is the work directory of a run of configs/pretraining.py on
+the same data set; without it training begins from scratch.
+
+--config.data.labelled names the modalities that have labels: training and
+selection see no others. Evaluation sees all of them.
+"""
+
+from robust_mm import config as base
+
+DATASETS = ("digits", "av_digits", "utd_mhad", "mosi", "mfeat")
+VARIANTS = ("probe", "finetune", "dropout", "smoke")
+APART = (("probe", "finetune"), ("probe", "dropout"))
+
+EPOCHS = {"av_digits": 3}  # 55,000 pairs; 30 of the others
+BATCH = {"utd_mhad": 64, "mosi": 64}
+
+
+def get_config(argument: str = ""):
+  """The configuration of one data set and its variants."""
+  dataset, variants = base.parse(
+    argument, datasets=DATASETS, flags=VARIANTS, apart=APART
+  )
+  config = base.default()
+  config.data.name = dataset
+  base.token_model(config, small="smoke" in variants)
+  config.data.batch_size = BATCH.get(dataset, 256)
+  config.num_steps = 0
+  config.num_epochs = EPOCHS.get(dataset, 30)
+  config.recipe.name = "finetune"
+  config.recipe.options.method = next(
+    (v for v in ("probe", "finetune") if v in variants), "lp_ft"
+  )
+  if "dropout" in variants:
+    config.recipe.options.dropout_rate = 1.0
+  config.optimizer.name = "adamw"
+  config.optimizer.lr = 3e-4
+  config.optimizer.weight_decay = 0.05
+  config.optimizer.clip_norm = 1.0
+  config.training.eval_every = 50
+  if dataset in ("mfeat", "mosi", "utd_mhad"):
+    config.evaluation.units = "relative"
+  if dataset == "mosi":
+    # Its features have seen the labels of the validation split.
+    config.selection.metric = "last"
+  if dataset == "utd_mhad":
+    base.spare_attacks(config)
+  if "smoke" in variants:
+    base.shrink(config)
+    config.recipe.options.probe_steps = 4
+  return config

@@ -1,0 +1,42 @@
+"""MASD: what is said of labelled modalities teaches a model about others.
+
+  robust-mm train --config=configs/masd.py:utd_mhad --workdir=runs/masd \\
+      --config.init_from=runs/pre --config.data.labelled=inertial
+
+The argument names the data set (digits, av_digits, utd_mhad, mosi, mfeat) and
+variants: published (no ramp); ema, frozen (the teacher; the model itself
+otherwise); supersets (the teacher is the mean over all sets that hold the
+labelled one); finetune (from a fresh head, no linear probe first); smoke (a few
+steps).
+
+--config.data.labelled names the modalities that have labels. Every batch has as
+many training examples again without their label and with all modalities:
+--config.data.unlabelled_splits, --config.data.unlabelled_ratio.
+"""
+
+import pathlib
+import runpy
+
+from robust_mm import config as base
+
+VARIANTS = ("published", "ema", "frozen", "supersets", "finetune", "smoke")
+APART = (("ema", "frozen"), ("published", "supersets"))
+
+
+def get_config(argument: str = ""):
+  """The configuration of one data set and its variants."""
+  tuned = runpy.run_path(str(pathlib.Path(__file__).with_name("finetune.py")))
+  dataset, variants = base.parse(
+    argument, datasets=tuned["DATASETS"], flags=VARIANTS, apart=APART
+  )
+  words = [dataset, *(v for v in ("finetune", "smoke") if v in variants)]
+  config = tuned["get_config"](",".join(words))
+  config.recipe.name = "masd"
+  config.data.unlabelled_splits = ("train",)
+  if "published" in variants:
+    config.recipe.options.ramp = 0.0
+  for teacher in variants & {"ema", "frozen"}:
+    config.recipe.options.teacher = teacher
+  if "supersets" in variants:
+    config.recipe.options.teacher_subset = "supersets"
+  return config

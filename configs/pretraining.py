@@ -1,0 +1,56 @@
+"""Pretraining of a token transformer: masked autoencoding, contrasts, or both.
+
+  robust-mm train --config=configs/pretraining.py:utd_mhad --workdir=runs/pre
+
+The argument names the data set (digits, av_digits, utd_mhad, mosi, mfeat) and
+variants: contrastive (features of one modality tell which of another belong to
+them) or both (a masked autoencoder beside that) in place of the autoencoder
+alone; no_hiding (no modality is hidden as a whole; not for mfeat and mosi,
+whose modalities are one token each); smoke (a few steps of a small model).
+
+No label is read, and the model that is kept is the one with the smallest
+pretraining loss on validation examples, masks the same every time. Its linear
+head is untrained: configs/finetune.py goes on from here.
+
+Pairs of av_digits are made by equal label, so contrasts there do see labels.
+Text and video of mosi are activations of networks that have been trained on its
+training labels; --config.data.modalities=audio,words has none of that.
+"""
+
+from robust_mm import config as base
+
+DATASETS = ("digits", "av_digits", "utd_mhad", "mosi", "mfeat")
+VARIANTS = ("contrastive", "both", "no_hiding", "smoke")
+APART = (("contrastive", "both"), ("contrastive", "no_hiding"))
+
+EPOCHS = {"av_digits": 10}  # 55,000 pairs; 100 of the others
+BATCH = {"utd_mhad": 64}
+
+
+def get_config(argument: str = ""):
+  """The configuration of one data set and its variants."""
+  dataset, variants = base.parse(
+    argument, datasets=DATASETS, flags=VARIANTS, apart=APART
+  )
+  config = base.default()
+  config.data.name = dataset
+  base.token_model(config, small="smoke" in variants)
+  config.data.batch_size = BATCH.get(dataset, 256)
+  config.num_steps = 0
+  config.num_epochs = EPOCHS.get(dataset, 100)
+  config.recipe.name = "pretrain"
+  config.recipe.options.objective = next(
+    (v for v in ("contrastive", "both") if v in variants), "mae"
+  )
+  if "no_hiding" in variants:
+    config.recipe.options.hide_rate = 0.0
+  config.optimizer.name = "adamw"
+  config.optimizer.lr = 1e-3
+  config.optimizer.weight_decay = 0.05
+  config.optimizer.warmup_steps = 25
+  config.optimizer.clip_norm = 1.0
+  config.training.eval_every = 100
+  config.selection.metric = "loss"
+  if "smoke" in variants:
+    base.shrink(config)
+  return config

@@ -1,0 +1,64 @@
+"""The study of modality shift: trained on every T, evaluated on every E.
+
+  robust-mm shift --config=configs/shift.py:utd_mhad --workdir=runs/shift
+
+The argument names the data set (digits, av_digits, utd_mhad, mfeat) and
+variants: scratch (no pretraining); smoke (a few steps). Everything but
+``config.study`` is the configuration of one fine-tuning run
+(``configs/finetune.py``), changed by each method (``robust_mm.shift_methods``).
+
+Budgets: an update of MASD passes twice as many rows, and once more without
+gradient, so it has 3 / 8 of the epochs; what each method passed is printed.
+"""
+
+import pathlib
+import runpy
+
+from robust_mm import config as base
+
+DATASETS = ("digits", "av_digits", "utd_mhad", "mfeat")
+VARIANTS = ("scratch", "smoke")
+EPOCHS = {"av_digits": 8}  # of fine-tuning; 80 of the others
+METHODS = (
+  "finetune",
+  "probe",
+  "dropout",
+  "masd",
+  "masd_supersets",
+  "wise_ft",
+  "masd_wise_ft",
+  "ema",
+  "l2_sp",
+  "ensemble",
+  "class_mean",
+  "oracle",
+)
+# Of six views: the singles, three of middling strength, and all.
+TRAIN_SETS = {
+  "mfeat": (
+    *("fac", "fou", "kar", "mor", "pix", "zer"),
+    "fou+mor+zer",
+    "fac+fou+kar+mor+pix+zer",
+  )
+}
+
+
+def get_config(argument: str = ""):
+  """The configuration of one data set and its variants."""
+  tuned = runpy.run_path(str(pathlib.Path(__file__).with_name("finetune.py")))
+  dataset, variants = base.parse(argument, datasets=DATASETS, flags=VARIANTS)
+  smoke = ",smoke" if "smoke" in variants else ""
+  config = tuned["get_config"](dataset + smoke)
+  if not smoke:
+    config.num_epochs = EPOCHS.get(dataset, 80)
+  study = config.study = base.study()
+  study.methods = METHODS
+  study.train_sets = TRAIN_SETS.get(dataset, ())
+  study.test_sets = study.train_sets
+  if "scratch" not in variants:
+    study.pretraining = f"configs/pretraining.py:{dataset}{smoke}"
+  if smoke:
+    study.seeds = 1
+    study.methods = ("finetune", "masd", "wise_ft", "ensemble")
+    study.num_samples = 200
+  return config

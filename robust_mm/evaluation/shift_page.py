@@ -1,0 +1,93 @@
+"""The page of a study of modality shift."""
+
+import base64
+from collections.abc import Mapping
+from collections.abc import Sequence
+
+import numpy as np
+
+from robust_mm.evaluation import pages
+from robust_mm.evaluation import shift as shift_lib
+
+_STATISTICS = {
+  "performance": "mean score",
+  "worst": "worst pair",
+  "pooled": "relative robustness, pooled",
+}
+
+
+def render(
+  report: shift_lib.ShiftReport,
+  *,
+  title: str,
+  drawn: Mapping[str, bytes],
+  notes: Sequence[str] = (),
+) -> str:
+  """HTML, complete in itself.
+
+  Args:
+    report: of ``shift_report``.
+    title: of the page.
+    drawn: ``{method: PNG}`` heat-maps.
+    notes: sentences that come first.
+  """
+  kinds = [kind for kind in report.categories if report.num_pairs[kind]]
+  tables = [
+    {
+      "title": what,
+      "head": ["method", *kinds],
+      "rows": [
+        [method, *(_cell(report.estimate(method, k, name)) for k in kinds)]
+        for method in report.methods
+      ],
+    }
+    for name, what in _STATISTICS.items()
+  ]
+  tables.append(
+    {
+      "title": f"times {report.reference} (pooled)",
+      "head": ["method", *kinds],
+      "rows": [
+        [
+          method,
+          *(
+            _cell(report.improvement(method, report.reference, k))
+            for k in kinds
+          ),
+        ]
+        for method in report.methods
+        if method != report.reference
+      ],
+    }
+  )
+  figures = [
+    {
+      "alt": f"scores of {method}, trained on T and evaluated on E",
+      "data": base64.b64encode(png).decode(),
+    }
+    for method, png in drawn.items()
+  ]
+  return pages.template("shift.html.j2").render(
+    title=title,
+    reference=report.reference,
+    notes=[_about(report), *notes],
+    tables=tables,
+    figures=figures,
+  )
+
+
+def _about(report) -> str:
+  drawn = "clusters and seeds" if report.seeds_drawn else "clusters"
+  return (
+    f"{report.score.replace('_', ' ')}, chance {report.chance:.3f}; "
+    f"{report.num_items} test items in {report.num_clusters} clusters, "
+    f"{report.num_seeds} seeds; {report.level:.0%} intervals of a paired "
+    f"bootstrap over {drawn}. Measured on absence: nothing here bounds a "
+    "perturbation."
+  )
+
+
+def _cell(estimate) -> str:
+  if np.isnan(estimate.value):
+    return "undefined"
+  return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"

@@ -1,0 +1,238 @@
+"""Figures of a report of modality shift, without pyplot."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from robust_mm import _validate
+from robust_mm import modalities
+from robust_mm.evaluation import shift as shift_lib
+from robust_mm.evaluation import shift_statistics
+from robust_mm.evaluation import style
+
+# Told apart by sign and dash too, not by colour alone.
+MARKS = {
+  "matched": ("=", style.COLOURS[0], "-"),
+  "missing": ("\N{MINUS SIGN}", style.COLOURS[1], "--"),
+  "added": ("+", style.COLOURS[2], "-."),
+  "transfer": ("\N{MULTIPLICATION SIGN}", style.COLOURS[3], ":"),
+  "mixed": ("~", style.COLOURS[4], (0, (1, 4))),
+}
+CELL = 0.62
+UNTUNED = 0.5
+_MARKERS = dict(zip(MARKS, "osD^v"))
+_DASHES = ("-", "--", "-.", ":")
+
+
+def heat_map(
+  report: shift_lib.ShiftReport, method: str, *, ratios: bool = False
+) -> Figure:
+  """The matrix of a method: T down, E across, every cell with its number.
+
+  A sign in each cell, and the colour of its frame, say the kind of shift.
+
+  Args:
+    report: of ``shift_report``.
+    method: one of its methods.
+    ratios: show :meth:`ShiftReport.ratios` instead; an undefined one is empty
+      and says "n/a".
+
+  Raises:
+    ValueError: naming ``method``.
+  """
+  values = report.ratios(method) if ratios else report.matrix(method)
+  num_rows, num_columns = values.shape
+  size = (max(CELL * num_columns + 2.6, 5.0), CELL * num_rows + 2.4)
+  figure = Figure(figsize=size, layout="constrained")
+  axes = style.plain(figure.add_subplot())
+  axes.grid(False)
+  top = max(1.0, np.nanmax(values, initial=0.0))
+  colours = colormaps["cividis"]
+  image = axes.imshow(values, cmap=colours, vmin=0.0, vmax=top, aspect="equal")
+  for (row, column), value in np.ndenumerate(values):
+    _cell(axes, row, column, value, report.kinds[row, column], colours, top)
+  for axis, subsets in (("x", report.test_sets), ("y", report.train_sets)):
+    labels = [modalities.subset_name(subset) for subset in subsets]
+    axes.set(
+      **{f"{axis}ticks": range(len(labels)), f"{axis}ticklabels": labels}
+    )
+  axes.tick_params(axis="x", labelrotation=90)
+  axes.set_xlabel("evaluated on E")
+  axes.set_ylabel("trained on T")
+  what = "relative to the reference" if ratios else report.score
+  style.title(axes, f"{method}: {what.replace('_', ' ')}")
+  bar = figure.colorbar(image, ax=axes, shrink=0.8)
+  bar.ax.tick_params(labelsize=style.SMALL, colors=style.INK)
+  _legend(figure, [kind for kind in MARKS if (report.kinds == kind).any()])
+  return figure
+
+
+def path(
+  report: shift_lib.ShiftReport,
+  alphas: Mapping[float, str],
+  *,
+  statistic: str = "performance",
+  kinds: Sequence[str] | None = None,
+  chosen: float | None = None,
+) -> Figure:
+  """What the weights between two models are worth (WiSE-FT).
+
+  A line a kind of shift, matched among them, against alpha, with the intervals
+  of the report as bands.
+
+  Args:
+    report: in which every alpha is a method: one bootstrap for all.
+    alphas: ``{alpha: method}``.
+    statistic: what is drawn.
+    kinds: of shift; None for those that have pairs.
+    chosen: the alpha that was picked on matched validation; marked beside the
+      untuned 0.5.
+
+  Raises:
+    ValueError: naming ``alphas`` with fewer than two or an unknown method,
+      ``statistic``, ``kinds`` or ``chosen``.
+  """
+  if len(alphas) < 2:
+    raise ValueError(f"alphas must hold at least two, got {len(alphas)}.")
+  for method in alphas.values():
+    _validate.one_of(report.methods, alphas=method)
+  _validate.one_of(shift_statistics.STATISTICS, statistic=statistic)
+  for kind in kinds or ():
+    _validate.one_of(report.categories, kinds=kind)
+  if chosen is not None:
+    _validate.one_of(alphas, chosen=chosen)
+  figure, axes = _along(chosen)
+  ordered = sorted(alphas)
+  for kind in kinds or report.categories:
+    found = [report.estimate(alphas[a], kind, statistic) for a in ordered]
+    if all(np.isnan(estimate.value) for estimate in found):
+      continue
+    _, colour, dashes = MARKS[kind]
+    axes.plot(
+      ordered,
+      [estimate.value for estimate in found],
+      color=colour,
+      linestyle=dashes,
+      marker=_MARKERS[kind],
+      markersize=4,
+      linewidth=1.4,
+      label=kind,
+    )
+    axes.fill_between(
+      ordered,
+      [estimate.low for estimate in found],
+      [estimate.high for estimate in found],
+      color=colour,
+      alpha=0.12,
+      linewidth=0,
+    )
+  axes.set_ylabel(f"{statistic.replace('_', ' ')} ({report.score})")
+  style.shared_legend(figure, [axes])
+  return figure
+
+
+def curves(
+  alphas: Sequence[float],
+  lines: Mapping[str, Sequence[float]],
+  *,
+  score: str,
+  chosen: float | None = None,
+) -> Figure:
+  """The same of single runs: a line a set of modalities.
+
+  Args:
+    alphas: ascending.
+    lines: ``{what: score at every alpha}``.
+    score: what is measured.
+    chosen: the alpha that was picked on matched validation.
+  """
+  figure, axes = _along(chosen)
+  for index, (name, values) in enumerate(lines.items()):
+    axes.plot(
+      alphas,
+      values,
+      color=style.colour(index),
+      linestyle=_DASHES[index % len(_DASHES)],
+      marker="o",
+      markersize=3,
+      linewidth=1.4,
+      label=name,
+    )
+  axes.set_ylabel(score)
+  style.shared_legend(figure, [axes])
+  return figure
+
+
+def _along(chosen: float | None):
+  """A figure over alpha, 0.5 and the choice marked."""
+  figure, (axes,) = style.panels(1, height=4.4, width=6.4)
+  _mark(axes, UNTUNED, "untuned", "--")
+  if chosen is not None and chosen != UNTUNED:
+    _mark(axes, chosen, "chosen on matched validation", "-")
+  axes.set_xlabel("alpha (0: before fine-tuning, 1: fine-tuned)")
+  style.title(axes, "Weights between two models")
+  return figure, axes
+
+
+def _cell(axes, row, column, value, kind, colours, top) -> None:
+  sign, frame, _ = MARKS[kind]
+  known = not np.isnan(value)
+  dark = known and _luminance(colours(value / top)) < 0.18
+  axes.text(
+    column,
+    row,
+    f"{value:.2f}\n{sign}" if known else f"n/a\n{sign}",
+    ha="center",
+    va="center",
+    fontsize=style.SMALL,
+    color="white" if dark else "black",
+  )
+  axes.add_patch(
+    Rectangle(
+      (column - 0.46, row - 0.46),
+      0.92,
+      0.92,
+      fill=False,
+      edgecolor=frame,
+      linewidth=2.0,
+    )
+  )
+
+
+def _luminance(colour) -> float:
+  """Relative luminance of sRGB; white and black text part at 0.18."""
+  rgb = np.asarray(colour[:3])
+  linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+  return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def _legend(figure, kinds) -> None:
+  handles = [
+    Rectangle(
+      (0, 0),
+      1,
+      1,
+      fill=False,
+      edgecolor=MARKS[kind][1],
+      linewidth=2.0,
+      label=f"{MARKS[kind][0]}  {kind}",
+    )
+    for kind in kinds
+  ]
+  figure.legend(
+    handles=handles,
+    loc="outside lower center",
+    ncols=min(len(handles), 5),
+    frameon=False,
+    fontsize=style.SMALL,
+  )
+
+
+def _mark(axes, alpha: float, word: str, dashes) -> None:
+  axes.axvline(
+    alpha, color="#777777", linewidth=0.9, linestyle=dashes, label=word
+  )

@@ -1,0 +1,198 @@
+"""Scores of many predictions at once, under many weights of the items.
+
+A bootstrap replicate is a weight for every cluster of items. Accuracy,
+balanced accuracy and macro-F1 are ratios of sums over clusters, so all
+replicates are one matrix product; mean average precision is computed again for
+each.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from robust_mm import _validate
+
+SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "map")
+
+Weighted = Callable[[np.ndarray], np.ndarray]
+Prepare = Callable[[np.ndarray, np.ndarray], Weighted]
+
+
+def chance_level(
+  label: Any, *, score: str = "accuracy", num_classes: int | None = None
+) -> float:
+  """What a score is worth without looking at any input.
+
+  The share of the commonest class for accuracy, 1 / k for balanced accuracy
+  and by convention for macro-F1, the mean share of positives for mAP.
+
+  >>> chance_level([0, 0, 0, 1]), chance_level([0, 1], score="macro_f1")
+  (0.75, 0.5)
+
+  Args:
+    label: of the test split, int ``[item]``, or ``bool[item, k]`` for mAP.
+    score: one of :data:`SCORES`.
+    num_classes: k; None for those that labels have.
+
+  Raises:
+    ValueError: naming ``score``, or ``label`` if it has the wrong shape.
+  """
+  _validate.one_of(SCORES, score=score)
+  label = check_label(label, score)
+  if score == "map":
+    return float(np.mean(label))
+  found = np.unique(label, return_counts=True)[1]
+  if score == "accuracy":
+    return float(found.max() / found.sum())
+  return 1 / (num_classes or len(found))
+
+
+def check_label(label: Any, score: str) -> np.ndarray:
+  """Labels as an array; ValueError naming ``label`` for another shape."""
+  label = np.asarray(label)
+  wanted = "bool[item, k]" if score == "map" else "int [item]"
+  if label.ndim != (2 if score == "map" else 1) or not label.size:
+    raise ValueError(
+      f"label must be {wanted} for the score {score!r}, got the shape "
+      f"{label.shape}."
+    )
+  return label.astype(bool) if score == "map" else label
+
+
+def scorer(
+  score: str, label: np.ndarray | None, cluster: np.ndarray
+) -> Prepare:
+  """``prepare(results, counted) -> (weights -> scores)``.
+
+  Args:
+    score: one of :data:`SCORES`.
+    label: of :func:`check_label`; None for an accuracy of what is right.
+    cluster: int ``[item]``, 0 and up, the cluster of every item.
+
+  Returns:
+    a function of ``results`` (``[*lead, item]`` right or not, where there is no
+    label, else logits ``[*lead, item, k]``) and ``counted``
+    (``bool[*lead, item]``, axes of length 1 allowed), whose value maps weights
+    ``[r, cluster]`` to scores ``[r, *lead]``: NaN where nothing is counted.
+    Classes without a label in a replicate are left out of it.
+  """
+
+  def prepare(results, counted):
+    if score == "map":
+      return _average_precision(results, counted, label, cluster)
+    if label is None:
+      right = results
+    else:
+      guess = predictions(results)
+      right = guess == label
+    if score == "accuracy":
+      hits = _sums(np.where(counted, right, 0), cluster)
+      size = _sums(counted, cluster)
+      return lambda w: _ratio(_weigh(w, hits), _weigh(w, size))
+    return _by_class(guess, counted, label, cluster, score)
+
+  return prepare
+
+
+def predictions(logits: np.ndarray) -> np.ndarray:
+  """The largest of ``[*lead, item, k]``; -1, never right, for a NaN."""
+  bad = np.isnan(logits).any(axis=-1)
+  return np.where(bad, -1, np.where(np.isnan(logits), 0, logits).argmax(-1))
+
+
+def _by_class(guess, counted, label, cluster, score: str) -> Weighted:
+  parts = []
+  for k in np.unique(label):
+    own = counted & (label == k)
+    said = guess == k
+    hits = _sums(own & said, cluster)
+    support = _sums(own, cluster)
+    every = _sums(counted & said, cluster) if score == "macro_f1" else None
+    parts.append((hits, support, every))
+
+  def weighted(w):
+    total, number = 0.0, 0.0
+    for hits, support, every in parts:
+      hits, support = _weigh(w, hits), _weigh(w, support)
+      if every is None:
+        value = _ratio(hits, support)
+      else:
+        value = _ratio(2 * hits, support + _weigh(w, every))
+      some = np.broadcast_to(support > 0, value.shape)
+      total = total + np.where(some, value, 0)
+      number = number + some
+    return _ratio(total, number)
+
+  return weighted
+
+
+def _average_precision(logits, counted, label, cluster) -> Weighted:
+  # Wrong in every class: what it has comes last, what it lacks first.
+  bad = np.isnan(logits).any(axis=-1, keepdims=True)
+  score = np.where(bad, np.where(label, -np.inf, np.inf), logits)
+  score = np.moveaxis(score, -1, 0)  # [k, *lead, item]
+  order = np.argsort(-score, axis=-1, kind="stable")
+  ranked = np.take_along_axis(score, order, axis=-1)
+  # Ties are one step: all of them have the precision of the last.
+  new = ranked[..., 1:] != ranked[..., :-1]
+  places = np.arange(score.shape[-1])
+  last = np.where(np.append(new, np.ones_like(new[..., :1]), -1), places, 1e18)
+  last = np.minimum.accumulate(last[..., ::-1], axis=-1)[..., ::-1].astype(int)
+  lead = logits.shape[:-2]
+  counted = np.broadcast_to(counted, logits.shape[:-1])
+
+  def weighted(w):
+    items = np.ascontiguousarray(w.T)[cluster]  # [item, r]
+    found = np.full((len(w), *lead), np.nan)
+    for at in np.ndindex(lead):
+      present = items * counted[at][:, None]
+      total, number = np.zeros(len(w)), np.zeros(len(w))
+      for k in range(label.shape[1]):
+        rows = order[(k, *at)]
+        area, some = _area(present[rows], label[rows, k], last[(k, *at)])
+        total += area
+        number += some
+      found[(slice(None), *at)] = _ratio(total, number)
+    return found
+
+  return weighted
+
+
+def _area(weight, positive, last):
+  """Average precision of ranked items, ``[item, r]``, and where there is one.
+
+  Zero in a replicate without a positive.
+  """
+  places = np.flatnonzero(positive)
+  if not places.size:
+    return 0.0, 0.0
+  own = weight[places]
+  hits = np.cumsum(own, axis=0)
+  # The last positive that is not ranked below the end of a tie.
+  upto = np.searchsorted(places, last[places], side="right") - 1
+  every = np.cumsum(weight, axis=0)[last[places]]
+  # Where nothing was drawn up to here, the weight here is 0 too.
+  precision = hits[upto] / np.where(every > 0, every, 1)
+  some = hits[-1] > 0
+  area = np.einsum("ir,ir->r", own, precision)
+  return area / np.where(some, hits[-1], 1), some
+
+
+def _sums(values: np.ndarray, cluster: np.ndarray) -> np.ndarray:
+  """Sums over the items of each cluster, ``[*lead, cluster]``."""
+  order = np.argsort(cluster, kind="stable")
+  starts = np.flatnonzero(np.diff(cluster[order], prepend=-1))
+  return np.add.reduceat(
+    np.asarray(values, np.float64)[..., order], starts, axis=-1
+  )
+
+
+def _weigh(weights: np.ndarray, sums: np.ndarray) -> np.ndarray:
+  return np.tensordot(weights, sums, axes=([1], [-1]))
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+  above, below = np.broadcast_arrays(above, below)
+  empty = np.full(above.shape, np.nan)
+  return np.divide(above, below, out=empty, where=below > 0)

@@ -1,0 +1,117 @@
+"""Methods of the study of modality shift that train nothing of their own."""
+
+from collections.abc import Iterable
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_SMALLEST = 1e-12
+
+Subset = tuple[str, ...]
+
+
+def log_prior(counts: np.ndarray) -> np.ndarray:
+  """Log-frequencies ``[k]`` of classes that were seen so often."""
+  return np.log(np.maximum(counts / counts.sum(), _SMALLEST))
+
+
+def ensemble(
+  single: Mapping[Subset, np.ndarray],
+  test_sets: Iterable[Subset],
+  prior: np.ndarray,
+) -> dict[Subset, np.ndarray]:
+  """Late fusion of models of one modality: the mean of log-probabilities.
+
+  Args:
+    single: ``{(m,): logits [n, k]}`` of the models, NaN where an item lacks m.
+    test_sets: E.
+    prior: log-frequencies of the classes, said where an item has none of the
+      modalities of T and E.
+
+  Returns:
+    ``{E: [n, k]}``.
+  """
+  said = {name: _log_softmax(x) for (name,), x in single.items()}
+  found = {}
+  for subset in test_sets:
+    parts = [x for name, x in said.items() if name in subset]
+    if not parts:
+      shape = next(iter(said.values())).shape
+      found[subset] = np.broadcast_to(prior, shape).copy()
+      continue
+    stacked = np.stack(parts)
+    known = ~np.isnan(stacked).any(axis=-1)
+    total = np.where(known[..., None], stacked, 0).sum(axis=0)
+    mean = total / np.maximum(known.sum(axis=0), 1)[:, None]
+    found[subset] = np.where(known.any(axis=0)[:, None], mean, prior[None])
+  return found
+
+
+def class_means(
+  model,
+  params,
+  state,
+  train: dict,
+  test: dict,
+  labelled: Subset,
+  test_sets: Iterable[Subset],
+  *,
+  batch_size: int,
+) -> dict[Subset, np.ndarray]:
+  """Cosine of pooled features to the mean of every class.
+
+  Features are centred by the mean of those that were labelled.
+
+  Args:
+    model: with ``features``.
+    params: its parameters.
+    state: its state.
+    train: labelled examples, host arrays; of them the modalities ``labelled``.
+    test: queries.
+    labelled: T.
+    test_sets: E.
+    batch_size: examples a pass.
+
+  Returns:
+    ``{E: [n, k]}``.
+  """
+
+  @jax.jit
+  def pooled(inputs, present):
+    embeddings, _ = model.encode(params, state, inputs, present, train=False)
+    return model.features(params, embeddings, present)
+
+  def features(batch, subset):
+    present = {m: flag & (m in subset) for m, flag in batch["present"].items()}
+    parts = []
+    for start in range(0, len(batch["label"]), batch_size):
+      rows = slice(start, start + batch_size)
+      inputs, there = (
+        {m: jnp.asarray(x[rows]) for m, x in tree.items()}
+        for tree in (batch["inputs"], present)
+      )
+      parts.append(np.asarray(pooled(inputs, there)))
+    return np.concatenate(parts)
+
+  given = features(train, labelled)
+  centre = given.mean(axis=0)
+  units = _unit(given - centre)
+  label = train["label"]
+  sums = np.zeros((model.num_classes, units.shape[1]))
+  np.add.at(sums, label, units)
+  means = _unit(sums)
+  return {
+    subset: (_unit(features(test, subset) - centre) @ means.T).astype("f4")
+    for subset in test_sets
+  }
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+  return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), _SMALLEST)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+  shifted = logits - logits.max(axis=-1, keepdims=True)
+  return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

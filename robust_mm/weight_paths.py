@@ -1,0 +1,199 @@
+"""``robust-mm interpolate``: the models between two of a run (WiSE-FT)."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from collections.abc import Sequence
+
+import numpy as np
+
+from robust_mm import _files
+from robust_mm import _validate
+from robust_mm import modalities
+from robust_mm import training
+from robust_mm import weights
+from robust_mm.evaluation import sets
+from robust_mm.evaluation import shift_plots
+from robust_mm.evaluation import style
+from robust_mm.training import runs
+from robust_mm.training import setup as setup_lib
+from robust_mm.training import sharding
+
+UNTUNED = 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+  """One model on the path.
+
+  Attributes:
+    alpha: 0 at the start, 1 at the end.
+    matched: validation score with the modalities that were trained on.
+    scores: ``{set: score}`` on the split that is reported.
+  """
+
+  alpha: float
+  matched: float
+  scores: dict[str, float]
+
+
+def trace(
+  folder: pathlib.Path,
+  *,
+  alphas: Sequence[float],
+  start: str | None = None,
+  end: str | None = None,
+  split: str = "test",
+  limit: int | None = None,
+  progress: Callable[..., None] = lambda done, total, text: None,
+) -> tuple[list[Point], Point]:
+  """Evaluates the path between the models of two phases; writes and draws it.
+
+  ``interpolation.json`` and ``plots/interpolation.png`` in the folder.
+
+  Args:
+    folder: the run.
+    alphas: points of the path, in [0, 1].
+    start: phase of the model at 0; the first that ended by default.
+    end: phase of the model at 1; the last by default.
+    split: that scores are reported of. The choice is made on validation
+      examples with the modalities trained on, whatever it is.
+    limit: at most so many examples of each split.
+    progress: ``progress(done, total, text)``.
+
+  Returns:
+    All points, and the chosen one: the best matched validation score, the
+    nearest to 0.5 of equals.
+
+  Raises:
+    UserError: a sentence; nothing has been written.
+  """
+  facts = runs.describe(folder)
+  start, end = _phases(folder, facts, start, end)
+  model, first, _, config = training.load(folder, phase=start)
+  _, last, state, _ = training.load(folder, phase=end)
+  opened = {
+    name: setup_lib.open_split(config, name, limit=limit)
+    for name in dict.fromkeys(("validation", split))
+  }
+  for source in opened.values():
+    setup_lib.check_same_data(source, facts)
+  labelled = tuple(config.data.get("labelled", ())) or model.modalities
+  matched = modalities.names(labelled)
+  axis = sharding.batch_sharding(sharding.make_mesh())
+  data = {name: source.batch() for name, source in opened.items()}
+  points = []
+  for done, alpha in enumerate(alphas):
+    progress(done, len(alphas), f"alpha {alpha:g}")
+    with _validate.user_errors():
+      params = weights.interpolate(first, last, alpha)
+      found = {
+        name: sets.logits_by_set(
+          model,
+          params,
+          state,
+          data[name],
+          sets=[matched] if name != split else None,
+          batch_size=config.evaluation.batch_size,
+          sharding=axis,
+        )
+        for name in data
+      }
+    validated = found["validation"][matched]
+    points.append(
+      Point(
+        alpha=float(alpha),
+        matched=_score(model, validated, data["validation"]["label"]),
+        scores={
+          modalities.subset_name(subset): _score(
+            model, logits, data[split]["label"]
+          )
+          for subset, logits in found[split].items()
+        },
+      )
+    )
+  chosen = _choose(points, higher=model.target is None)
+  _write(folder, points, chosen, (start, end), matched, split, model)
+  return points, chosen
+
+
+def format_table(points: Sequence[Point], chosen: Point) -> str:
+  """A row a point, the chosen one marked."""
+  names = list(points[0].scores)
+  widths = [max(8, len(name)) for name in names]
+  head = "   alpha  validation  " + "  ".join(
+    f"{name:>{width}s}" for name, width in zip(names, widths)
+  )
+  rows = [
+    f" {'*' if point is chosen else ' '} {point.alpha:5.2f}"
+    f"  {point.matched:10.4f}  "
+    + "  ".join(
+      f"{point.scores[name]:{width}.4f}" for name, width in zip(names, widths)
+    )
+    for point in points
+  ]
+  return "\n".join([head, *rows])
+
+
+def _phases(folder, facts, start, end) -> tuple[str, str]:
+  ended = [p["name"] for p in facts["phases"] if p["name"] in facts["finished"]]
+  if len(ended) < 2:
+    raise _validate.UserError(
+      f"--workdir: the run in {folder} has ended {len(ended)} phases, and a "
+      "path needs the models of two: configs/finetune.py has a probe and "
+      "fine-tuning."
+    )
+  for name, phase in (("--start", start), ("--end", end)):
+    if phase is not None and phase not in ended:
+      raise _validate.UserError(
+        f"{name} must be one of {', '.join(ended)}; got {phase!r}."
+        f"{_validate.suggestion(phase, ended)}"
+      )
+  chosen = start or ended[0], end or ended[-1]
+  if chosen[0] == chosen[1]:
+    raise _validate.UserError(
+      f"--start and --end must be two phases, both are {chosen[0]!r}."
+    )
+  return chosen
+
+
+def _score(model, logits: np.ndarray, label: np.ndarray) -> float:
+  """Accuracy, or MAE, of the examples that a set leaves something."""
+  counted = ~np.isnan(logits).all(axis=1)
+  if not counted.any():
+    return float("nan")
+  if model.target is not None:
+    return float(np.mean(np.abs(logits[:, 0] - label)[counted]))
+  return float(np.mean((np.argmax(logits, axis=1) == label)[counted]))
+
+
+def _choose(points: Sequence[Point], *, higher: bool) -> Point:
+  sign = 1 if higher else -1
+  return max(points, key=lambda p: (sign * p.matched, -abs(p.alpha - UNTUNED)))
+
+
+def _write(folder, points, chosen, phases, matched, split, model) -> None:
+  score = "accuracy" if model.target is None else "mae"
+  found = {
+    "start": phases[0],
+    "end": phases[1],
+    "trained_on": list(matched),
+    "split": split,
+    "score": score,
+    "chosen": chosen.alpha,
+    "points": [dataclasses.asdict(point) for point in points],
+  }
+  figure = shift_plots.curves(
+    [point.alpha for point in points],
+    {
+      "validation, as trained": [point.matched for point in points],
+      **{
+        name: [point.scores[name] for point in points]
+        for name in points[0].scores
+      },
+    },
+    score=score,
+    chosen=chosen.alpha,
+  )
+  _files.write_json(folder / "interpolation.json", found)
+  _files.write_bytes(folder / "plots" / "interpolation.png", style.png(figure))

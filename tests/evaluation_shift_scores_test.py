@@ -1,0 +1,178 @@
+"""Set-level scores under weights, against scikit-learn on repeated items."""
+
+import doctest
+import math
+
+import numpy as np
+import pytest
+import sklearn.metrics
+
+from robust_mm import evaluation
+from robust_mm.evaluation import shift_scores
+
+ITEMS, K = 60, 4
+
+
+def _made(seed=0):
+  rng = np.random.default_rng(seed)
+  logits = rng.normal(size=(2, 3, ITEMS, K)).round(1)  # ties
+  label = rng.integers(K, size=ITEMS)
+  several = rng.random((ITEMS, K)) < 0.3
+  weights = rng.multinomial(ITEMS, np.full(ITEMS, 1 / ITEMS), size=3)
+  return logits, label, several, weights
+
+
+def _by_hand(score, logits, label, weights):
+  """scikit-learn, on items repeated as often as they were drawn."""
+  rows = np.repeat(np.arange(len(weights)), weights)
+  label, logits = label[rows], logits[rows]
+  if score == "map":
+    some = [k for k in range(K) if label[:, k].any()]
+    return np.mean(
+      [
+        sklearn.metrics.average_precision_score(label[:, k], logits[:, k])
+        for k in some
+      ]
+    )
+  guess = logits.argmax(axis=-1)
+  if score == "macro_f1":
+    return sklearn.metrics.f1_score(
+      label, guess, average="macro", labels=np.unique(label), zero_division=0
+    )
+  if score == "balanced_accuracy":
+    return sklearn.metrics.recall_score(
+      label, guess, average="macro", labels=np.unique(label), zero_division=0
+    )
+  return sklearn.metrics.accuracy_score(label, guess)
+
+
+@pytest.mark.parametrize("score", shift_scores.SCORES)
+def test_scores_of_replicates_are_those_of_repeated_items(score):
+  logits, label, several, weights = _made()
+  label = several if score == "map" else label
+  counted = np.ones((1, 3, ITEMS), bool)
+  counted[:, 1, ::3] = False
+  prepare = shift_scores.scorer(score, label, np.arange(ITEMS))
+  found = prepare(logits, counted)(weights.astype(float))
+  assert found.shape == (3, 2, 3)
+  for (r, seed, pair), value in np.ndenumerate(found):
+    drawn = weights[r] * counted[0, pair]
+    expected = _by_hand(score, logits[seed, pair], label, drawn)
+    np.testing.assert_allclose(value, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("score", shift_scores.SCORES)
+def test_a_cluster_is_drawn_whole(score):
+  logits, label, several, _ = _made(1)
+  label = several if score == "map" else label
+  cluster = np.random.default_rng(2).permutation(np.arange(ITEMS) % 7)
+  weights = np.array([[2, 0, 1, 3, 0, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+  prepare = shift_scores.scorer(score, label, cluster)
+  counted = np.ones((1, 1, ITEMS), bool)
+  found = prepare(logits, counted)(weights.astype(float))
+  for r, row in enumerate(weights):
+    expected = _by_hand(score, logits[1, 2], label, row[cluster])
+    np.testing.assert_allclose(found[r, 1, 2], expected, atol=1e-12)
+
+
+def test_a_class_that_was_not_drawn_is_left_out():
+  label = np.array([0, 0, 1, 2])
+  logits = np.eye(3)[[0, 1, 1, 2]]
+  weights = np.array([[2.0, 2.0, 0.0, 0.0]])
+  for score, expected in (("macro_f1", 2 / 3), ("balanced_accuracy", 1 / 2)):
+    run = shift_scores.scorer(score, label, np.arange(4))(
+      logits, np.ones(4, bool)
+    )
+    np.testing.assert_allclose(run(weights), [expected])
+
+
+@pytest.mark.parametrize("score", shift_scores.SCORES)
+def test_reports_from_logits_count_nan_as_wrong(score):
+  rng = np.random.default_rng(3)
+  label = rng.integers(K, size=200)
+  logits = np.eye(K)[label] + rng.normal(size=(1, 3, 3, 200, K)) * 0.7
+  logits[:, 0, 0, :50, 1] = np.nan
+  given = np.eye(K, dtype=bool)[label] if score == "map" else label
+  found = evaluation.shift_report(
+    {"ft": logits},
+    ["a", "b"],
+    evaluation.chance_level(given, score=score),
+    "ft",
+    score=score,
+    label=given,
+    num_samples=60,
+  )
+  assert found.num_nan == {"ft": 50}
+  assert "50 predictions with NaN count as wrong" in found.table()
+  expected = _by_hand(score, logits[0, 1, 1], given, np.ones(200, int))
+  np.testing.assert_allclose(found.matrix("ft")[1, 1], expected, atol=1e-12)
+  # A quarter is lost, to what it was without the NaN.
+  assert found.matrix("ft")[0, 0] < 0.85 * found.matrix("ft")[1, 1]
+  if score == "accuracy":
+    hits = np.nan_to_num(logits[0, 0, 0]).argmax(-1) == label
+    assert found.matrix("ft")[0, 0] == hits[50:].sum() / 200
+  draws = found.draws["ft"]["missing"]["performance"]
+  assert draws.std() > 0.005  # computed again in every replicate
+
+
+def test_macro_f1_is_no_mean_over_items():
+  """Its interval holds what resampled scikit-learn gives, replicate by one."""
+  logits, label, _, _ = _made(4)
+  logits = np.broadcast_to(logits[:1, :1], (1, 3, ITEMS, K))[:, :, None]
+  logits = np.repeat(logits, 3, axis=2)
+  found = evaluation.shift_report(
+    {"ft": logits},
+    ["a", "b"],
+    0.25,
+    "ft",
+    score="macro_f1",
+    label=label,
+    num_samples=500,
+  )
+  rng = np.random.default_rng(5)
+  drawn = [
+    _by_hand(
+      "macro_f1",
+      logits[0, 0, 0],
+      label,
+      np.bincount(rng.integers(ITEMS, size=ITEMS), minlength=ITEMS),
+    )
+    for _ in range(300)
+  ]
+  draws = found.draws["ft"]["missing"]["performance"]
+  np.testing.assert_allclose(draws.mean(), np.mean(drawn), atol=0.012)
+  np.testing.assert_allclose(draws.std(), np.std(drawn), rtol=0.2)
+
+
+def test_chance_levels():
+  label = np.array([0] * 5 + [1] * 3 + [2] * 2)
+  assert shift_scores.chance_level(label) == 0.5
+  for score in ("balanced_accuracy", "macro_f1"):
+    assert shift_scores.chance_level(label, score=score) == 1 / 3
+    level = shift_scores.chance_level(label, score=score, num_classes=4)
+    assert level == 0.25
+  several = np.array([[1, 0], [1, 1], [0, 0], [0, 0]])
+  found = shift_scores.chance_level(several, score="map")
+  assert math.isclose(found, 3 / 8)
+
+
+def test_bad_labels_are_refused_by_name():
+  with pytest.raises(ValueError, match="label must be int"):
+    shift_scores.chance_level(np.zeros((3, 2)))
+  with pytest.raises(ValueError, match="label must be bool"):
+    shift_scores.chance_level([0, 1], score="map")
+  logits = np.zeros((1, 3, 3, 5, K))
+  options = {"num_samples": 2}
+  for label, score, message in (
+    (np.zeros(4, int), "accuracy", "label has 4 items"),
+    (np.full(5, 9), "accuracy", "label must lie in 0..3"),
+    (np.zeros((5, 3), bool), "map", "label has 3 classes"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      evaluation.shift_report(
+        {"ft": logits}, "ab", 0.1, "ft", score=score, label=label, **options
+      )
+
+
+def test_the_examples_hold():
+  assert doctest.testmod(shift_scores) == (0, 1)

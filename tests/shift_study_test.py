@@ -1,0 +1,215 @@
+"""robust-mm shift and robust-mm interpolate, from the command line."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from killed_runs import Killed
+
+import robust_mm
+from robust_mm import cli
+from robust_mm import config as config_lib
+from robust_mm import modalities
+from robust_mm import shift_derived
+from robust_mm import shift_methods
+from robust_mm import shift_study
+from robust_mm import training
+from robust_mm.training import setup as setup_lib
+
+SPEC = "configs/shift.py:digits,smoke"
+QUICK = "--config.study.methods=finetune,wise_ft,ensemble,class_mean"
+
+
+def run(*words):
+  return cli.main([*map(str, words)])
+
+
+@pytest.fixture(name="study", scope="module")
+def _study(tmp_path_factory):
+  """A finished study, and what was printed of it."""
+  folder = tmp_path_factory.mktemp("study")
+  config = config_lib.load(SPEC, [QUICK])
+  calls, stop = [], True
+
+  def progress(done, total, text):
+    nonlocal stop
+    calls.append(text)
+    if done == 2 and stop:
+      stop = False
+      raise Killed
+
+  with pytest.raises(Killed):
+    shift_study.run(config, folder, progress=progress)
+  first = {p: p.stat().st_mtime_ns for p in folder.glob("runs/*/*/*/*.npz")}
+  assert first
+  report = shift_study.run(config, folder, progress=progress)
+  for path, made in first.items():
+    assert path.stat().st_mtime_ns == made  # not done again
+  return folder, report, config
+
+
+def test_every_pair_is_measured_by_the_model_of_its_own_labels(study):
+  folder, report, config = study
+  assert report.matrix("finetune").shape == (3, 3)
+  for row, train in enumerate(report.train_sets):
+    place = folder / "runs" / "finetune" / modalities.subset_name(train) / "0"
+    model, params, state, stored = robust_mm.load(place)
+    assert tuple(stored.data.labelled) == train
+    assert stored.init_from == str(folder.resolve() / "pretraining" / "0")
+    data = setup_lib.open_split(stored, "test").batch()
+    for column, test in enumerate(report.test_sets):
+      left = modalities.restrict(data, test)
+      logits = model.apply(
+        params,
+        state,
+        modalities.mask(left["inputs"], left["present"]),
+        jax.tree.map(jnp.asarray, left["present"]),
+      )[0].logits
+      right = np.argmax(logits, axis=-1) == data["label"]
+      np.testing.assert_allclose(
+        report.matrix("finetune")[row, column], right.mean(), atol=1e-6
+      )
+  assert config.study.seeds == 1
+
+
+def test_the_model_between_two_phases_is_what_wise_ft_is(study):
+  folder, _, _ = study
+  place = folder / "runs" / "finetune" / "left" / "0"
+  (between,) = (folder / "runs").glob("wise_ft-0.5/left/0/logits.npz")
+  model, first, _, config = training.load(place, phase="probe")
+  _, last, state, _ = training.load(place, phase="finetune")
+  middle = jax.tree.map(lambda a, b: (a + b) / 2, first, last)
+  data = setup_lib.open_split(config, "test").batch()
+  logits = model.apply(middle, state, data["inputs"], data["present"])[0].logits
+  found = np.load(between)["left+right"]
+  np.testing.assert_allclose(found, logits, atol=1e-4)
+
+
+def test_what_was_written_is_what_was_found(study):
+  folder, report, _ = study
+  stored = json.loads((folder / "shift.json").read_text())
+  assert set(report.methods) == set(stored["budget"]) | {
+    "wise_ft",
+    "ensemble",
+    "class_mean",
+  }
+  page = (folder / "shift.html").read_text()
+  assert page.count("<img") == len(report.methods)
+  worst = report.estimate("ensemble", "missing", "worst")
+  assert f"{worst.value:.3f} [{worst.low:.3f}" in page
+  assert "times plain fine-tuning" in (folder / "shift.txt").read_text()
+  for method in report.methods:
+    assert (folder / "plots" / f"shift_{method}.png").is_file()
+
+
+def test_a_study_of_other_settings_is_refused(study):
+  folder, _, _ = study
+  changed = config_lib.load(SPEC, [QUICK, "--config.optimizer.lr=0.5"])
+  with pytest.raises(ValueError, match=r"optimizer\.lr"):
+    shift_study.run(changed, folder)
+
+
+def test_a_path_is_evaluated_and_chosen_on_validation(study, capsys):
+  folder, _, _ = study
+  place = folder / "runs" / "finetune" / "left" / "0"
+  assert run("interpolate", f"--workdir={place}", "--alpha=0:1:0.5") == 0
+  assert "* " in capsys.readouterr().out
+  found = json.loads((place / "interpolation.json").read_text())
+  assert (found["start"], found["end"]) == ("probe", "finetune")
+  assert found["trained_on"] == ["left"]
+  points = found["points"]
+  assert [point["alpha"] for point in points] == [0, 0.5, 1]
+  best = max(point["matched"] for point in points)
+  chosen = next(p for p in points if p["alpha"] == found["chosen"])
+  assert chosen["matched"] == best
+  # The end is the run's own model.
+  data = np.load(place / "logits.npz")
+  model, _, _, config = robust_mm.load(place)
+  label = setup_lib.open_split(config, "test").batch()["label"]
+  for name, score in points[-1]["scores"].items():
+    right = np.argmax(data[name], axis=1) == label
+    np.testing.assert_allclose(score, right.mean(), atol=1e-6)
+  assert (place / "plots" / "interpolation.png").is_file()
+  assert model.modalities == ("left", "right")
+
+
+@pytest.mark.parametrize(
+  "words, said",
+  [
+    (["--alpha=0:2:1"], "must be FROM:TO:STEP"),
+    (["--start=finetun"], "Did you mean"),
+    (["--start=probe", "--end=probe"], "two phases"),
+  ],
+)
+def test_a_path_that_cannot_be_is_refused(study, words, said, capsys):
+  folder, _, _ = study
+  place = folder / "runs" / "finetune" / "right" / "0"
+  try:
+    code = run("interpolate", f"--workdir={place}", *words)
+  except SystemExit as error:
+    code = error.code
+  assert code == 2
+  assert said in capsys.readouterr().err
+  assert not (place / "interpolation.json").exists()
+
+
+@pytest.mark.parametrize(
+  "override, said",
+  [
+    ("study.methods=finetune,mask", "config.study.methods"),
+    ("study.methods=finetune,masd_wise_ft", "'masd' beside"),
+    ("study.methods=masd", "'finetune'"),
+    ("study.train_sets=left+top", "config.study.train_sets"),
+    ("study.seeds=0", "config.study.seeds"),
+    ("study.alpha=2.0", "config.study.alpha"),
+    ("study.nothing=1", "study.nothing"),
+    ("data.labelled=left", "config.data.labelled"),
+  ],
+)
+def test_bad_studies_are_refused(override, said, tmp_path, capsys):
+  folder = tmp_path / "study"
+  code = run(
+    "shift", f"--config={SPEC}", f"--workdir={folder}", f"--config.{override}"
+  )
+  assert code == 2
+  assert said in capsys.readouterr().err
+  assert not folder.exists()
+
+
+def test_runs_and_studies_are_not_mistaken(tmp_path, capsys):
+  workdir = f"--workdir={tmp_path / 'x'}"
+  assert run("train", f"--config={SPEC}", workdir) == 2
+  assert "robust-mm shift runs it" in capsys.readouterr().err
+  assert run("shift", "--config=configs/joint.py:digits", workdir) == 2
+  assert "group study" in capsys.readouterr().err
+
+
+def test_masd_passes_as_many_rows_as_fine_tuning():
+  config = config_lib.load("configs/shift.py:utd_mhad")
+  plain, masd = (
+    shift_methods.METHODS[name].configure(config, ("depth",))
+    for name in ("finetune", "masd")
+  )
+  rows = 1 + masd.data.unlabelled_ratio
+  # Forward and backward is 3, the teacher's forward pass 1.
+  assert masd.num_epochs * rows * (3 + 1) == plain.num_epochs * 3
+  oracle = shift_methods.METHODS["oracle"].configure(config, ("depth",))
+  assert oracle.data.labelled == ()
+
+
+def test_an_ensemble_says_the_mean_or_the_prior():
+  single = {
+    ("a",): np.log(np.array([[0.5, 0.5], [0.9, 0.1], [0.2, 0.8]])),
+    ("b",): np.array([[3.0, 1.0], [np.nan, np.nan], [0.0, 0.0]]),
+  }
+  prior = np.log(np.array([0.3, 0.7]))
+  sets = [("a",), ("a", "b"), ("c",)]
+  found = shift_derived.ensemble(single, sets, prior)
+  np.testing.assert_allclose(found["a",], single["a",], atol=1e-9)
+  np.testing.assert_allclose(np.exp(found["c",]), [[0.3, 0.7]] * 3)
+  both = found["a", "b"]
+  said = np.log(np.exp([3.0, 1.0]) / np.exp([3.0, 1.0]).sum())
+  np.testing.assert_allclose(both[0], (np.log(0.5) + said) / 2)
+  np.testing.assert_allclose(both[1], np.log([0.9, 0.1]))
