@@ -45,7 +45,7 @@ def commands():
 def test_every_command_of_the_readme_parses(words):
   rest, overrides = cli.take_overrides(words)
   options = cli.build_parser().parse_args(rest)
-  if options.command == "train":
+  if options.command in ("train", "shift"):
     config_lib.load(options.config, overrides)
 
 
@@ -55,5 +55,8 @@ def test_readme_names_every_command_and_data_set():
   text = README.read_text()
   for name in (*data.list_datasets(),):
     assert name.split("/")[0] in text
-  for name in ("quickstart", "train", "evaluate", "certify", "report", "data"):
+  for name in (
+    *("quickstart", "train", "evaluate", "certify", "report", "data"),
+    *("shift", "interpolate"),
+  ):
     assert f"robust-mm {name}" in text
