@@ -11,10 +11,10 @@ from robust_mm import _files
 from robust_mm.evaluation import captions
 from robust_mm.evaluation import details
 from robust_mm.evaluation import errors
-from robust_mm.evaluation import pages
 from robust_mm.evaluation import plots
 from robust_mm.evaluation import rows as rows_lib
 from robust_mm.evaluation import style
+from robust_mm.evaluation import templating
 from robust_mm.evaluation import texts
 from robust_mm.evaluation import wording
 
@@ -106,7 +106,7 @@ def render(
     for name, figure in plots.figures(results, histories).items()
   }
   page = _page(results, histories, title or wording.title(results), drawn)
-  page = pages.template("report.html.j2").render(
+  page = templating.template("report.html.j2").render(
     **page, files=_places(results, folders, path)
   )
   page = page.encode()

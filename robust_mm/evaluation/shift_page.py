@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from robust_mm.evaluation import pages
 from robust_mm.evaluation import shift as shift_lib
+from robust_mm.evaluation import templating
 
 _STATISTICS = {
   "performance": "mean score",
@@ -67,7 +67,7 @@ def render(
     }
     for method, png in drawn.items()
   ]
-  return pages.template("shift.html.j2").render(
+  return templating.template("shift.html.j2").render(
     title=title,
     reference=report.reference,
     notes=[_about(report), *notes],
