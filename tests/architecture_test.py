@@ -13,6 +13,7 @@ FLOORS = {
   "_files": 0,
   "_compiling": 1,
   "_lazy": 0,
+  "_tasks": -1,
   "_types": 0,
   "_validate": 0,
   "arguments": 0,

@@ -7,6 +7,7 @@ from robust_mm._types import Target
 from robust_mm.models import encoders
 from robust_mm.models import functional
 from robust_mm.models import fusion
+from robust_mm.models import labels
 from robust_mm.models import lipschitz
 from robust_mm.models import lipschitz_layers
 from robust_mm.models import masked
@@ -19,6 +20,7 @@ from robust_mm.models.fusion import ConcatFusion
 from robust_mm.models.fusion import OrthogonalFusion
 from robust_mm.models.fusion import TokenFusion
 from robust_mm.models.fusion import head_defect
+from robust_mm.models.labels import multi_label
 from robust_mm.models.masked import MaskedFusion
 from robust_mm.models.multimodal import build
 from robust_mm.models.multimodal import concat_fusion
@@ -51,11 +53,13 @@ __all__ = [
   "functional",
   "fusion",
   "head_defect",
+  "labels",
   "late_fusion",
   "lipschitz",
   "lipschitz_layers",
   "masked",
   "masked_fusion",
+  "multi_label",
   "normalization",
   "regression",
   "token_fusion",

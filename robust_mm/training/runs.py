@@ -156,7 +156,7 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def task(facts: dict) -> str:
-  """``"classification"`` or ``"regression"``; runs of old do not say."""
+  """The task, as ``Model.task`` says it; runs of old do not."""
   return facts.get("task", "classification")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from robust_mm import _tasks
 from robust_mm import _validate
 from robust_mm import augmentations
 from robust_mm import certification
@@ -111,7 +112,7 @@ def _describe_inputs(source) -> dict:
 def _describe_labels(train) -> dict:
   """The task, for ``run.json``; of a regression the scale of its target."""
   found = {"task": train.task, "num_classes": int(train.num_classes)}
-  if train.task == "regression":
+  if train.task == _tasks.REGRESSION:
     labels = np.asarray(train.labels, np.float64)
     if np.ptp(labels) == 0:
       raise _validate.UserError(
@@ -128,13 +129,18 @@ def _describe_labels(train) -> dict:
 
 def _label_notes(train) -> list[str]:
   """What a label column that counts from 1, say, should make one wonder."""
-  empty = sorted(set(range(train.num_classes)) - set(map(int, train.labels)))
-  if not empty:
+  if train.task == _tasks.MULTI_LABEL:
+    empty = np.flatnonzero(~np.any(train.labels, axis=0))
+    hint = "its average precision is then by chance"
+  else:
+    empty = sorted(set(range(train.num_classes)) - set(map(int, train.labels)))
+    hint = "labels count from 0"
+  if not len(empty):
     return []
   shown = ", ".join(map(str, empty[:5])) + (" ..." if len(empty) > 5 else "")
   return [
-    f"class {shown} has no training example; labels count from 0, and "
-    f"{train.num_classes} classes are trained."
+    f"class {shown} has no training example; {hint}, and {train.num_classes} "
+    "classes are trained."
   ]
 
 
@@ -246,7 +252,10 @@ def check_same_data(source, facts: dict) -> None:
       f"the data has labels for {source.task}, the run was trained for "
       f"{runs.task(facts)}."
     )
-  if source.num_classes > facts["num_classes"]:
+  # Of classes, one an example, those of the highest numbers may be lacking.
+  differs = source.num_classes != facts["num_classes"]
+  lacking = source.task != _tasks.MULTI_LABEL
+  if differs and not (lacking and source.num_classes < facts["num_classes"]):
     raise _validate.UserError(
       f"the data has {source.num_classes} classes, the run was trained on "
       f"{facts['num_classes']}."
@@ -288,9 +297,9 @@ def make_model(config: ml_collections.ConfigDict, facts: dict) -> Model:
         f"'transformer', got {encoder['name']!r}."
       )
   target = None
-  if runs.task(facts) == "regression":
+  if runs.task(facts) == _tasks.REGRESSION:
     target = Target(**facts["target"])
-  return models.build(
+  model = models.build(
     fusion=config.model.fusion,
     encoders=chosen,
     num_classes=1 if target else facts["num_classes"],
@@ -302,6 +311,9 @@ def make_model(config: ml_collections.ConfigDict, facts: dict) -> Model:
     fusion_options=config.model.fusion_options.to_dict(),
     target=target,
   )
+  if runs.task(facts) == _tasks.MULTI_LABEL:
+    return models.multi_label(model)
+  return model
 
 
 _BY_RANK = {1: "mlp", 2: "temporal_cnn", 3: "cnn", 4: "cnn"}
