@@ -7,6 +7,7 @@ on standard error and exit code 2, never a traceback.
 
 import argparse
 import os
+import shlex
 import sys
 
 from robust_mm import __version__
@@ -326,6 +327,15 @@ def _add_data(commands) -> None:
   preparing.add_argument("--source", required=True, help="raw files")
   preparing.add_argument("--path", help="where to put the records")
   preparing.add_argument("--overwrite", action="store_true")
+  preparing.add_argument(
+    "--beam",
+    nargs="?",
+    const="",
+    metavar="OPTIONS",
+    help="make the records of a large set in an Apache Beam pipeline (pip "
+    "install 'robust_mm[beam]'), by default on this machine, else such as "
+    "--beam='--runner=FlinkRunner --flink_master=HOST'",
+  )
   preparing.set_defaults(run=_data_prepare)
 
 
@@ -440,6 +450,7 @@ def _data_prepare(options):
     options.source,
     data_dir=options.path,
     overwrite=options.overwrite,
+    beam=None if options.beam is None else shlex.split(options.beam),
   )
   print(f"prepared {options.name} in {path}")
 

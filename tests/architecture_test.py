@@ -56,6 +56,7 @@ EVERYWHERE = {"jax", "numpy", "optax", "jaxtyping", "robust_mm"}
 ALLOWED = {
   "flax": ("models",),
   "grain": ("data",),
+  "apache_beam": ("data",),
   "array_record": ("data",),
   "tensorflow_datasets": ("data",),
   "sklearn": ("data", "evaluation"),

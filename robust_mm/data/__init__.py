@@ -27,6 +27,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
   modules=(
     "archives",
     "arrays",
+    "beam",
     "builders",
     "catalogue",
     "catalogue_entries",

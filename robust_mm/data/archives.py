@@ -169,11 +169,15 @@ def _compare(folder, headers) -> None:
         )
 
 
+def _rows(header: Header) -> str:
+  return "[" + ", ".join(["n", *map(str, header.shape[1:])]) + "]"
+
+
 def _compare_labels(file, found: Header, expected: Header) -> None:
   if found.shape[1:] != expected.shape[1:]:
     raise _validate.UserError(
-      f"{file}: 'label' has examples of shape {found.shape[1:]}, but train.npz "
-      f"has {expected.shape[1:]}."
+      f"{file}: 'label' has shape {_rows(found)}, but train.npz has "
+      f"{_rows(expected)}."
     )
   kinds = found.dtype.kind, expected.dtype.kind
   if len(found.shape) == 1 and "f" in kinds and kinds[0] != kinds[1]:

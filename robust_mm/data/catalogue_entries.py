@@ -59,6 +59,8 @@ class DatasetInfo:
     version: of the prepared form.
     metadata: names of the integers kept beside every example.
     multi_label: whether an example has any number of the classes.
+    measured: whether the records of a prepared set say its shapes, classes and
+      sizes, which ``prepared.describe`` fills in.
   """
 
   name: str
@@ -78,6 +80,7 @@ class DatasetInfo:
   version: str = "1.0.0"
   metadata: tuple[str, ...] = ()
   multi_label: bool = False
+  measured: bool = False
 
   @property
   def task(self) -> str:
@@ -86,11 +89,6 @@ class DatasetInfo:
       return _tasks.MULTI_LABEL
     regression = self.num_classes == 0
     return _tasks.REGRESSION if regression else _tasks.CLASSIFICATION
-
-  @property
-  def measured(self) -> bool:
-    """Whether a prepared set says its own shapes, classes and sizes."""
-    return self.kind == "prepared" and self.num_classes is None
 
   @property
   def builder_name(self) -> str:

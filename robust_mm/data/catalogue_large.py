@@ -28,6 +28,7 @@ def _entry(**given) -> DatasetInfo:
     kind="prepared",
     notes=_NOTES,
     raw_files=_RAW_FILES,
+    measured=True,
     **given,
   )
 

@@ -7,6 +7,7 @@ import numpy as np
 from robust_mm import _tasks
 from robust_mm import _validate
 from robust_mm.data import opening
+from robust_mm.data import prepared
 from robust_mm.data import registry
 
 _CHUNK = 2048
@@ -29,7 +30,7 @@ def inspect(name: str, path: str | os.PathLike | None = None) -> dict:
     ``labels_per_example``, a mean) or, of a regression, ``label`` {``min``,
     ``max``, ``mean``, ``std``}}, ``notes``.
   """
-  info = registry.get(name)
+  info = prepared.describe(registry.get(name), path)
   everything = tuple(sorted(info.modalities)) or None
   splits = {}
   for split in registry.SPLITS:

@@ -33,6 +33,9 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     return registry.of_builder(self.name, config)
 
   def _info(self) -> tfds.core.DatasetInfo:
+    return self._described()
+
+  def _described(self, metadata=None) -> tfds.core.DatasetInfo:
     dataset = self.dataset
 
     def tensor(shape, dtype, encoding="none"):
@@ -61,6 +64,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       citation=dataset.citation,
       license=dataset.licence,
       disable_shuffling=True,
+      metadata=metadata,
     )
 
 
