@@ -7,7 +7,6 @@ on standard error and exit code 2, never a traceback.
 
 import argparse
 import os
-import shlex
 import sys
 
 from robust_mm import __version__
@@ -204,7 +203,7 @@ def _add_certify(commands) -> None:
     _certify,
   )
   command.add_argument("--workdir", required=True)
-  _add_sizes(command)
+  arguments.add_sizes(command)
   command.add_argument(
     "--source",
     choices=(
@@ -247,51 +246,6 @@ def _add_certify(commands) -> None:
   _add_distributed(command)
 
 
-def _add_sizes(command) -> None:
-  command.add_argument(
-    "--radius",
-    type=arguments.radii,
-    metavar="R,R,...",
-    help="sizes of a change, to all modalities together and to each alone "
-    "(default: 0.1,0.25,0.5; with --norm=linf 0.01,0.02,0.05)",
-  )
-  command.add_argument(
-    "--budget",
-    type=arguments.budget,
-    action="append",
-    default=[],
-    metavar="NAME=SIZE,...",
-    help="a size for each modality, used all at once, such as "
-    "left=0.3,right=0.1; one that is not named does not change, inf is any "
-    "change at all; may be given several times",
-  )
-  command.add_argument(
-    "--max-missing",
-    type=arguments.whole,
-    default=0,
-    metavar="N",
-    help="besides every --budget (without one: besides no change at all), any "
-    "N modalities may be taken away (default: 0)",
-  )
-  command.add_argument(
-    "--norm",
-    choices=("l2", "linf", "l1"),
-    help="how sizes are measured. No change below the radius r of an example "
-    "alters its prediction, where a change is below r when: l2, the Euclidean "
-    "norms of the modalities, squared and added, stay below r squared; linf, "
-    "every entry of every modality moves by less than r; l1, all absolute "
-    "changes of all entries add up to less than r; each in units. A modality's "
-    "own radius leaves the others unchanged (default: the norm of the run's "
-    "evaluation)",
-  )
-  command.add_argument(
-    "--units",
-    choices=("raw", "relative"),
-    help="raw input values, or each modality's median distance to its mean, in "
-    "the norm (default: the units of the run's evaluation)",
-  )
-
-
 def _add_report(commands) -> None:
   command = _command(
     commands,
@@ -329,8 +283,9 @@ def _add_data(commands) -> None:
   preparing.add_argument("--overwrite", action="store_true")
   preparing.add_argument(
     "--beam",
+    type=arguments.words,
     nargs="?",
-    const="",
+    const=[],
     metavar="OPTIONS",
     help="make the records of a large set in an Apache Beam pipeline (pip "
     "install 'robust_mm[beam]'), by default on this machine, else such as "
@@ -450,7 +405,7 @@ def _data_prepare(options):
     options.source,
     data_dir=options.path,
     overwrite=options.overwrite,
-    beam=None if options.beam is None else shlex.split(options.beam),
+    beam=options.beam,
   )
   print(f"prepared {options.name} in {path}")
 
