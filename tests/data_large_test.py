@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import large_sets
 import numpy as np
 import pytest
 from command_line import run
 
 from robust_mm import _validate
+from robust_mm import config as config_lib
 from robust_mm import data
 from robust_mm.data import beam as beam_lib
 from robust_mm.data import mapped
@@ -20,6 +22,7 @@ from robust_mm.data import registry
 from robust_mm.data.builders import imagenet_captions
 from robust_mm.data.builders import kinetics
 from robust_mm.data.builders import listing
+from robust_mm.training import setup as setup_lib
 
 NAMES = tuple(large_sets.SHAPES)
 
@@ -120,6 +123,24 @@ def test_inspection_and_list_have_what_the_records_say(built):
   assert found["splits"]["train"]["class_counts"] == counts.tolist()
   assert ("labels_per_example" in found["splits"]["train"]) == bool(kind)
   data.format_inspection(found)
+
+
+@pytest.mark.parametrize("file", ["joint", "modal_immune"])
+def test_configurations_make_models_and_recipes(built, file):
+  name, _, data_dir = built
+  config = config_lib.load(
+    f"configs/{file}.py:{name},smoke",
+    [f"--config.data.path={data_dir}", "--config.data.batch_size=8"],
+  )
+  setup = setup_lib.prepare(config)
+  assert setup_lib.make_recipe(config, setup).phases
+  batch = setup.train.limit(8).batch()
+  # Traced alone: a transformer takes long to compile.
+  params, state = jax.eval_shape(setup.model.init, jax.random.key(0))
+  outputs, _ = jax.eval_shape(
+    setup.model.apply, params, state, batch["inputs"], batch["present"]
+  )
+  assert outputs.logits.shape == (8, 4)
 
 
 def test_tfds_reads_the_set_alone_without_tensorflow(built):

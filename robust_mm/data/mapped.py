@@ -3,7 +3,9 @@
 The same ``columns/*.npy`` as of other prepared sets, but written a chunk of
 records at a time, and opened memory-mapped. They are made again from the
 records when a file is missing or its size or header is not the one written; a
-flipped bit inside is not noticed, as it would be in the records.
+flipped bit inside is not noticed, as it would be in the records. They take as
+much of the disk as the arrays have bytes, beside the records, which are
+compressed.
 """
 
 import json

@@ -49,7 +49,8 @@ class Column:
   def take(self, indices: np.ndarray) -> np.ndarray:
     """The values of these examples, a fresh array."""
     rows = indices if self.index is None else self.index[indices]
-    values = self.array[rows].astype(self.dtype, copy=False)
+    # A mapped array gives its own kind, though the rows are in memory.
+    values = np.asarray(self.array[rows]).astype(self.dtype, copy=False)
     if self.divisor != 1.0:
       values /= np.float32(self.divisor)
     return values
