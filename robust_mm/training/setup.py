@@ -1,7 +1,6 @@
 """The door: a configuration becomes a data source, a model and a recipe."""
 
 import dataclasses
-import math
 import pathlib
 from typing import Any
 
@@ -19,6 +18,7 @@ from robust_mm import models
 from robust_mm import recipes
 from robust_mm._types import Model
 from robust_mm._types import Target
+from robust_mm.training import labels as labels_lib
 from robust_mm.training import optimizers
 from robust_mm.training import runs
 
@@ -66,7 +66,7 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
   }
   facts = {
     "dataset": config.data.name,
-    **_describe_labels(train),
+    **labels_lib.describe(train),
     "num_train": len(train),
     "num_validation": len(validation),
     **_describe_inputs(train),
@@ -79,7 +79,7 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
     **{_units_key(norm): _relative_units(reference, norm) for norm in NORMS},
     "notes": [
       *train.notes,
-      *_label_notes(train),
+      *labels_lib.notes(train),
       *split_notes(config, "validation"),
     ],
   }
@@ -107,41 +107,6 @@ def _describe_inputs(source) -> dict:
       for name, bounds in source.value_range.items()
     },
   }
-
-
-def _describe_labels(train) -> dict:
-  """The task, for ``run.json``; of a regression the scale of its target."""
-  found = {"task": train.task, "num_classes": int(train.num_classes)}
-  if train.task == _tasks.REGRESSION:
-    labels = np.asarray(train.labels, np.float64)
-    if np.ptp(labels) == 0:
-      raise _validate.UserError(
-        f"the {len(labels)} training labels are all {labels[0]:g}: there is "
-        "nothing to predict."
-      )
-    # Exactly rounded: the same on whatever machine a run is resumed.
-    mean = math.fsum(labels) / len(labels)
-    variance = math.fsum((labels - mean) ** 2) / len(labels)
-    target = Target(mean, math.sqrt(variance))
-    found["target"] = target._asdict()
-  return found
-
-
-def _label_notes(train) -> list[str]:
-  """What a label column that counts from 1, say, should make one wonder."""
-  if train.task == _tasks.MULTI_LABEL:
-    empty = np.flatnonzero(~np.any(train.labels, axis=0))
-    hint = "its average precision is then by chance"
-  else:
-    empty = sorted(set(range(train.num_classes)) - set(map(int, train.labels)))
-    hint = "labels count from 0"
-  if not len(empty):
-    return []
-  shown = ", ".join(map(str, empty[:5])) + (" ..." if len(empty) > 5 else "")
-  return [
-    f"class {shown} has no training example; {hint}, and {train.num_classes} "
-    "classes are trained."
-  ]
 
 
 def train_splits(config: ml_collections.ConfigDict) -> tuple[str, ...]:
