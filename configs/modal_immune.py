@@ -2,8 +2,10 @@
 
   robust-mm train --config=configs/modal_immune.py:digits --workdir=runs/immune
 
-The argument names the data set (digits, utd_mhad, mfeat, av_digits, mosi, and
-diabetes, whose label is a number) and variants: published (as published, known
+The argument names the data set (digits, utd_mhad, mfeat, av_digits, mosi,
+diabetes, whose label is a number, audioset, which has several labels at once,
+kinetics, imagenet_captions; of the last three nothing has been measured) and
+variants: published (as published, known
 errors included); no_consistency, no_damage, no_collapse, no_spectral, l2
 (shrinkage of all embeddings at the same total weight), no_gate, uniform (arms
 alike), fixed (no meta-parameters are learnt), no_reconstruction; and the
@@ -12,17 +14,27 @@ leave_one_out (dropout of one modality), random_subset (dropout of a random
 subset), every_subset (every set in every step), damage_alone (that, damaged
 inputs and consistency, but nothing else of the method); smoke.
 
-Models are selected by validation accuracy, or MAE, averaged over availability
-sets. On mosi nothing is: its features have evidently seen the labels of the
-validation split. On utd_mhad nothing is either: the official training set is
-trained on, validation subject included. There, as on mosi, nothing is adapted
-but in published: meta-parameters would be learnt on what was trained on. fixed
-would change nothing and is refused.
+Models are selected by validation accuracy, MAE or mAP, averaged over
+availability sets. On mosi nothing is: its features have evidently seen the
+labels of the validation split. On utd_mhad nothing is either: the official
+training set is trained on, validation subject included. There, as on mosi,
+nothing is adapted but in published: meta-parameters would be learnt on what was
+trained on. fixed would change nothing and is refused.
 """
 
 from robust_mm import config as base
 
-DATASETS = ("digits", "utd_mhad", "mfeat", "av_digits", "mosi", "diabetes")
+# Small networks on whatever arrays were extracted.
+LARGE = ("audioset", "kinetics", "imagenet_captions")
+DATASETS = (
+  "digits",
+  "utd_mhad",
+  "mfeat",
+  "av_digits",
+  "mosi",
+  "diabetes",
+  *LARGE,
+)
 VARIANTS = (
   "published",
   "no_consistency",
@@ -104,6 +116,9 @@ ENCODERS = {
   "av_digits": {"image": CNN, "audio": TEMPORAL},
   "mosi": {"default": MLP},
   "diabetes": {"default": MLP},
+  **{
+    name: {"default": {"name": "auto", "embedding_dim": 64}} for name in LARGE
+  },
 }
 STEPS = {
   "digits": 600,
@@ -112,6 +127,7 @@ STEPS = {
   "av_digits": 1000,
   "mosi": 300,
   "diabetes": 300,
+  **dict.fromkeys(LARGE, 2000),
 }
 BATCH = {"digits": 128, "utd_mhad": 64, "mfeat": 128, "av_digits": 128}
 # Every set of modalities in every step, the full one as the teacher of the
@@ -192,7 +208,7 @@ def get_config(argument: str = ""):
       config.recipe.options.adapt = False
       if "published" not in variants:
         config.recipe.options.controller = "uniform"
-  if dataset in ("mfeat", "mosi", "utd_mhad"):
+  if dataset in ("mfeat", "mosi", "utd_mhad", *LARGE):
     config.evaluation.units = "relative"
   if dataset == "utd_mhad":
     _official(config, published="published" in variants)

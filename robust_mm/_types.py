@@ -17,6 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from robust_mm import _tasks
+
 PyTree = Any
 Params = PyTree
 State = PyTree
@@ -24,7 +26,7 @@ Inputs = Mapping[str, Any]
 Present = Mapping[str, Any]
 Batch = Mapping[str, Any]
 """A plain dict: ``inputs`` {m: [b, ...]}, ``present`` {m: bool[b]}, ``label``
-[b] and ``id`` [b].
+[b], or [b, k] of 0 and 1 (multi-label), and ``id`` [b].
 
 A missing modality is ``present=False``; its input is zeros of the right shape.
 """
@@ -49,7 +51,8 @@ class Outputs:
 
   Attributes:
     logits: ``[b, k]``; the prediction is their argmax. Of a regression model
-      ``[b, 1]``: the prediction, in units of the label.
+      ``[b, 1]``: the prediction, in units of the label. Of a multi-label one
+      those of a class each: above 0 it is more likely there than not.
     scores: ``{m: [b, k]}`` raw per-modality scores of a late-fusion head (the
       logits are a sum of per-modality terms), or None.
     embeddings: ``{m: [b, d_m]}``, or tokens ``{m: [b, N_m, d]}`` of a token
@@ -153,7 +156,10 @@ class TokenParts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Model:
-  """A multimodal classifier, or regression, as pure functions over pytrees.
+  """A multimodal model of a task, as pure functions over pytrees.
+
+  It classifies; or it predicts a number (``target``), or for every class
+  whether it is there (``multi_label``).
 
   Made from flax modules by ``robust_mm.models``, or by hand from any functions
   that keep this contract.
@@ -179,7 +185,9 @@ class Model:
       ``certify`` then refuses other shapes by name.
     tokens: the modalities whose inputs are integer tokens; None where the model
       does not say.
-    target: scale of the one number a regression predicts; None of a classifier.
+    target: scale of the one number a regression predicts; None otherwise.
+    multi_label: True where an example has any number of the classes, see
+      ``models.multi_label``.
     features: ``features(params, embeddings, present) -> [b, d]``: what the last
       linear layer, ``params["fusion"]["last"]`` with ``kernel`` [d, k] and
       ``bias`` [k], sees; None where the head is another one.
@@ -197,15 +205,36 @@ class Model:
   freeze: Callable[..., Any] | None = None
   project: Callable[..., Any] | None = None
   target: Target | None = None
+  multi_label: bool = False
   features: Callable[..., Any] | None = None
   token_parts: TokenParts | None = None
 
-  def need_classes(self, what: str) -> None:
-    """ValueError where ``what`` is about classes and this is a regression."""
+  @property
+  def task(self) -> str:
+    """``"classification"``, ``"regression"`` or ``"multi_label"``."""
     if self.target is not None:
+      return _tasks.REGRESSION
+    return _tasks.MULTI_LABEL if self.multi_label else _tasks.CLASSIFICATION
+
+  @property
+  def classifies(self) -> bool:
+    """Whether an example has one class, the argmax of the logits."""
+    return self.task == _tasks.CLASSIFICATION
+
+  def said(self, logits: Any) -> Any:
+    """What of the logits is compared with labels where none is an argmax.
+
+    The number ``[b]`` of a regression, the logits ``[b, k]`` of a multi-label
+    model.
+    """
+    return logits[..., 0] if self.target is not None else logits
+
+  def need_classes(self, what: str) -> None:
+    """ValueError where ``what`` is about classes and the task is another."""
+    if not self.classifies:
       raise ValueError(
-        f"{what} needs a model that predicts classes; this one predicts a "
-        "number (regression)."
+        f"{what} needs a model that predicts classes, one an example; this one "
+        f"predicts {_tasks.PREDICTS[self.task]}."
       )
 
   def apply(

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import shlex
 
 
 def count(text: str) -> int:
@@ -133,6 +134,60 @@ SMOOTHING = (
   "seed",
   "chunk_size",
 )
+
+
+def words(text: str) -> list[str]:
+  """``--a=1 --b='2 3'`` as a shell divides it."""
+  try:
+    return shlex.split(text)
+  except ValueError as error:
+    raise argparse.ArgumentTypeError(f"{error}: {text}") from error
+
+
+def add_sizes(command) -> None:
+  """The options that say how large a change is, and in what."""
+  command.add_argument(
+    "--radius",
+    type=radii,
+    metavar="R,R,...",
+    help="sizes of a change, to all modalities together and to each alone "
+    "(default: 0.1,0.25,0.5; with --norm=linf 0.01,0.02,0.05)",
+  )
+  command.add_argument(
+    "--budget",
+    type=budget,
+    action="append",
+    default=[],
+    metavar="NAME=SIZE,...",
+    help="a size for each modality, used all at once, such as "
+    "left=0.3,right=0.1; one that is not named does not change, inf is any "
+    "change at all; may be given several times",
+  )
+  command.add_argument(
+    "--max-missing",
+    type=whole,
+    default=0,
+    metavar="N",
+    help="besides every --budget (without one: besides no change at all), any "
+    "N modalities may be taken away (default: 0)",
+  )
+  command.add_argument(
+    "--norm",
+    choices=("l2", "linf", "l1"),
+    help="how sizes are measured. No change below the radius r of an example "
+    "alters its prediction, where a change is below r when: l2, the Euclidean "
+    "norms of the modalities, squared and added, stay below r squared; linf, "
+    "every entry of every modality moves by less than r; l1, all absolute "
+    "changes of all entries add up to less than r; each in units. A modality's "
+    "own radius leaves the others unchanged (default: the norm of the run's "
+    "evaluation)",
+  )
+  command.add_argument(
+    "--units",
+    choices=("raw", "relative"),
+    help="raw input values, or each modality's median distance to its mean, in "
+    "the norm (default: the units of the run's evaluation)",
+  )
 
 
 def add_smoothing(command: argparse.ArgumentParser) -> None:

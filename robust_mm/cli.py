@@ -221,6 +221,7 @@ def _data_prepare(options):
     options.source,
     data_dir=options.path,
     overwrite=options.overwrite,
+    beam=options.beam,
   )
   print(f"prepared {options.name} in {path}")
 

@@ -16,6 +16,7 @@ import jax
 import ml_collections
 import tqdm
 
+from robust_mm import _tasks
 from robust_mm import _validate
 from robust_mm import attacks
 from robust_mm import certificate_rows
@@ -307,7 +308,7 @@ def make_protocol(
     "missing_protocol": settings.get("missing_protocol", "per_sample"),
     "corruptions": None if corruptions == "none" else corruptions,
   }
-  if runs.task(facts) == "regression":
+  if runs.task(facts) != _tasks.CLASSIFICATION:
     return evaluation.standard(
       radii=(), attack=None, certificate=None, tightness=(), **shifts
     )

@@ -4,6 +4,7 @@ import re
 
 import ml_collections
 
+from robust_mm import _tasks
 from robust_mm import _validate
 from robust_mm.augmentations import options as augmentation_options
 
@@ -38,15 +39,20 @@ SELECTION_METRICS = (
   "certified_accuracy",
   "mae",
   "correlation",
+  "map",
   "mean_over_subsets",
   "loss",
   "last",
 )
 
-# What only one of the tasks has.
-_OF_CLASSES = ("accuracy", "certified_accuracy")
-_OF_NUMBERS = ("mae", "correlation")
-_NUMBERS_TAKE = {
+# What only one of the tasks has; not "loss", "last" and over subsets.
+_METRICS = {
+  _tasks.CLASSIFICATION: ("accuracy", "certified_accuracy"),
+  _tasks.REGRESSION: ("mae", "correlation"),
+  _tasks.MULTI_LABEL: ("map",),
+}
+# Of those that do not classify.
+_OTHERS_TAKE = {
   "recipe.name": ("joint", "modal_immune", "pretrain", "finetune", "masd"),
   "model.fusion": ("concat", "masked", "token", "transformer"),
   "evaluation.certificate": ("auto", "none"),  # the same there
@@ -61,11 +67,10 @@ def selection_metric(config: ml_collections.ConfigDict, task: str) -> str:
   'mae'
   """
   metric = config.selection.metric
-  numbers = task == "regression"
   if metric == "auto":
-    return "mae" if numbers else "accuracy"
-  if metric == "mean_over_subsets" and numbers:
-    return "mae_over_subsets"
+    return _tasks.MAIN[task]
+  if metric == "mean_over_subsets" and task != _tasks.CLASSIFICATION:
+    return f"{_tasks.MAIN[task]}_over_subsets"
   return metric
 
 
@@ -74,24 +79,24 @@ def check_task(config: ml_collections.ConfigDict, task: str) -> None:
 
   Args:
     config: of the run.
-    task: ``"classification"`` or ``"regression"``.
+    task: as ``Model.task`` says it.
 
   Raises:
     UserError: one sentence.
   """
-  numbers = task == "regression"
-  wrong = _OF_CLASSES if numbers else _OF_NUMBERS
-  if config.selection.metric in wrong:
-    raise _other_task(config, "selection.metric", numbers)
-  for key, known in _NUMBERS_TAKE.items() if numbers else ():
+  for other, wrong in _METRICS.items():
+    if other != task and config.selection.metric in wrong:
+      raise _other_task(config, "selection.metric", task)
+  others = task != _tasks.CLASSIFICATION
+  for key, known in _OTHERS_TAKE.items() if others else ():
     group, name = key.split(".")
     if config[group][name] not in known:
-      raise _other_task(config, key, numbers, known)
+      raise _other_task(config, key, task, known)
 
 
-def _other_task(config, key: str, numbers: bool, known=()) -> Exception:
+def _other_task(config, key: str, task: str, known=()) -> Exception:
   group, name = key.split(".")
-  labels = "numbers (regression)" if numbers else "classes"
+  labels = _tasks.LABELS[task]
   listed = f", which take {', '.join(map(repr, known))}" if known else ""
   return _validate.UserError(
     f"config.{key} must not be {config[group][name]!r} here: the labels of "

@@ -58,6 +58,36 @@ def cross_entropy(
   return jax.nn.logsumexp(logits, axis=-1) - jnp.squeeze(chosen, -1)
 
 
+def binary_cross_entropy(
+  logits: Float[Array, "*b k"], label: Array
+) -> Float[Array, "*b"]:
+  r"""Sigmoid cross-entropy of every example, averaged over classes.
+
+  .. math:: -\frac 1 k \sum_j y_j \log \sigma(z_j)
+            + (1 - y_j) \log \sigma(-z_j)
+
+  Finite for any finite logits.
+
+  Args:
+    logits: ``[*b, k]``, one a class.
+    label: ``[*b, k]``, 0 and 1 (or False and True), any number of ones.
+
+  Raises:
+    ValueError: for a label of another shape.
+
+  >>> round(float(binary_cross_entropy(jnp.zeros(3), jnp.array([1, 0, 1]))), 4)
+  0.6931
+  """
+  if jnp.shape(label) != logits.shape:
+    raise ValueError(
+      f"label must have the shape {logits.shape} of the logits, got "
+      f"{jnp.shape(label)}."
+    )
+  label = jnp.asarray(label).astype(logits.dtype)
+  each = optax.losses.sigmoid_binary_cross_entropy(logits, label)
+  return jnp.mean(each, axis=-1)
+
+
 def soft_cross_entropy(
   logits: Float[Array, "*b k"], target: Float[Array, "*b k"]
 ) -> Float[Array, "*b"]:

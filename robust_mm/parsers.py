@@ -161,7 +161,7 @@ def _add_certify(commands, run) -> None:
     run,
   )
   command.add_argument("--workdir", required=True)
-  _add_sizes(command)
+  arguments.add_sizes(command)
   command.add_argument(
     "--source",
     choices=(
@@ -202,51 +202,6 @@ def _add_certify(commands, run) -> None:
   arguments.add_smoothing(command)
   _add_devices(command)
   _add_distributed(command)
-
-
-def _add_sizes(command) -> None:
-  command.add_argument(
-    "--radius",
-    type=arguments.radii,
-    metavar="R,R,...",
-    help="sizes of a change, to all modalities together and to each alone "
-    "(default: 0.1,0.25,0.5; with --norm=linf 0.01,0.02,0.05)",
-  )
-  command.add_argument(
-    "--budget",
-    type=arguments.budget,
-    action="append",
-    default=[],
-    metavar="NAME=SIZE,...",
-    help="a size for each modality, used all at once, such as "
-    "left=0.3,right=0.1; one that is not named does not change, inf is any "
-    "change at all; may be given several times",
-  )
-  command.add_argument(
-    "--max-missing",
-    type=arguments.whole,
-    default=0,
-    metavar="N",
-    help="besides every --budget (without one: besides no change at all), any "
-    "N modalities may be taken away (default: 0)",
-  )
-  command.add_argument(
-    "--norm",
-    choices=("l2", "linf", "l1"),
-    help="how sizes are measured. No change below the radius r of an example "
-    "alters its prediction, where a change is below r when: l2, the Euclidean "
-    "norms of the modalities, squared and added, stay below r squared; linf, "
-    "every entry of every modality moves by less than r; l1, all absolute "
-    "changes of all entries add up to less than r; each in units. A modality's "
-    "own radius leaves the others unchanged (default: the norm of the run's "
-    "evaluation)",
-  )
-  command.add_argument(
-    "--units",
-    choices=("raw", "relative"),
-    help="raw input values, or each modality's median distance to its mean, in "
-    "the norm (default: the units of the run's evaluation)",
-  )
 
 
 def _add_shift(commands, run) -> None:
@@ -337,4 +292,14 @@ def _add_data(commands, handlers) -> None:
   preparing.add_argument("--source", required=True, help="raw files")
   preparing.add_argument("--path", help="where to put the records")
   preparing.add_argument("--overwrite", action="store_true")
+  preparing.add_argument(
+    "--beam",
+    type=arguments.words,
+    nargs="?",
+    const=[],
+    metavar="OPTIONS",
+    help="make the records of a large set in an Apache Beam pipeline (pip "
+    "install 'robust_mm[beam]'), by default on this machine, else such as "
+    "--beam='--runner=FlinkRunner --flink_master=HOST'",
+  )
   preparing.set_defaults(run=handlers["data prepare"])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import ml_collections
 
 from robust_mm import _files
+from robust_mm import _tasks
 from robust_mm import _validate
 from robust_mm import config as config_lib
 from robust_mm import config_checks
@@ -30,15 +31,14 @@ def check(config: ml_collections.ConfigDict, workdir: str) -> None:
   info = data.registry.get(config.data.name)
   wanted = tuple(config.data.modalities) or None
   if info.kind == "folder":
-    num_classes = data.arrays.check_arrays(config.data.path, modalities=wanted)
+    task = data.arrays.check_arrays(config.data.path, modalities=wanted)
   else:
-    num_classes = info.num_classes
+    task = info.task
     data.registry.choose_modalities(
       info.name, tuple(sorted(info.modalities)), info.default_modalities, wanted
     )
     if info.kind == "prepared":
       data.prepared.check_prepared(info, config.data.path or None)
-  task = "classification" if num_classes else "regression"
   config_checks.check_task(config, task)
   starts.check(config)
   runs.check_config(workdir, config)
@@ -81,11 +81,12 @@ def check_run(workdir: str, split: str | None = None) -> None:
 
 
 def check_classes(workdir: str, what: str) -> None:
-  """Refuses what is about classes, of a run that predicts a number."""
-  if runs.task(runs.describe(pathlib.Path(workdir))) == "regression":
+  """Refuses what is about classes, one an example, of a run of another task."""
+  task = runs.task(runs.describe(pathlib.Path(workdir)))
+  if task != _tasks.CLASSIFICATION:
     raise _validate.UserError(
-      f"{what} needs a run that predicts classes; {workdir} predicts a number "
-      "(regression)."
+      f"{what} needs a run that predicts classes, one an example; {workdir} "
+      f"predicts {_tasks.PREDICTS[task]}."
     )
 
 

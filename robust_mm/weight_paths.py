@@ -12,6 +12,7 @@ from robust_mm import _validate
 from robust_mm import modalities
 from robust_mm import training
 from robust_mm import weights
+from robust_mm.evaluation import metrics
 from robust_mm.evaluation import sets
 from robust_mm.evaluation import shift_plots
 from robust_mm.evaluation import style
@@ -20,6 +21,11 @@ from robust_mm.training import setup as setup_lib
 from robust_mm.training import sharding
 
 UNTUNED = 0.5
+_SCORES = {
+  "classification": "accuracy",
+  "multi_label": "map",
+  "regression": "mae",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +118,7 @@ def trace(
         },
       )
     )
-  chosen = _choose(points, higher=model.target is None)
+  chosen = _choose(points, higher=model.task != "regression")
   _write(folder, points, chosen, (start, end), matched, split, model)
   return points, chosen
 
@@ -158,13 +164,16 @@ def _phases(folder, facts, start, end) -> tuple[str, str]:
 
 
 def _score(model, logits: np.ndarray, label: np.ndarray) -> float:
-  """Accuracy, or MAE, of the examples that a set leaves something."""
+  """What ``_SCORES`` says, of the examples that a set leaves something."""
   counted = ~np.isnan(logits).all(axis=1)
   if not counted.any():
     return float("nan")
-  if model.target is not None:
-    return float(np.mean(np.abs(logits[:, 0] - label)[counted]))
-  return float(np.mean((np.argmax(logits, axis=1) == label)[counted]))
+  said, label = logits[counted], label[counted]
+  if model.task == "regression":
+    return metrics.mean_absolute_error(label, said[:, 0])
+  if model.task == "multi_label":
+    return metrics.mean_average_precision(label, said)
+  return metrics.accuracy(label, np.argmax(said, axis=1))
 
 
 def _choose(points: Sequence[Point], *, higher: bool) -> Point:
@@ -173,7 +182,7 @@ def _choose(points: Sequence[Point], *, higher: bool) -> Point:
 
 
 def _write(folder, points, chosen, phases, matched, split, model) -> None:
-  score = "accuracy" if model.target is None else "mae"
+  score = _SCORES[model.task]
   found = {
     "start": phases[0],
     "end": phases[1],

@@ -13,6 +13,7 @@ FLOORS = {
   "_files": 0,
   "_compiling": 1,
   "_lazy": 0,
+  "_tasks": -1,
   "_types": 0,
   "_validate": 0,
   "arguments": 0,
@@ -61,6 +62,7 @@ EVERYWHERE = {"jax", "numpy", "optax", "jaxtyping", "robust_mm"}
 ALLOWED = {
   "flax": ("models",),
   "grain": ("data",),
+  "apache_beam": ("data",),
   "array_record": ("data",),
   "tensorflow_datasets": ("data",),
   "sklearn": ("data", "evaluation"),

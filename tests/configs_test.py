@@ -87,6 +87,7 @@ def test_every_variant_of_modal_immune_is_run_above():
   path, _ = config_lib.find("configs/modal_immune.py")
   known = runpy.run_path(str(path))
   words = {word for argument in IMMUNE for word in argument.split(",")}
+  words |= set(known["LARGE"])  # cli_multi_label_test, data_large_test
   assert words == {*known["VARIANTS"], *known["DATASETS"]} - {"smoke"}
 
 

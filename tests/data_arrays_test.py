@@ -268,7 +268,7 @@ BAD = {
     "train",
     "label",
     np.zeros((40, 2), int),
-    "'label' must have shape [n], got (40, 2)",
+    "'label' has shape [n], but train.npz has [n, 2]",
   ),
   "complex": (
     "train",

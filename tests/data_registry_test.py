@@ -18,10 +18,11 @@ def test_entry_is_complete_and_consistent(name):
   assert set(info.default_modalities) <= set(info.modalities)
   assert tuple(sorted(info.default_modalities)) == info.default_modalities
   assert len(info.class_names) in (0, info.num_classes)
+  assert info.measured == (info.kind == "prepared" and not info.num_classes)
   for modality in info.modalities.values():
     ranks = {"image": 3, "video": 4, "sequence": 2, "spectrogram": 2}
     assert len(modality.shape) == ranks.get(modality.kind, 1)
-  if info.kind != "folder":
+  if info.kind != "folder" and not info.measured:
     assert tuple(info.splits) == registry.SPLITS
 
 

@@ -75,7 +75,7 @@ def test_float_labels_of_a_folder_are_numbers_and_said_aloud(folder):
   assert (source.num_classes, source.task) == (0, "regression")
   np.testing.assert_array_equal(source.batch()["label"], raw.astype(np.float32))
   assert "'label' is float64, taken as numbers to predict" in source.notes[0]
-  assert data.arrays.check_arrays(folder) == 0
+  assert data.arrays.check_arrays(folder) == "regression"
 
 
 def test_a_tenth_held_out_of_numbers_is_random_and_the_rest_stays(folder):
@@ -99,7 +99,7 @@ HALF = np.where(np.arange(40) == 3, np.nan, 0.5)
     ("train", HALF, "'label' is NaN or infinite in row 3 (1 such rows)"),
     ("test", np.full(20, np.inf), "test.npz: 'label' is NaN or infinite"),
     ("train", np.full(40, 2.5), "holds one value only"),
-    ("train", np.zeros((40, 2)), "'label' must have shape [n], got (40, 2)"),
+    ("train", np.zeros((40, 2, 2)), "'label' must have shape [n], or [n, k]"),
     ("test", np.arange(20), "'label' is int64, but train.npz has float64"),
   ],
 )

@@ -67,7 +67,7 @@ def prepare_all(shared: pathlib.Path, root: pathlib.Path) -> pathlib.Path:
     raw_av_digits(shared / "data/av_digits", raw)
     for name in registry.list_datasets():
       info = registry.get(name)
-      if info.kind == "prepared":
+      if info.kind == "prepared" and not info.measured:
         cut = info.builder_name == "av_digits"
         source = raw if cut else shared / "data" / name
         data.prepare(name, source, folder, progress=False)

@@ -22,7 +22,7 @@ def swapped(
   Args:
     keys: ``{m: keys [b]}``, one an example.
     id: ``uint32[b]``.
-    label: ``[b]``.
+    label: ``[b]``, or ``[b, k]``, where one other entry is another label.
     donors: ``inputs``, ``present``, ``label`` and ``id`` of n samples.
 
   Returns:
@@ -40,7 +40,10 @@ def swapped(
   donor_label = jnp.asarray(donors["label"])
   label = jnp.asarray(label)
   other = donor_id[None, :] != id[:, None]
-  differs = other & (donor_label[None, :] != label[:, None])
+  unlike = donor_label[None, :] != label[:, None]
+  if unlike.ndim == 3:
+    unlike = jnp.any(unlike, axis=-1)
+  differs = other & unlike
   return {
     name: _chosen(
       own,

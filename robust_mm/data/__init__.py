@@ -27,9 +27,13 @@ __getattr__, __dir__, __all__ = _lazy.attach(
   modules=(
     "archives",
     "arrays",
+    "beam",
     "builders",
     "catalogue",
+    "catalogue_entries",
+    "catalogue_large",
     "inspection",
+    "mapped",
     "opening",
     "pipelines",
     "prepared",

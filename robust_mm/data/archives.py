@@ -145,13 +145,7 @@ def _compare(folder, headers) -> None:
   for split, header in headers.items():
     file = folder / f"{split}.npz"
     _check_header(file, header)
-    kinds = header["label"].dtype.kind, expected["label"].dtype.kind
-    if "f" in kinds and kinds[0] != kinds[1]:
-      raise _validate.UserError(
-        f"{file}: 'label' is {header['label'].dtype}, but train.npz has "
-        f"{expected['label'].dtype}; save all as integers (classes) or all as "
-        "floats (numbers to predict)."
-      )
+    _compare_labels(file, header["label"], expected["label"])
     for name in modalities(expected):
       key = INPUTS + name
       if key not in header:
@@ -175,15 +169,34 @@ def _compare(folder, headers) -> None:
         )
 
 
+def _rows(header: Header) -> str:
+  return "[" + ", ".join(["n", *map(str, header.shape[1:])]) + "]"
+
+
+def _compare_labels(file, found: Header, expected: Header) -> None:
+  if found.shape[1:] != expected.shape[1:]:
+    raise _validate.UserError(
+      f"{file}: 'label' has shape {_rows(found)}, but train.npz has "
+      f"{_rows(expected)}."
+    )
+  kinds = found.dtype.kind, expected.dtype.kind
+  if len(found.shape) == 1 and "f" in kinds and kinds[0] != kinds[1]:
+    raise _validate.UserError(
+      f"{file}: 'label' is {found.dtype}, but train.npz has {expected.dtype}; "
+      "save all as integers (classes) or all as floats (numbers to predict)."
+    )
+
+
 def _check_header(file: pathlib.Path, header: dict[str, Header]) -> None:
   names = modalities(header)
   if not names:
     raise _validate.UserError(f"{file} has no key 'inputs/<modality>'.")
   if "label" not in header:
     raise _validate.UserError(f"{file} has no key 'label'.")
-  if len(header["label"].shape) != 1:
+  if len(header["label"].shape) not in (1, 2):
     raise _validate.UserError(
-      f"{file}: 'label' must have shape [n], got {header['label'].shape}."
+      f"{file}: 'label' must have shape [n], or [n, k] of several classes at "
+      f"once, got {header['label'].shape}."
     )
   size = header["label"].shape[0]
   if size == 0:

@@ -9,7 +9,8 @@ it, evaluation of the test split does not). Keys of each file:
   float32 in [0, 1], which is then the unit of budgets and radii. Signed
   integers are tokens and become int32. Booleans become 0 and 1 in float32;
 - ``label``: ``int[n]``, classes from 0; or ``float[n]``, numbers to predict
-  (regression), in every file;
+  (regression); or ``[n, k]`` of 0 and 1, each of k classes there or not
+  (multi-label); the same in every file;
 - ``present/<modality>``, optional: ``bool[n]``. Values of absent entries are
   never read as data: they may be NaN and become zeros.
 """
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from robust_mm import _tasks
 from robust_mm import _validate
 from robust_mm.data import archives
 from robust_mm.data import registry
@@ -37,6 +39,11 @@ class _Folder:
   modalities: tuple[str, ...]
   train_labels: np.ndarray
   num_classes: int  # 0: labels are numbers
+
+  @property
+  def task(self) -> str:
+    """What the labels are of."""
+    return _tasks.of_labels(self.train_labels, self.num_classes)
 
   @property
   def holds_out(self) -> bool:
@@ -71,7 +78,7 @@ def open_arrays(
     split: ``"train"``, ``"validation"`` or ``"test"``.
     modalities: which to use, all by default.
     num_classes: k; by default the largest label of ``train.npz`` plus one.
-      None for float labels.
+      None for float labels, and for labels ``[n, k]``.
 
   Returns:
     The split; its ``notes`` say what was assumed. ``ids`` are row numbers of
@@ -87,7 +94,8 @@ def open_arrays(
   notes = _notes(folder)
   if folder.holds_out:
     rows = _hold_out(folder)
-    how = "stratified" if folder.num_classes else "random"
+    classes = folder.task == _tasks.CLASSIFICATION
+    how = "stratified" if classes else "random"
     notes += (
       f"{folder.path / 'validation.npz'} is missing: a {how} tenth of "
       f"train.npz ({len(rows['validation'])} of {len(folder.train_labels)} "
@@ -102,19 +110,19 @@ def check_arrays(
   path: str | os.PathLike | None,
   *,
   modalities: Sequence[str] | str | None = None,
-) -> int:
+) -> str:
   """Reads every file there is, once, and refuses what ``open_arrays`` would.
 
   Also the test file, though training never opens it: what is wrong with it is
   better said before training than after. Arguments and errors are those of
-  ``open_arrays``; returns the number of classes, 0 where labels are numbers.
+  ``open_arrays``; returns the task that the labels are of.
   """
   folder = _open(path, modalities, None)
   for file in folder.headers:
     _source(folder, file)
   if folder.holds_out:
     _hold_out(folder)
-  return folder.num_classes
+  return folder.task
 
 
 def check_split(path: str | os.PathLike | None, split: str) -> None:
@@ -140,6 +148,8 @@ def _open(path, modalities, num_classes) -> _Folder:
 
 def _labels(folder: pathlib.Path, file: str) -> np.ndarray:
   labels = archives.read(folder, file, "label")
+  if labels.ndim == 2:
+    return _several(labels, f"{folder / file}.npz")
   if labels.dtype.kind == "f":
     return _numbers(labels, f"{folder / file}.npz")
   if labels.dtype.kind not in "iu":
@@ -167,7 +177,33 @@ def _numbers(labels: np.ndarray, where: str) -> np.ndarray:
   return values
 
 
+def _several(labels: np.ndarray, where: str) -> np.ndarray:
+  if labels.dtype.kind not in "biuf":
+    raise _validate.UserError(
+      f"{where}: 'label' [n, k] must hold 0 and 1, got {labels.dtype}."
+    )
+  good = ((labels == 0) | (labels == 1)).all(axis=1)
+  if not good.all():
+    raise _validate.UserError(
+      f"{where}: 'label' [n, k] must hold 0 and 1, one for each class; row "
+      f"{good.argmin()} ({(~good).sum()} such rows) has others."
+    )
+  return labels.astype(bool)
+
+
 def _num_classes(folder, num_classes, train_labels) -> int:
+  if train_labels.ndim == 2:
+    if num_classes is not None:
+      raise _validate.UserError(
+        f"num_classes must be left out: 'label' in {folder / 'train.npz'} has "
+        f"{train_labels.shape[1]} columns, one a class."
+      )
+    if train_labels.shape[1] < 2 or not train_labels.any():
+      raise _validate.UserError(
+        f"{folder / 'train.npz'}: 'label' [n, k] must have at least two "
+        "columns and a 1."
+      )
+    return train_labels.shape[1]
   if train_labels.dtype.kind == "f":
     if num_classes is not None:
       raise _validate.UserError(
@@ -198,9 +234,10 @@ def _source(folder: _Folder, file: str) -> sources.Source:
   labels = folder.train_labels
   if file != "train":
     labels = _labels(folder.path, file)
-  if not folder.num_classes:
-    labels = labels.astype(np.float32)
-  elif labels.max() >= folder.num_classes:
+  dtype = sources.label_dtype(folder.task)
+  labels = labels.astype(dtype, copy=False)
+  classes = folder.task == _tasks.CLASSIFICATION
+  if classes and labels.max() >= folder.num_classes:
     raise _validate.UserError(
       f"{folder.path / file}.npz: 'label' must be below num_classes "
       f"{folder.num_classes}, got {labels.max()} in row {labels.argmax()}."
@@ -217,7 +254,7 @@ def _source(folder: _Folder, file: str) -> sources.Source:
     split=file,
     columns=columns,
     present=present,
-    labels=labels.astype(np.int32) if folder.num_classes else labels,
+    labels=labels,
     ids=np.arange(len(labels), dtype=np.int32),
     num_classes=folder.num_classes,
     value_range=value_range,
@@ -267,10 +304,10 @@ def _check_finite(values: np.ndarray, where: str, presence: str) -> None:
 def _hold_out(folder: _Folder) -> dict[str, np.ndarray]:
   """Rows of train and of a stratified tenth, fixed for the same labels.
 
-  Of numbers a random tenth.
+  Of other tasks a random tenth.
   """
   labels = folder.train_labels
-  if not folder.num_classes:
+  if folder.task != _tasks.CLASSIFICATION:
     order = sources.fixed_order(labels)
     size = max(1, round(len(labels) / 10))
     return {
@@ -306,11 +343,16 @@ def _notes(folder: _Folder) -> tuple[str, ...]:
         f"{divisor:g}, so that its values, budgets and radii are in units of "
         "[0, 1]; save tokens as int32 instead."
       )
-  if not folder.num_classes:
+  if folder.task == _tasks.REGRESSION:
     dtype = folder.headers["train"]["label"].dtype
     notes.append(
       f"{folder.path}: 'label' is {dtype}, taken as numbers to predict "
       "(regression); save classes as integers instead."
+    )
+  if folder.task == _tasks.MULTI_LABEL:
+    notes.append(
+      f"{folder.path}: 'label' is [n, {folder.num_classes}], taken as "
+      "several classes at once (multi-label)."
     )
   notes += _ignored(folder)
   if "test" not in folder.headers:

@@ -4,8 +4,10 @@ import os
 
 import numpy as np
 
+from robust_mm import _tasks
 from robust_mm import _validate
 from robust_mm.data import opening
+from robust_mm.data import prepared
 from robust_mm.data import registry
 
 _CHUNK = 2048
@@ -24,10 +26,11 @@ def inspect(name: str, path: str | os.PathLike | None = None) -> dict:
     ``modalities`` {m: ``shape``, ``dtype``, ``kind``, ``unit``,
     ``value_range`` (declared), ``min``, ``max``, ``mean``, ``std`` (measured
     over present training examples), ``missing`` {split: share}}, ``splits``
-    {split: ``size``, and ``class_counts`` or, of a regression, ``label``
-    {``min``, ``max``, ``mean``, ``std``}}, ``notes``.
+    {split: ``size``, and ``class_counts`` (of several labels also
+    ``labels_per_example``, a mean) or, of a regression, ``label`` {``min``,
+    ``max``, ``mean``, ``std``}}, ``notes``.
   """
-  info = registry.get(name)
+  info = prepared.describe(registry.get(name), path)
   everything = tuple(sorted(info.modalities)) or None
   splits = {}
   for split in registry.SPLITS:
@@ -52,16 +55,21 @@ def inspect(name: str, path: str | os.PathLike | None = None) -> dict:
     "class_names": list(info.class_names),
     "modalities": {m: _modality(info, m, splits) for m in train.modalities},
     "splits": {
-      split: {"size": len(source), **_labels(source, train.num_classes)}
+      split: {"size": len(source), **_labels(source)}
       for split, source in splits.items()
     },
     "notes": list(dict.fromkeys((*info.notes, *notes))),
   }
 
 
-def _labels(source, num_classes: int) -> dict:
-  if num_classes:
-    counts = np.bincount(source.labels, minlength=num_classes)
+def _labels(source) -> dict:
+  if source.task == _tasks.MULTI_LABEL:
+    return {
+      "class_counts": source.labels.sum(axis=0).tolist(),
+      "labels_per_example": float(source.labels.sum(axis=1).mean()),
+    }
+  if source.task == _tasks.CLASSIFICATION:
+    counts = np.bincount(source.labels, minlength=source.num_classes)
     return {"class_counts": counts.tolist()}
   labels = source.labels.astype(np.float64)
   names = ("min", "max", "mean", "std")
@@ -146,7 +154,10 @@ def _format_labels(entry) -> str:
       f"{found['mean']:.4g}, std {found['std']:.4g}"
     )
   counts = entry["class_counts"]
-  return f"{len(counts)} classes of {min(counts)} to {max(counts)}"
+  text = f"{len(counts)} classes of {min(counts)} to {max(counts)}"
+  if "labels_per_example" in entry:
+    text += f", {entry['labels_per_example']:.3g} an example"
+  return text
 
 
 def _format_modality(name, entry, inspection) -> list[str]:

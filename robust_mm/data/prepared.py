@@ -4,10 +4,13 @@ A prepared set is an ordinary TFDS data set in array_record files, one record
 an example. Beside the records lie ``columns/*.npy``, the same values stacked
 (each distinct row once), so that opening 55,000 pairs takes no decoding. The
 columns carry checksums; missing or damaged ones are made again from the
-records.
+records. Sets that say their own shapes (``DatasetInfo.measured``) may be larger
+than the memory: ``mapped`` writes and opens their columns.
 """
 
 import contextlib
+import dataclasses
+import functools
 import io
 import json
 import os
@@ -20,6 +23,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from robust_mm import _validate
+from robust_mm.data import archives
+from robust_mm.data import beam as beam_lib
+from robust_mm.data import mapped
 from robust_mm.data import registry
 from robust_mm.data import sources
 
@@ -34,6 +40,7 @@ def prepare(
   data_dir: str | os.PathLike | None = None,
   overwrite: bool = False,
   progress: bool = True,
+  beam: Sequence[str] | None = None,
 ) -> pathlib.Path:
   """Turns the raw files of a data set into array_record files, once.
 
@@ -42,17 +49,23 @@ def prepare(
 
   Args:
     name: a prepared set, such as ``"utd_mhad"`` or ``"av_digits/hard"``.
-    source: folder of the raw npz files, checked against ``SHA256SUMS`` if it
-      holds one.
+    source: folder of the raw files, the lists or npz files checked against
+      ``SHA256SUMS`` if it holds one.
     data_dir: default ``ROBUST_MM_DATA_DIR``, else ``~/.cache/robust_mm``.
     overwrite: make it again even if it is there.
     progress: show progress bars where standard error is a terminal.
+    beam: options of an Apache Beam pipeline, such as ``["--runner=...",
+      "--temp_location=..."]``, that makes the records, for the sets with a file
+      an example (``audioset``, ``imagenet_captions``, ``kinetics``); ``[]``
+      for one on this machine, None for no pipeline. Workers must see ``source``
+      and ``data_dir`` under the same names.
 
   Returns:
     The folder of the prepared set; returned as it is when already there.
 
   Raises:
-    UserError: unknown name, missing or damaged raw file, unwritable folder.
+    UserError: unknown name, missing or damaged raw file, unwritable folder;
+      ``beam`` without apache_beam, or for another set.
   """
   from robust_mm.data.builders import raw
 
@@ -64,14 +77,16 @@ def prepare(
   if _complete(target) and not overwrite:
     return target
   source = pathlib.Path(source).expanduser().absolute()
+  beam_lib.check(info, beam)
   raw.verify(source, info.raw_files)
+  make, info = _maker(info, source, beam)
   try:
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".prepare-") as scratch:
       scratch = pathlib.Path(scratch)
-      _write_records(info, source, scratch, progress)
+      _write_records(make, source, scratch, progress, beam)
       made = scratch / info.folder
-      write_columns(made, read_records(made, progress), made)
+      _write_columns(info, made, progress)
       _install(made, target, scratch)
   except OSError as error:
     raise _validate.UserError(
@@ -88,7 +103,11 @@ def open_prepared(
 ) -> sources.Source:
   """A split of a prepared set; only the chosen modalities are read."""
   folder = registry.prepared_path(info.name, path)
+  info = describe(info, path)
   features = _features(info, modalities)
+  if info.measured:
+    columns = _read_mapped(info, folder, split, features)
+    return _source(info, split, modalities, columns)
   columns = _read_columns(folder, split, features)
   if columns is None:
     every_split = read_records(folder, progress=True)
@@ -104,6 +123,37 @@ def check_prepared(
 ) -> None:
   """UserError with the command to run, if the set is not prepared."""
   registry.prepared_path(info.name, path)
+
+
+def describe(
+  info: registry.DatasetInfo, path: str | os.PathLike | None = None
+) -> registry.DatasetInfo:
+  """The entry with shapes, dtypes, ranges, classes and sizes of the records.
+
+  It changes nothing but a measured set, which must be prepared.
+  """
+  if not info.measured:
+    return info
+  found = registry.layout(info.name, path)
+  made = {}
+  for name, modality in info.modalities.items():
+    stored = found["modalities"][name]["stored"]
+    form = archives.form(np.dtype(stored))
+    made[name] = dataclasses.replace(
+      modality,
+      shape=tuple(found["modalities"][name]["shape"]),
+      stored=stored,
+      dtype=form.dtype,
+      divisor=form.divisor,
+      value_range=form.value_range,
+    )
+  return dataclasses.replace(
+    info,
+    modalities=made,
+    class_names=tuple(found["class_names"]),
+    splits=found["splits"],
+    num_classes=len(found["class_names"]),
+  )
 
 
 def _complete(folder: pathlib.Path) -> bool:
@@ -148,19 +198,34 @@ def _source(info, split, modalities, columns) -> sources.Source:
   )
 
 
-def _write_records(info, source, data_dir, progress) -> None:
+def _maker(info, source, beam):
+  """``(data_dir -> builder, the entry filled in)``; the lists are read."""
+  from robust_mm.data import builders
+  from robust_mm.data.builders import records
+
+  made = builders.builder_class(info.name)
+  given = {"file_format": "array_record"}
+  if info.measured:
+    layout = records.scan(info, source, made.FORM)
+    given |= {"layout": layout, "beam": beam is not None}
+    info = layout.info
+  else:
+    given |= {"config": info.config or None}
+  return functools.partial(made, **given), info
+
+
+def _write_records(make, source, data_dir, progress, beam) -> None:
   import tensorflow_datasets as tfds
 
-  from robust_mm.data import builders
-
-  builder = builders.builder_class(info.name)(
-    data_dir=data_dir, config=info.config or None, file_format="array_record"
-  )
+  builder = make(data_dir=data_dir)
   config = tfds.download.DownloadConfig(
-    manual_dir=source, compute_stats=tfds.download.ComputeStatsMode.SKIP
+    manual_dir=source,
+    compute_stats=tfds.download.ComputeStatsMode.SKIP,
+    **beam_lib.download_config(beam),
   )
   # TFDS announces a download to standard output; nothing is downloaded.
-  with _bars(progress), contextlib.redirect_stdout(io.StringIO()):
+  quiet = contextlib.redirect_stdout(io.StringIO())
+  with beam_lib.refusals(beam), _bars(progress), quiet:
     builder.download_and_prepare(download_config=config)
 
 
@@ -175,6 +240,28 @@ def _bars(progress: bool):
     yield
   finally:
     tfds.enable_progress_bar()
+
+
+def _write_columns(info, made, progress) -> None:
+  if info.measured:
+    mapped.write(made, info, progress)
+  else:
+    write_columns(made, read_records(made, progress), made)
+
+
+def _read_mapped(info, folder, split, features):
+  """``{feature: (rows, None)}``, made again where they are not whole."""
+  columns = mapped.read(folder, split, features)
+  if columns is None:
+    try:
+      mapped.write(folder, info, progress=True)
+    except OSError as error:
+      raise _validate.UserError(
+        f"The columns of the data set in {folder} are not whole and cannot be "
+        f"made again there: {error}."
+      ) from error
+    columns = mapped.read(folder, split, features)
+  return {name: (values, None) for name, values in columns.items()}
 
 
 def _install(made, target, scratch) -> None:

@@ -4,13 +4,16 @@ Imports nothing but the standard library, so that the command line can answer a
 misspelt name at once.
 """
 
+import json
 import os
 import pathlib
 
+from robust_mm import _tasks
 from robust_mm import _validate
 from robust_mm.data import catalogue
-from robust_mm.data.catalogue import DatasetInfo
-from robust_mm.data.catalogue import ModalityInfo
+from robust_mm.data import catalogue_large
+from robust_mm.data.catalogue_entries import DatasetInfo
+from robust_mm.data.catalogue_entries import ModalityInfo
 
 __all__ = [
   "DATA_DIR_VARIABLE",
@@ -23,6 +26,7 @@ __all__ = [
   "data_dir",
   "format_list",
   "get",
+  "layout",
   "list_datasets",
   "of_builder",
   "prepared_path",
@@ -33,7 +37,12 @@ SPLITS = ("train", "validation", "test")
 MARKER = "dataset_info.json"
 DATA_DIR_VARIABLE = "ROBUST_MM_DATA_DIR"
 
-_DATASETS = {info.name: info for info in catalogue.DATASETS}
+# Where TFDS keeps what the records of a measured set say of themselves.
+LAYOUT = "metadata.json"
+
+_DATASETS = {
+  info.name: info for info in (*catalogue.DATASETS, *catalogue_large.LARGE)
+}
 
 
 def list_datasets() -> tuple[str, ...]:
@@ -120,6 +129,27 @@ def prepared_path(
   return folder
 
 
+def layout(name: str, path: str | os.PathLike | None = None) -> dict:
+  """What the records of a measured set say of themselves.
+
+  ``{"modalities": {m: {"shape", "stored"}}, "class_names", "splits": {split:
+  size}}``, as the builder wrote it.
+
+  Raises:
+    UserError: the set is not prepared, or the file is damaged.
+  """
+  file = prepared_path(name, path) / LAYOUT
+  try:
+    found = json.loads(file.read_text())
+    found["modalities"], found["class_names"], found["splits"]
+  except (OSError, ValueError, LookupError, TypeError) as error:
+    raise _validate.UserError(
+      f"{file} is damaged ({error!r}); prepare the data set again with "
+      "--overwrite."
+    ) from error
+  return found
+
+
 def format_list(path: str | os.PathLike | None = None) -> str:
   """All data sets as text, and which prepared ones are there."""
   lines = []
@@ -131,12 +161,20 @@ def format_list(path: str | os.PathLike | None = None) -> str:
       state = "prepared" if there else "not prepared"
     lines.append(f"{name} ({state}): {info.description}")
     if info.modalities:
-      sizes = ", ".join(f"{size} {s}" for s, size in info.splits.items())
+      splits, num_classes = info.splits, info.num_classes
+      if info.measured and state == "prepared":
+        found = layout(name, path)
+        splits, num_classes = found["splits"], len(found["class_names"])
+      sizes = ", ".join(f"{size} {s}" for s, size in splits.items())
+      sizes = sizes or "sizes are yours"
       listed = ", ".join(
         f"{modality}{'*' if modality in info.default_modalities else ''}"
         for modality in sorted(info.modalities)
       )
-      task = f"{info.num_classes} classes" if info.num_classes else "regression"
+      task = "regression"
+      if info.task != _tasks.REGRESSION:
+        task = f"{num_classes or 'your'} classes"
+        task += " (multi-label)" if info.multi_label else ""
       lines.append(f"  {task}; {sizes}; {listed}")
   lines.append("(* used by default)")
   return "\n".join(lines)

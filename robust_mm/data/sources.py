@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from robust_mm import _tasks
 from robust_mm import _validate
 from robust_mm.data import registry
 
@@ -48,7 +49,8 @@ class Column:
   def take(self, indices: np.ndarray) -> np.ndarray:
     """The values of these examples, a fresh array."""
     rows = indices if self.index is None else self.index[indices]
-    values = self.array[rows].astype(self.dtype, copy=False)
+    # A mapped array gives its own kind, though the rows are in memory.
+    values = np.asarray(self.array[rows]).astype(self.dtype, copy=False)
     if self.divisor != 1.0:
       values /= np.float32(self.divisor)
     return values
@@ -68,7 +70,8 @@ class Source:
     split: ``"train"``, ``"validation"``, ``"test"``, or several joined by +.
     columns: ``{m: Column}``.
     present: ``{m: bool[n] | None}``; None where nothing is missing.
-    labels: ``int32[n]``, or ``float32[n]`` of a regression.
+    labels: ``int32[n]``; ``float32[n]`` of a regression, ``bool[n, k]`` of
+      several classes at once. Batches have 0 and 1 in float32 of these.
     ids: ``int32[n]``, unique over all splits of a named data set.
     num_classes: k; 0 of a regression.
     value_range: ``{m: (low, high) | None}``.
@@ -94,8 +97,8 @@ class Source:
 
   @property
   def task(self) -> str:
-    """``"classification"``, or ``"regression"`` where labels are numbers."""
-    return "classification" if self.num_classes else "regression"
+    """What the labels are of, as ``Model.task`` says it."""
+    return _tasks.of_labels(self.labels, self.num_classes)
 
   @property
   def modalities(self) -> tuple[str, ...]:
@@ -127,10 +130,13 @@ class Source:
         present[name] = flags[indices]
         values[~present[name]] = 0
       inputs[name] = values
+    label = self.labels[indices]
+    if self.task == _tasks.MULTI_LABEL:
+      label = label.astype(np.float32)
     batch = {
       "inputs": inputs,
       "present": present,
-      "label": self.labels[indices],
+      "label": label,
       "id": self.ids[indices],
     }
     for transform in self.transforms:
@@ -193,9 +199,18 @@ class Source:
     return self.subset(fixed_order(self.labels)[: int(size)])
 
 
+def label_dtype(task: str) -> str:
+  """How a source keeps the labels of a task."""
+  return {
+    _tasks.CLASSIFICATION: "int32",
+    _tasks.REGRESSION: "float32",
+    _tasks.MULTI_LABEL: "bool",
+  }[task]
+
+
 def fixed_order(labels: np.ndarray) -> np.ndarray:
-  """The order subsets are prefixes of: class-balanced, of numbers random."""
-  if np.issubdtype(labels.dtype, np.floating):
+  """The order subsets are prefixes of: class-balanced, else random."""
+  if labels.ndim == 2 or np.issubdtype(labels.dtype, np.floating):
     return np.random.default_rng(0).permutation(len(labels))
   return balanced_order(labels, seed=0)
 
@@ -250,7 +265,7 @@ def concatenate(parts: Sequence[Source]) -> Source:
 
 
 def _check_alike(first: Source, other: Source) -> None:
-  facts = ("name", "spec", "num_classes", "value_range", "transforms")
+  facts = ("name", "spec", "num_classes", "task", "value_range", "transforms")
   for fact in (*facts, "metadata"):
     mine, its = getattr(first, fact), getattr(other, fact)
     if fact == "metadata":

@@ -37,7 +37,11 @@ SCHEMA = {
     "units of the label (smaller is better), of labels in [-3, 3] also "
     "{accuracy_7, accuracy_2_nonzero, f1_2_nonzero, accuracy_2_has_zero, "
     "f1_2_has_zero}; clean has best_constant_mae, that of the median of the "
-    "test labels; what is about classes is null or empty"
+    "test labels; or 'multi_label': then rows of {map (mean average precision "
+    "over num_classes classes that some example has), interval (null), "
+    "hit_at_1, num_classes, num_examples}; clean has constant_map, that of "
+    "scores that are all the same; of both what is about one class is null or "
+    "empty"
   ),
   "name": "what the report calls the run",
   "dataset": "name of the data, or null",

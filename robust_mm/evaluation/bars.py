@@ -3,22 +3,41 @@
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from robust_mm import _tasks
 from robust_mm.evaluation import rows as rows_lib
 from robust_mm.evaluation import style
 
 # Estimated quantities look different from certified ones in every plot.
 ESTIMATED_HATCH = "///"
-MAE = "mean absolute error, in units of the label"
+
+
+class Axis(NamedTuple):
+  """How the number of a task is drawn."""
+
+  label: str
+  top: float | None
+  digits: str
+  heading: str
+
+
+AXES = {
+  _tasks.CLASSIFICATION: Axis("accuracy", 1, ".3f", "Right"),
+  _tasks.REGRESSION: Axis(
+    "mean absolute error, in units of the label", None, "#.4g", "Off by"
+  ),
+  _tasks.MULTI_LABEL: Axis("mean average precision (mAP)", 1, ".3f", "mAP"),
+}
 _WORDS = {True: "certified", False: "estimated", None: "no bound"}
 
 
 def subsets(results: Sequence[dict]) -> Figure | None:
-  """Accuracy, or MAE, with only some modalities, a bar for each subset."""
+  """Accuracy, MAE or mAP with only some modalities, a bar for each subset."""
   labels = list(
     dict.fromkeys(k for result in results for k in result["subsets"])
   )
@@ -30,30 +49,30 @@ def subsets(results: Sequence[dict]) -> Figure | None:
   figure = Figure(figsize=(7.6, height), layout="constrained")
   axes = style.plain(figure.add_subplot(), grid_axis="x")
   thickness = 0.8 / len(results)
+  axis = AXES[rows_lib.task(results)]
   for index, result in enumerate(results):
     rows = [result["subsets"].get(label) for label in labels]
-    _subset_bars(axes, rows, index, thickness)
+    _subset_bars(axes, rows, index, thickness, axis.digits)
   words = [
     f"{label} (all)" if label == every else f"only {label}" for label in labels
   ]
   _name_rows(axes, words, thickness)
-  numbers = rows_lib.regression(results)
-  axes.set_xlim(0, None if numbers else 1)
-  what = MAE if numbers else "accuracy"
-  axes.set_xlabel(f"{what} (thin lines: 95 % interval)")
-  done = "Off by" if numbers else "Right"
-  style.title(axes, f"{done} with only these modalities available")
+  axes.set_xlim(0, axis.top)
+  measured = [row for result in results for row in result["subsets"].values()]
+  thin = " (thin lines: 95 % interval)"
+  thin = thin if any(row["interval"] for row in measured) else ""
+  axes.set_xlabel(f"{axis.label}{thin}")
+  style.title(axes, f"{axis.heading} with only these modalities available")
   if len(results) > 1:
     style.legend_below(figure, [_patch(i, r) for i, r in enumerate(results)])
   return figure
 
 
-def _subset_bars(axes, rows, index, thickness) -> None:
+def _subset_bars(axes, rows, index, thickness, digits) -> None:
   for place, row in enumerate(rows):
     y = place + index * thickness
     value = rows_lib.number(row)
     measured = value is not None
-    digits = "#.4g" if measured and "mae" in row else ".3f"
     text = f"{value:{digits}}" if measured else "not measured"
     # Right of the axes: on a short or pale bar it could not be read.
     axes.text(

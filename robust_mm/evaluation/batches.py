@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from robust_mm import _compiling
+from robust_mm import _tasks
 from robust_mm import modalities
 from robust_mm._types import Batch
 from robust_mm._types import Model
@@ -25,7 +26,8 @@ class Data:
   Attributes:
     inputs: ``{m: [n, ...]}``.
     present: ``{m: bool[n]}``.
-    label: ``int32[n]``, or ``float32[n]`` of a regression.
+    label: ``int32[n]``; ``float32[n]`` of a regression, ``float32[n, k]`` of 0
+      and 1 of several labels.
     id: ``int[n]``, the caller's.
     counted: ``bool[n]``, False where nothing is present; such an example is
       in no average.
@@ -80,12 +82,14 @@ def host_data(
 
   Raises:
     ValueError: a modality is missing, rows differ in number, there are none,
-      or a label is no integer in ``0..k-1``, or of a regression no number.
+      or a label is no integer in ``0..k-1``, of a regression no number, of
+      several labels no row of k zeros and ones.
   """
   label = np.asarray(batch["label"])
-  numbers = model.target is not None
-  if numbers:
+  if model.task == _tasks.REGRESSION:
     _check_numbers(label)
+  elif model.task == _tasks.MULTI_LABEL:
+    _check_several(label, model.num_classes)
   elif label.ndim != 1 or not np.issubdtype(label.dtype, np.integer):
     raise ValueError(
       "batch['label'] must be one integer class per example, got shape "
@@ -100,12 +104,12 @@ def host_data(
   inputs = {name: x[rows] for name, x in inputs.items()}
   present = {name: x[rows] for name, x in present.items()}
   counted = np.any(list(present.values()), axis=0)
-  if not numbers:
+  if model.classifies:
     _check_labels(label[rows][counted], model.num_classes)
   return Data(
     inputs=inputs,
     present=present,
-    label=label[rows].astype(np.float32 if numbers else np.int32),
+    label=label[rows].astype(np.int32 if model.classifies else np.float32),
     id=np.asarray(batch.get("id", np.arange(len(label))))[rows],
     counted=counted,
   )
@@ -259,6 +263,19 @@ def _check_numbers(label):
       "batch['label'] must be one finite number per example, got shape "
       f"{label.shape} of {label.dtype}."
     )
+
+
+def _check_several(label, num_classes: int):
+  fits = label.ndim == 2 and label.shape[1] == num_classes
+  if not fits or label.dtype.kind not in "biuf" or not _zeros_and_ones(label):
+    raise ValueError(
+      f"batch['label'] must be [n, {num_classes}] of 0 and 1, got shape "
+      f"{label.shape} of {label.dtype}."
+    )
+
+
+def _zeros_and_ones(label) -> bool:
+  return bool(np.all((label == 0) | (label == 1)))
 
 
 def _check_labels(label, num_classes: int):

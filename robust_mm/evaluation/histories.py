@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from robust_mm import _tasks
 from robust_mm.evaluation import rows as rows_lib
 from robust_mm.evaluation import style
 
@@ -45,10 +46,11 @@ def training(
     _validation(histories, "accuracy", "accuracy"),
     _validation(histories, "mean absolute error", "mae", "mae_over_subsets"),
     _validation(histories, "correlation", "correlation"),
+    _validation(histories, "mean average precision", "map", "map_over_subsets"),
     _validation(histories, "cross-entropy", "loss"),
   ]
-  if rows_lib.regression(results):  # the loss is the MAE in deviations
-    panels.pop()
+  if rows_lib.task(results) == _tasks.REGRESSION:
+    panels.pop()  # the loss is the MAE in deviations
   panels = [panel for panel in panels if panel.lines]
   if not panels:
     return None

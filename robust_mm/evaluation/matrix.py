@@ -79,8 +79,8 @@ def _forward_fn(model):
     }
     inputs = modalities.mask(chunk["inputs"], present)
     outputs, _ = model.apply(params, state, inputs, present)
-    if model.target is not None:
-      return outputs.logits[:, 0]
+    if not model.classifies:
+      return model.said(outputs.logits)
     return decide(outputs.logits)
 
   return forward
@@ -98,13 +98,13 @@ def predictions(
 
   Returns:
     ``{subset: (prediction [n], counted bool[n])}``; an example is counted where
-    the subset leaves it something. A non-finite logit predicts -1; a number
-    stays as it is.
+    the subset leaves it something. A non-finite logit predicts -1; what is no
+    class stays as it is, logits ``[n, k]`` of several labels.
   """
   result = {}
   for subset in subsets:
     counted = np.any([data.present[name] for name in subset], axis=0)
-    prediction = np.full(data.size, -1, data.label.dtype)
+    prediction = np.full_like(data.label, -1)
     rows = np.flatnonzero(counted)
     if len(rows):
       prediction[rows] = forward(data, rows, subset)

@@ -140,6 +140,8 @@ def average_precision(label: Any, score: Any) -> float:
 def mean_average_precision(label: Any, score: Any) -> float:
   """mAP: over the classes of ``[n, k]`` that have a positive label.
 
+  NaN without any, or where a score is NaN.
+
   Raises:
     ValueError: shapes that are not the same ``[n, k]``.
   """
@@ -149,6 +151,8 @@ def mean_average_precision(label: Any, score: Any) -> float:
       f"label and score must be [n, k] of one shape, got {label.shape} and "
       f"{score.shape}."
     )
+  if np.isnan(score).any():
+    return math.nan
   found = [average_precision(a, b) for a, b in zip(label.T, score.T)]
   found = [value for value in found if not math.isnan(value)]
   return float(np.mean(found)) if found else math.nan

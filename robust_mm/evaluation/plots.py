@@ -42,7 +42,7 @@ def figures(
 
 
 def missing(results: Sequence[dict]) -> Figure | None:
-  """Accuracy, or MAE, against the share of modalities that are absent."""
+  """Accuracy, MAE or mAP against the share of modalities that are absent."""
   if not any(result.get("missing") for result in results):
     return None
   figure, (axes,) = style.panels(1, height=3.8, width=6.4)
@@ -70,10 +70,10 @@ def missing(results: Sequence[dict]) -> Figure | None:
       alpha=0.15,
       linewidth=0,
     )
-  numbers = rows_lib.regression(results)
-  axes.set_ylim(0, None if numbers else 1)
+  axis = bars.AXES[rows_lib.task(results)]
+  axes.set_ylim(0, axis.top)
   axes.set_xlabel("missing rate (share of all modalities of all examples)")
-  axes.set_ylabel(bars.MAE if numbers else "accuracy")
+  axes.set_ylabel(axis.label)
   axes.legend(frameon=False, fontsize=style.SMALL, loc="best")
   style.title(axes, "Random modalities absent")
   return figure

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from robust_mm import _files
+from robust_mm import _tasks
 from robust_mm.evaluation import captions
 from robust_mm.evaluation import details
-from robust_mm.evaluation import errors
+from robust_mm.evaluation import pages
 from robust_mm.evaluation import plots
 from robust_mm.evaluation import rows as rows_lib
 from robust_mm.evaluation import style
@@ -90,10 +91,10 @@ def render(
 
   Raises:
     ValueError: no results, or as many histories or folders as there are not
-      results; results that predict classes beside some that predict numbers.
+      results; results of several tasks.
   """
   results = distinct(results)
-  rows_lib.regression(results)  # refuses both tasks on one page
+  rows_lib.task(results)  # refuses several tasks on one page
   for name, given in (("histories", histories), ("folders", folders)):
     if given is not None and len(given) != len(results):
       raise ValueError(
@@ -120,8 +121,8 @@ def render(
 
 def _page(results, histories, title: str, drawn: dict) -> dict:
   """What the template is filled with."""
-  if rows_lib.regression(results):
-    return errors.page(results, histories, title, drawn)
+  if rows_lib.task(results) != _tasks.CLASSIFICATION:
+    return pages.page(results, histories, title, drawn)
   return {
     "title": title,
     "notes": texts.NOTES,
@@ -167,7 +168,7 @@ def _places(results, folders, path: pathlib.Path) -> dict:
 
 
 def table(results: Sequence[dict], *, width: int | None = None) -> str:
-  """The accuracies of all runs as one table of text, a column a run.
+  """The main numbers of all runs as one table of text, a column a run.
 
   Certified and estimated numbers stand in rows of their own; a dash means
   that the run has no such number.
@@ -178,16 +179,16 @@ def table(results: Sequence[dict], *, width: int | None = None) -> str:
       below. None for lines of any length.
   """
   results = distinct(results)
-  numbers = rows_lib.regression(results)
-  rows = (errors if numbers else wording).table_rows(results)
-  head = "error" if numbers else "accuracy"
+  classes = rows_lib.task(results) == _tasks.CLASSIFICATION
+  rows = (wording if classes else pages).table_rows(results)
+  head = "accuracy" if classes else pages.head(results)
   columns = [[head, *[row["label"] for row in rows]]]
   columns += [
     [result["name"], *[row["values"][index] for row in rows]]
     for index, result in enumerate(results)
   ]
   blocks, sizes = [], dict.fromkeys(map(wording.size_words, results))
-  if numbers:
+  if not classes:
     sizes = {}
   groups = _fitting([max(map(len, column)) for column in columns], width)
   for group in groups:

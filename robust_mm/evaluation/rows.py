@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
+from robust_mm import _tasks
+
 KINDS = ("attacked", "certified")
 
 
 def main(row: Mapping) -> str:
-  """What rows are compared by: ``accuracy``, or ``mae`` of a regression."""
-  return "mae" if "mae" in row else "accuracy"
+  """What rows are compared by: ``accuracy``, or ``mae`` or ``map``."""
+  return next(name for name in _tasks.MAIN.values() if name in row)
 
 
 def number(row: Mapping | None) -> float | None:
@@ -18,19 +20,22 @@ def number(row: Mapping | None) -> float | None:
   return None if isinstance(value, str) else value
 
 
-def regression(results: Sequence[Mapping]) -> bool:
-  """Whether the results are of models that predict a number.
+def task(results: Sequence[Mapping]) -> str:
+  """The task of all the results.
 
   Raises:
-    ValueError: of some they are and of others not.
+    ValueError: they are of several.
   """
-  tasks = {result.get("task", "classification") for result in results}
+  tasks = {result.get("task", _tasks.CLASSIFICATION) for result in results}
   if len(tasks) > 1:
-    raise ValueError(
-      "results must be of one task: runs that predict classes and runs that "
-      "predict a number (regression) have no number in common."
+    found = " and runs that predict ".join(
+      _tasks.PREDICTS[name] for name in sorted(tasks)
     )
-  return tasks == {"regression"}
+    raise ValueError(
+      f"results must be of one task: runs that predict {found} have no number "
+      "in common."
+    )
+  return tasks.pop()
 
 
 def names_of(results: Sequence[dict]) -> list[str]:

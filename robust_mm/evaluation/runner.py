@@ -18,6 +18,7 @@ from robust_mm.evaluation import bounds as bounds_lib
 from robust_mm.evaluation import circumstances
 from robust_mm.evaluation import masking as masking_lib
 from robust_mm.evaluation import matrix
+from robust_mm.evaluation import multi_label
 from robust_mm.evaluation import probes
 from robust_mm.evaluation import progress as progress_lib
 from robust_mm.evaluation import protocol as protocol_lib
@@ -26,6 +27,9 @@ from robust_mm.evaluation import report as report_lib
 from robust_mm.evaluation import shifts as shifts_lib
 from robust_mm.evaluation import smoothed as smoothed_lib
 from robust_mm.evaluation import summary
+from robust_mm.evaluation import unattacked
+
+_TASKS = {task.name: task for task in (regression.TASK, multi_label.TASK)}
 
 
 def evaluate(
@@ -46,7 +50,8 @@ def evaluate(
 ) -> report_lib.Report:
   r"""Clean, subset, attacked and certified accuracy of one model.
 
-  Of a regression errors, without attacks and certificates.
+  Of a regression errors, and of several labels the mean average precision,
+  without attacks and certificates.
 
   An example with no modality present is in no average. At every radius
 
@@ -62,7 +67,8 @@ def evaluate(
     model: any model that keeps the contract.
     params: its parameters, wherever they live.
     batch: the test data as host arrays: ``inputs {m: [n, ...]}``, ``label
-      [n]``, and, where they are not trivial, ``present`` and ``id``.
+      [n]`` or ``[n, k]``, and, where they are not trivial, ``present`` and
+      ``id``.
     state: the model's state; None for an empty one.
     protocol: what to measure; :func:`evaluation.standard` by default.
     seed: of the attacks, and noted in the results.
@@ -81,8 +87,9 @@ def evaluate(
   Raises:
     ValueError: bad data or a protocol the model cannot follow, naming it.
   """
-  if model.target is not None:
-    return regression.evaluate(
+  if not model.classifies:
+    return unattacked.evaluate(
+      _TASKS[model.task],
       model,
       params,
       batch,

@@ -92,7 +92,7 @@ def check(protocol: protocol_lib.Protocol, data: batches.Data) -> None:
 def missing(
   bench: Bench, protocol: protocol_lib.Protocol, tick: Tick
 ) -> dict | None:
-  """Accuracy, or errors, by missing rate; the same masks for every model."""
+  """Accuracy, or that of the task, by missing rate; masks alike for models."""
   if not protocol.missing_rates:
     return None
   data = bench.data.take(np.flatnonzero(bench.data.counted))
@@ -164,14 +164,14 @@ def corrupted(
   key: Any,
   tick: Tick,
 ) -> dict | None:
-  """Accuracy, or errors, under every corruption, and the mean over all."""
+  """Accuracy, or that of the task, under every corruption, and the mean."""
   if not suite:
     return None
   run = _run_fn(bench)
   data, rows = bench.data, []
   donors = bench.device.replicate(_donors(data))
   counted = np.flatnonzero(data.counted)
-  prediction = np.full(data.size, -1, data.label.dtype)
+  prediction = np.full_like(data.label, -1)
   for name, corruption in suite.items():
     given = donors if corruption.kind == "swap" else None
     extra = (corruption, key, given)
@@ -223,7 +223,7 @@ def _donors(data: batches.Data) -> dict:
 def corruption_scores(rows) -> dict:
   """``{"score", "scores": {kind: mean accuracy}}``; every kind counts alike.
 
-  Of a regression means of the MAE, and smaller is better.
+  Of other tasks means of what their rows are compared by.
   """
   table = {}
   for row in rows:

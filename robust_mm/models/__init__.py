@@ -9,6 +9,7 @@ from robust_mm.models import decoding
 from robust_mm.models import encoders
 from robust_mm.models import functional
 from robust_mm.models import fusion
+from robust_mm.models import labels
 from robust_mm.models import lipschitz
 from robust_mm.models import lipschitz_layers
 from robust_mm.models import masked
@@ -23,6 +24,7 @@ from robust_mm.models.fusion import ConcatFusion
 from robust_mm.models.fusion import OrthogonalFusion
 from robust_mm.models.fusion import TokenFusion
 from robust_mm.models.fusion import head_defect
+from robust_mm.models.labels import multi_label
 from robust_mm.models.masked import MaskedFusion
 from robust_mm.models.multimodal import build
 from robust_mm.models.multimodal import concat_fusion
@@ -60,11 +62,13 @@ __all__ = [
   "functional",
   "fusion",
   "head_defect",
+  "labels",
   "late_fusion",
   "lipschitz",
   "lipschitz_layers",
   "masked",
   "masked_fusion",
+  "multi_label",
   "normalization",
   "patches",
   "regression",

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from robust_mm import _tasks
 from robust_mm import controllers
 from robust_mm import corruptions
 from robust_mm import modalities
@@ -263,16 +264,29 @@ def disagreement(model: Model, logits, left, full, temperature: float):
   .. math:: \tau^2 \operatorname{mean}_s \operatorname{mean}_i
             KL(p_i \,\|\, p_i^s), \qquad p = softmax(z / \tau)
 
+  Of several labels KL is that of each class, there or not, averaged over
+  classes, with :math:`p = \sigma(z / \tau)`.
   Of a regression the mean of the squared difference, in deviations of the
   target, without a temperature. The prediction ``full`` [b, k] of everything is
   the teacher: no gradient.
   """
   full = jax.lax.stop_gradient(full)
-  if model.target is not None:
+  if model.task == _tasks.REGRESSION:
     apart = (logits - full[None])[..., 0] / model.target.deviation
     return jnp.mean(jax.vmap(objectives.counted_mean)(apart**2, left))
-  target = jax.nn.log_softmax(full / temperature)[None]
-  said = jax.nn.log_softmax(logits / temperature)
-  each = jnp.sum(jnp.exp(target) * (target - said), axis=-1)
+  if model.task == _tasks.MULTI_LABEL:
+    each = _binary_divergence(full[None] / temperature, logits / temperature)
+  else:
+    target = jax.nn.log_softmax(full / temperature)[None]
+    said = jax.nn.log_softmax(logits / temperature)
+    each = jnp.sum(jnp.exp(target) * (target - said), axis=-1)
   means = jax.vmap(objectives.counted_mean)(each, left)
   return temperature**2 * jnp.mean(means)
+
+
+def _binary_divergence(target, said):
+  """Mean over classes of KL between coins with these logits."""
+  there = jax.nn.log_sigmoid(target) - jax.nn.log_sigmoid(said)
+  away = jax.nn.log_sigmoid(-target) - jax.nn.log_sigmoid(-said)
+  chance = jax.nn.sigmoid(target)
+  return jnp.mean(chance * there + (1 - chance) * away, axis=-1)

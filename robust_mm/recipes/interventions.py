@@ -32,7 +32,7 @@ def modality_dropout(*, rate: float = 1.0) -> Callable[..., Any]:
     del params, state
     subset_key, touch_key = jax.random.split(key)
     chosen = modalities.random_presence(subset_key, batch["present"])
-    touched = jax.random.bernoulli(touch_key, rate, batch["label"].shape)
+    touched = jax.random.bernoulli(touch_key, rate, batch["label"].shape[:1])
     present = {
       name: jnp.where(touched, chosen[name], flag)
       for name, flag in batch["present"].items()

@@ -35,10 +35,13 @@ def joint(
   valid_range=None,
   units=None,
 ) -> phases.Recipe:
-  """Cross-entropy on the fused logits, or L1 of a regression.
+  """Cross-entropy on the fused logits; L1 of a regression.
+
+  Of a multi-label model sigmoid cross-entropy, averaged over classes.
 
   Args:
-    model: any model; a regression takes ``plain``, ``dropout`` and ``noise``.
+    model: any model; one that does not predict classes, one an example, takes
+      ``plain``, ``dropout`` and ``noise``.
     num_steps: optimiser updates.
     tx: the optimiser.
     variant: ``plain``; ``dropout``, a random subset of the modalities per
@@ -59,7 +62,7 @@ def joint(
     keep: ``{modality: number of elements kept}`` of the noise variant; the rest
       is dropped at random (``smoothing.subsample``).
     label_smoothing: share of every label, in [0, 1), that the loss spreads over
-      all classes alike.
+      all classes alike; 0 for other tasks.
     spectral_penalty: weight of the sum of all layers' spectral norms, which
       makes ordinary encoders certifiable; 0 for none.
     valid_range: ``{modality: (low, high)}`` the attack stays in.
@@ -68,7 +71,7 @@ def joint(
 
   Raises:
     ValueError: an unknown variant or a number out of range, naming it; a
-      variant that is about classes, for a regression.
+      variant that is about classes, for another task.
   """
   _validate.one_of(VARIANTS, variant=variant)
   if variant in ("adversarial", "mixup"):

@@ -27,6 +27,12 @@ from robust_mm.recipes import phases
 from robust_mm.recipes import probing
 
 METHODS = ("lp_ft", "finetune")
+# Of ``distillation.divergence``, by the task of the model.
+_DIVERGENCES = {
+  "classification": "single_label",
+  "multi_label": "multi_label",
+  "regression": "regression",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -200,7 +206,7 @@ def make_update(
 ) -> Callable:
   """One step on both kinds of rows."""
   model = settings.model
-  task = "single_label" if model.target is None else "regression"
+  task = _DIVERGENCES[model.task]
 
   def update(state, batch, key):
     draw_key, model_key = jax.random.split(key)

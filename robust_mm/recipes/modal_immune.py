@@ -92,8 +92,9 @@ def modal_immune(
             L_{col}(Z_m) + w_{rec} L_{rec}(a \setminus m) + w_{con} D(a)
             - w_{fb} L_{probe}(Z_m)
 
-  with the arm m drawn by the controller and L the cross-entropy, or L1 in
-  deviations of the target for a regression. :math:`L(a \setminus m)` is that of
+  with the arm m drawn by the controller and L the cross-entropy, L1 in
+  deviations of the target for a regression, or sigmoid cross-entropy averaged
+  over classes for several labels. :math:`L(a \setminus m)` is that of
   random subsets with ``removal="subset"``, and the mean over all availability
   sets, m in some of them, with ``"every"``: then the task and the collapse pull
   at the same encoder. D is the divergence of ``consistency_weight``. Collapse
@@ -133,11 +134,11 @@ def modal_immune(
     consistency_weight: of the divergence of predictions from every availability
       set from the one of all modalities (of all that are intact, where one is
       damaged), which is the teacher; of a regression the squared difference, in
-      deviations.
+      deviations; of several labels the mean over classes of binary ones.
     temperature: of that divergence; nothing to a regression.
     label_smoothing: share of every label, in [0, 1), that the training losses
       spread over all classes alike; those on validation batches stay plain. 0
-      for a regression.
+      for other tasks.
     reconstruction_weight: of decoders that tell the features of every modality
       from what is left; 0 for none. 0.1 where ``features`` are given.
     damage_rate: share of the examples whose input of the arm is corrupted, by a
@@ -153,7 +154,7 @@ def modal_immune(
       (``recipes.feature_statistics``); those named get a decoder.
     feedback_weight: the encoder of the arm also climbs the loss, up to chance,
       of a probe that tells the label from its embeddings; through the gates,
-      after the warm-up.
+      after the warm-up. 0 for other tasks.
     controller: ``hedge``, ``exp3``, ``exp3s``, ``uniform``, or a value of
       ``robust_mm.controllers``.
     controller_period: updates between two rounds of it.
@@ -210,9 +211,9 @@ def modal_immune(
   )
   _validate.positive(temperature=temperature)
   _validate.below_one(label_smoothing=label_smoothing)
-  objectives.check_smoothing(model, label_smoothing)
-  if feedback_weight and model.target is not None:
-    raise ValueError("feedback_weight must be 0 for a regression.")
+  objectives.check_off(
+    model, label_smoothing=label_smoothing, feedback_weight=feedback_weight
+  )
   if reconstruction_weight and not features:
     raise ValueError("reconstruction_weight must be 0 without features.")
   if guard_tolerance is not None:

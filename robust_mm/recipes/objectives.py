@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from robust_mm import _tasks
 from robust_mm import _validate
 from robust_mm import certification
 from robust_mm import linalg
@@ -18,13 +19,13 @@ def cross_entropy_loss(
 ) -> Callable:
   """Cross-entropy, mixed labels and a clean term where the batch has them.
 
-  Of a regression its :func:`task_loss`.
+  Of another task its :func:`task_loss`.
 
   Raises:
-    ValueError: ``label_smoothing`` is not in [0, 1), or not 0 for a regression.
+    ValueError: ``label_smoothing`` is not in [0, 1), or not 0 for another task.
   """
   _validate.below_one(label_smoothing=label_smoothing)
-  check_smoothing(model, label_smoothing)
+  check_off(model, label_smoothing=label_smoothing)
   metric = score_name(model)
 
   def loss_fn(params, state, batch, *, key):
@@ -98,35 +99,61 @@ def with_spectral_penalty(
   return penalised
 
 
-def check_smoothing(model: Model, label_smoothing: float) -> None:
-  """ValueError for smoothed labels of a regression: a number has no classes."""
-  if label_smoothing and model.target is not None:
-    raise ValueError("label_smoothing must be 0 for a regression.")
+def check_off(model: Model, **weights: float) -> None:
+  """ValueError for a weight above 0 of what is about one class an example."""
+  for name, value in weights.items():
+    if value and not model.classifies:
+      raise ValueError(
+        f"{name} must be 0 for a model that predicts "
+        f"{_tasks.PREDICTS[model.task]}."
+      )
 
 
 def task_loss(model: Model, logits, batch, *, label_smoothing: float = 0.0):
-  """What a recipe minimises: cross-entropy of classes, L1 of a number."""
-  if model.target is None:
+  """What a recipe minimises: cross-entropy of classes, else `each_loss`."""
+  if model.classifies:
     return classification(logits, batch, label_smoothing=label_smoothing)
-  return absolute_error(logits, batch) / model.target.deviation
+  each = each_loss(model, logits, batch["label"])
+  return counted_mean(each, batch["present"])
+
+
+def each_loss(model: Model, logits, label):
+  """``[b]``: L1 of a number in deviations, sigmoid cross-entropy of labels."""
+  if model.task == _tasks.MULTI_LABEL:
+    return losses.binary_cross_entropy(logits, label)
+  return jnp.abs(model.said(logits) - label) / model.target.deviation
 
 
 def score(model: Model, logits, batch):
   """What a training step reports beside its loss: :func:`score_name`."""
-  if model.target is None:
+  if model.classifies:
     return accuracy(logits, batch)
+  if model.task == _tasks.MULTI_LABEL:
+    return hit_at_1(logits, batch)
   return absolute_error(logits, batch)
 
 
 def score_name(model: Model) -> str:
-  """``accuracy``, or ``mae`` in units of the label."""
-  return "accuracy" if model.target is None else "mae"
+  """``accuracy``; ``mae`` in units of the label; ``hit_at_1`` of multi-label.
+
+  The mean average precision is of a whole set: validation has it.
+  """
+  return {_tasks.MULTI_LABEL: "hit_at_1"}.get(
+    model.task, _tasks.MAIN[model.task]
+  )
 
 
 def absolute_error(logits, batch):
   """Mean of ``|prediction - label|``, examples with at least one modality."""
   error = jnp.abs(logits[..., 0] - batch["label"])
   return counted_mean(error, batch["present"])
+
+
+def hit_at_1(logits, batch):
+  """Share of examples whose class of the largest logit is one they have."""
+  top = jnp.argmax(logits, axis=-1)[..., None]
+  hit = jnp.take_along_axis(batch["label"], top, axis=-1)[..., 0]
+  return counted_mean(hit.astype(logits.dtype), batch["present"])
 
 
 def classification(logits, batch, *, label_smoothing: float = 0.0):

@@ -173,7 +173,7 @@ def has_ended(workdir: pathlib.Path) -> bool:
 
 
 def task(facts: dict) -> str:
-  """``"classification"`` or ``"regression"``; runs of old do not say."""
+  """The task, as ``Model.task`` says it; runs of old do not."""
   return facts.get("task", "classification")
 
 

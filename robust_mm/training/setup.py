@@ -1,13 +1,13 @@
 """The door: a configuration becomes a data source, a model and a recipe."""
 
 import dataclasses
-import math
 import pathlib
 from typing import Any
 
 import ml_collections
 import numpy as np
 
+from robust_mm import _tasks
 from robust_mm import _validate
 from robust_mm import augmentations
 from robust_mm import config_checks
@@ -17,6 +17,7 @@ from robust_mm import models
 from robust_mm import recipes
 from robust_mm._types import Model
 from robust_mm._types import Target
+from robust_mm.training import labels as labels_lib
 from robust_mm.training import optimizers
 from robust_mm.training import runs
 from robust_mm.training import starts
@@ -66,7 +67,7 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
   }
   facts = {
     "dataset": config.data.name,
-    **_describe_labels(train),
+    **labels_lib.describe(train),
     "num_train": len(train),
     "num_validation": len(validation),
     **_describe_inputs(train),
@@ -79,7 +80,7 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
     **{units.key(norm): units.typical(reference, norm) for norm in units.NORMS},
     "notes": [
       *train.notes,
-      *_label_notes(train),
+      *labels_lib.notes(train),
       *split_notes(config, "validation"),
     ],
   }
@@ -112,36 +113,6 @@ def _describe_inputs(source) -> dict:
       for name, bounds in source.value_range.items()
     },
   }
-
-
-def _describe_labels(train) -> dict:
-  """The task, for ``run.json``; of a regression the scale of its target."""
-  found = {"task": train.task, "num_classes": int(train.num_classes)}
-  if train.task == "regression":
-    labels = np.asarray(train.labels, np.float64)
-    if np.ptp(labels) == 0:
-      raise _validate.UserError(
-        f"the {len(labels)} training labels are all {labels[0]:g}: there is "
-        "nothing to predict."
-      )
-    # Exactly rounded: the same on whatever machine a run is resumed.
-    mean = math.fsum(labels) / len(labels)
-    variance = math.fsum((labels - mean) ** 2) / len(labels)
-    target = Target(mean, math.sqrt(variance))
-    found["target"] = target._asdict()
-  return found
-
-
-def _label_notes(train) -> list[str]:
-  """What a label column that counts from 1, say, should make one wonder."""
-  empty = sorted(set(range(train.num_classes)) - set(map(int, train.labels)))
-  if not empty:
-    return []
-  shown = ", ".join(map(str, empty[:5])) + (" ..." if len(empty) > 5 else "")
-  return [
-    f"class {shown} has no training example; labels count from 0, and "
-    f"{train.num_classes} classes are trained."
-  ]
 
 
 def train_splits(config: ml_collections.ConfigDict) -> tuple[str, ...]:
@@ -232,7 +203,10 @@ def check_same_data(source, facts: dict) -> None:
       f"the data has labels for {source.task}, the run was trained for "
       f"{runs.task(facts)}."
     )
-  if source.num_classes > facts["num_classes"]:
+  # Of classes, one an example, those of the highest numbers may be lacking.
+  differs = source.num_classes != facts["num_classes"]
+  lacking = source.task != _tasks.MULTI_LABEL
+  if differs and not (lacking and source.num_classes < facts["num_classes"]):
     raise _validate.UserError(
       f"the data has {source.num_classes} classes, the run was trained on "
       f"{facts['num_classes']}."
@@ -275,9 +249,9 @@ def make_model(config: ml_collections.ConfigDict, facts: dict) -> Model:
         f"{encoder['name']!r}."
       )
   target = None
-  if runs.task(facts) == "regression":
+  if runs.task(facts) == _tasks.REGRESSION:
     target = Target(**facts["target"])
-  return models.build(
+  model = models.build(
     fusion=config.model.fusion,
     encoders=chosen,
     num_classes=1 if target else facts["num_classes"],
@@ -289,6 +263,9 @@ def make_model(config: ml_collections.ConfigDict, facts: dict) -> Model:
     fusion_options=config.model.fusion_options.to_dict(),
     target=target,
   )
+  if runs.task(facts) == _tasks.MULTI_LABEL:
+    return models.multi_label(model)
+  return model
 
 
 _BY_RANK = {1: "mlp", 2: "temporal_cnn", 3: "cnn", 4: "cnn"}

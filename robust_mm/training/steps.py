@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from robust_mm import _tasks
 from robust_mm import certification
 from robust_mm import modalities
 from robust_mm import weights
 from robust_mm._types import Model
 from robust_mm.recipes import Phase
+from robust_mm.recipes import objectives
 from robust_mm.training import state as state_lib
 
 PROJECT_EVERY = 16  # updates
@@ -130,7 +132,9 @@ def make_predict(
 
   Of a regression ``prediction`` and ``label`` in place of ``correct``, and
   ``subset_error`` in place of ``subset_correct``. Each is ``[b]``; ``counted``
-  is False for an example without any modality.
+  is False for an example without any modality. Of a multi-label model
+  ``prediction`` (logits) and ``label`` are ``[b, k]``, and
+  ``subset_prediction`` is ``[b, s, k]``.
 
   ``radius`` is the joint certified l2 radius; it is there for models that
   state sound constants, and when ``certified`` asks for it. ``subset_correct``
@@ -143,10 +147,10 @@ def make_predict(
     )
     label = batch["label"]
     counted = jnp.any(modalities.stack(batch["present"]), axis=0)
-    if model.target is not None:
-      said = outputs.logits[:, 0]
+    if not model.classifies:
+      said = model.said(outputs.logits)
       result = {"prediction": said, "label": label, "counted": counted}
-      result["loss"] = jnp.abs(said - label) / model.target.deviation
+      result["loss"] = objectives.each_loss(model, outputs.logits, label)
       if subsets:
         result.update(_by_subset(model, params, outputs.embeddings, batch))
       return result
@@ -172,21 +176,28 @@ def make_predict(
 
 
 def _by_subset(model: Model, params, embeddings, batch) -> dict:
-  """What is right, or how far off, with each availability set.
+  """What is right, how far off, or said, with each availability set.
 
   One pass of the encoders.
   """
+  name = {
+    _tasks.CLASSIFICATION: "subset_correct",
+    _tasks.REGRESSION: "subset_error",
+    _tasks.MULTI_LABEL: "subset_prediction",
+  }[model.task]
 
   def one(left):
     logits = model.fuse(params, modalities.mask(embeddings, left), left).logits
-    found = jnp.argmax(logits, axis=-1) == batch["label"]
-    if model.target is not None:
-      found = jnp.abs(logits[:, 0] - batch["label"])
+    if model.classifies:
+      found = jnp.argmax(logits, axis=-1) == batch["label"]
+    else:
+      found = model.said(logits)
+    if model.task == _tasks.REGRESSION:
+      found = jnp.abs(found - batch["label"])
     return found, jnp.any(modalities.stack(left), axis=0)
 
   found, counted = jax.lax.map(one, modalities.left_by_set(batch["present"]))
-  name = "subset_correct" if model.target is None else "subset_error"
-  return {name: found.T, "subset_counted": counted.T}
+  return {name: jnp.moveaxis(found, 0, 1), "subset_counted": counted.T}
 
 
 def make_encode(model: Model) -> Callable:

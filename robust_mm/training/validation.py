@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robust_mm import _compiling
+from robust_mm import _tasks
 from robust_mm import _validate
 from robust_mm import certification
 from robust_mm import config_checks
@@ -28,12 +29,14 @@ Validator = Callable[[PyTree, PyTree], dict[str, float]]
 def make(config, setup: setup_lib.Setup, mesh) -> Validator:
   """``validate(params, state) -> {accuracy, loss, ...}``.
 
-  Of a regression ``{mae, correlation, loss}``, the first in units of the label.
+  Of a regression ``{mae, correlation, loss}``, the first in units of the label;
+  of a multi-label model ``{map, loss}``, the mean average precision over the
+  classes that some example has.
 
   Also ``certified_accuracy`` of models with constants and, where models are
   selected by it, ``mean_over_subsets``: accuracy with each availability set
-  (``modalities.availability_sets``) in turn, averaged; of a regression it is
-  ``mae_over_subsets``.
+  (``modalities.availability_sets``) in turn, averaged; it is
+  ``mae_over_subsets`` or ``map_over_subsets`` of the other tasks.
 
   Examples without any modality are left out of every mean.
 
@@ -73,8 +76,8 @@ def make(config, setup: setup_lib.Setup, mesh) -> Validator:
     )
     counted = rows["counted"]
     loss = float(np.mean(rows["loss"][counted]))
-    if model.target is not None:
-      return {**_errors(rows), "loss": loss}
+    if not model.classifies:
+      return {**_MEASURES[model.task](rows), "loss": loss}
     metrics = {
       "accuracy": float(np.mean(rows["correct"][counted])),
       "loss": loss,
@@ -133,6 +136,27 @@ def _errors(rows) -> dict[str, float]:
   if "subset_error" in rows:
     found["mae_over_subsets"] = _over_subsets(rows, "subset_error")
   return found
+
+
+def _ranks(rows) -> dict[str, float]:
+  # It brings the plots of evaluation, which other tasks do without.
+  from robust_mm.evaluation import metrics
+
+  def measure(said, counted):
+    return metrics.mean_average_precision(
+      rows["label"][counted], said[counted].astype(np.float64)
+    )
+
+  found = {"map": measure(rows["prediction"], rows["counted"])}
+  if "subset_prediction" in rows:
+    every = zip(
+      np.moveaxis(rows["subset_prediction"], 1, 0), rows["subset_counted"].T
+    )
+    found["map_over_subsets"] = float(np.mean([measure(*s) for s in every]))
+  return found
+
+
+_MEASURES = {_tasks.REGRESSION: _errors, _tasks.MULTI_LABEL: _ranks}
 
 
 def _over_subsets(rows, name: str) -> float:

@@ -1,4 +1,4 @@
-"""TFDS builders that turn raw npz files into array_record data sets.
+"""TFDS builders that turn raw files into array_record data sets.
 
 Prepare and read them through ``robust_mm.data.prepared``, or, once prepared,
 with TFDS alone: ``tfds.builder("utd_mhad", data_dir=...,
@@ -8,7 +8,10 @@ file_format="array_record").as_data_source(split="train")``. No tensorflow.
 import importlib
 
 _BUILDERS = {
+  "audioset": "Audioset",
   "av_digits": "AvDigits",
+  "imagenet_captions": "ImagenetCaptions",
+  "kinetics": "Kinetics",
   "mfeat": "Mfeat",
   "mosi": "Mosi",
   "utd_mhad": "UtdMhad",

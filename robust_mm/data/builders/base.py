@@ -1,4 +1,4 @@
-"""What all builders share: features from the registry, examples from columns.
+"""What builders share: features from the registry, examples from columns.
 
 The TFDS features of an example are ``inputs`` {m: Tensor}, ``label``, ``id``
 and ``metadata``; a builder says only how raw files become such columns.
@@ -14,8 +14,8 @@ from robust_mm.data import registry
 from robust_mm.data.builders import raw
 
 
-class ColumnsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """A TFDS builder whose examples are rows of columns in memory."""
+class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """A TFDS builder of a data set of the registry."""
 
   VERSION = tfds.core.Version("1.0.0")
   MANUAL_DOWNLOAD_INSTRUCTIONS = (
@@ -26,10 +26,6 @@ class ColumnsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   # importlib_resources, which TFDS does not ask for on new Pythons.
   code_path = None
 
-  @abc.abstractmethod
-  def columns(self, folder: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
-    """``{split: {feature: [n, ...]}}``, features named ``inputs/<m>`` etc."""
-
   @property
   def dataset(self) -> registry.DatasetInfo:
     """The registry's entry of this builder and configuration."""
@@ -37,6 +33,9 @@ class ColumnsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     return registry.of_builder(self.name, config)
 
   def _info(self) -> tfds.core.DatasetInfo:
+    return self._described()
+
+  def _described(self, metadata=None) -> tfds.core.DatasetInfo:
     dataset = self.dataset
 
     def tensor(shape, dtype, encoding="none"):
@@ -49,7 +48,9 @@ class ColumnsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         name: tensor(modality.shape, modality.stored, "zlib")
         for name, modality in dataset.modalities.items()
       },
-      "label": tensor((), "int32"),
+      "label": tensor((dataset.num_classes,), "bool")
+      if dataset.multi_label
+      else tensor((), "int32"),
       "id": tensor((), "int32"),
     }
     if dataset.metadata:
@@ -63,7 +64,16 @@ class ColumnsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       citation=dataset.citation,
       license=dataset.licence,
       disable_shuffling=True,
+      metadata=metadata,
     )
+
+
+class ColumnsBuilder(Builder, skip_registration=True):
+  """A TFDS builder whose examples are rows of columns in memory."""
+
+  @abc.abstractmethod
+  def columns(self, folder: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
+    """``{split: {feature: [n, ...]}}``, features named ``inputs/<m>`` etc."""
 
   def _split_generators(self, dl_manager):
     folder = pathlib.Path(dl_manager.manual_dir)

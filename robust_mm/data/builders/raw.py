@@ -51,13 +51,21 @@ def read(
   """
   arrays = {}
   try:
+    with zipfile.ZipFile(file):  # np.load takes other files too
+      pass
     with np.load(file, allow_pickle=False) as archive:
       for key, shape in shapes.items():
         if key not in archive:
           raise _validate.UserError(f"{file} has no key {key!r}.")
         arrays[key] = archive[key]
         _check_shape(file, key, arrays[key].shape, shape)
-  except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+  except (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+    OSError,
+  ) as error:
     raise _validate.UserError(f"{file} cannot be read: {error}.") from error
   except ValueError as error:
     if isinstance(error, _validate.UserError):
