@@ -85,6 +85,24 @@ _HOW = {
   False: "The dotted line is only an estimate and guarantees nothing.",
 }
 
+# Of a token transformer, whatever its task.
+OF_TOKENS = {
+  "pretrain-mae": "masked tokens told from the rest, without labels",
+  "pretrain-contrastive": (
+    "modalities of one example told from those of others, without labels"
+  ),
+  "pretrain-both": "masked tokens and contrasts, without labels",
+  "probe": "a linear head on frozen features",
+  "finetune": "all parameters, from a fresh head",
+  "lp_ft": "all parameters, from a head that was fitted first",
+  **{
+    f"masd-{teacher}": (
+      "fine-tuned, with what is said of labelled modalities as the teacher of "
+      "other sets"
+    )
+    for teacher in ("self", "ema", "frozen")
+  },
+}
 _RECIPES = {
   "joint": "cross-entropy on all modalities together, the usual baseline",
   "joint-dropout": (
@@ -100,6 +118,7 @@ _RECIPES = {
     "collapsed"
   ),
   "certified_radius": "trained for a large certified radius",
+  **OF_TOKENS,
 }
 _CRMT = (
   "certified robust multimodal training: enlarges every modality's own margin, "

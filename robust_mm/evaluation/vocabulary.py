@@ -194,6 +194,7 @@ _NUMBERS = Vocabulary(
     )
   },
   recipes={
+    **texts.OF_TOKENS,
     "joint": "L1 on all modalities together, the usual baseline",
     "joint-dropout": "L1, with a random subset of modalities for each example",
     "joint-noise": "L1 on noisy inputs",
@@ -258,6 +259,7 @@ _SEVERAL = Vocabulary(
   optional_terms={},
   last_terms={},
   recipes={
+    **texts.OF_TOKENS,
     "joint": "sigmoid cross-entropy on all modalities together, the baseline",
     "joint-dropout": (
       "sigmoid cross-entropy, with a random subset of modalities for each "
