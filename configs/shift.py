@@ -19,6 +19,7 @@ from robust_mm import config as base
 DATASETS = ("digits", "av_digits", "utd_mhad", "mfeat")
 VARIANTS = ("scratch", "smoke")
 EPOCHS = {"av_digits": 8}  # of fine-tuning; 80 of the others
+CLUSTERS = {"av_digits": "speaker", "utd_mhad": "subject"}
 METHODS = (
   "finetune",
   "probe",
@@ -55,6 +56,7 @@ def get_config(argument: str = ""):
   study.methods = METHODS
   study.train_sets = TRAIN_SETS.get(dataset, ())
   study.test_sets = study.train_sets
+  study.cluster = CLUSTERS.get(dataset, "")
   if "scratch" not in variants:
     study.pretraining = f"configs/pretraining.py:{dataset}{smoke}"
   if smoke:

@@ -151,6 +151,8 @@ def study() -> ml_collections.ConfigDict:
   config.pretraining = ""
   config.alpha = 0.5  # of weights between the probe and what follows it
   config.num_samples = 2000  # replicates of the bootstrap
+  # Metadata whose equals are drawn together, such as "speaker"; "" = items.
+  config.cluster = ""
   return config
 
 

@@ -142,5 +142,37 @@ def check(names: tuple[str, ...], *, pretrained: bool) -> None:
     )
 
 
+def budgets(config: ml_collections.ConfigDict) -> dict[str, dict[str, float]]:
+  """What training every method of a study costs.
+
+  Returns:
+    ``{method: {"epochs", "steps", "relative_cost"}}``: how long it trains (one
+    of the two is 0), and how many times the passes of plain fine-tuning an
+    epoch, or a step, takes. A pass forward and backward is 3, one without
+    gradient 1.
+  """
+  found = {}
+  for name in config.study.methods:
+    method = METHODS[name]
+    if isinstance(method, Trained):
+      made = method.configure(config, ())
+      found[name] = {
+        "epochs": made.num_epochs,
+        "steps": made.num_steps,
+        "relative_cost": 1 / method.share,
+      }
+  return found
+
+
+def budget_lines(config: ml_collections.ConfigDict) -> list[str]:
+  """The same as sentences."""
+  return [
+    f"{name}: {cost['epochs'] or cost['steps']} "
+    f"{'epochs' if cost['epochs'] else 'steps'} of {cost['relative_cost']:.2f} "
+    "times the passes of fine-tuning"
+    for name, cost in budgets(config).items()
+  ]
+
+
 def _at_least_one(share: float, number: int) -> int:
   return number and max(1, round(share * number))

@@ -45,6 +45,7 @@ class Study:
     train_sets: T.
     test_sets: E.
     test: the test split, host arrays.
+    clusters: of its examples, ``[n]``; None where each is one by itself.
     prior: log-frequencies of the classes in training, ``[k]``.
     say: prints one line.
     progress: ``progress(done, total, text)``.
@@ -56,6 +57,7 @@ class Study:
   train_sets: tuple[tuple[str, ...], ...]
   test_sets: tuple[tuple[str, ...], ...]
   test: dict
+  clusters: np.ndarray | None
   prior: np.ndarray
   say: Callable[[str], None]
   progress: Callable[..., None]
@@ -161,10 +163,24 @@ def prepare(config, folder, say, progress) -> Study:
     train_sets=_sets("train_sets", asked.train_sets, names),
     test_sets=_sets("test_sets", asked.test_sets, names),
     test=test.batch(),
+    clusters=_clusters(test, asked.cluster),
     prior=shift_derived.log_prior(counts),
     say=say,
     progress=progress,
   )
+
+
+def _clusters(test, name: str) -> np.ndarray | None:
+  if not name:
+    return None
+  if name not in test.metadata:
+    known = ", ".join(sorted(test.metadata)) or "none"
+    raise _validate.UserError(
+      f"config.study.cluster must be metadata of {test.name} ({known}), or '' "
+      f"for single items; got {name!r}."
+      f"{_validate.suggestion(name, test.metadata)}"
+    )
+  return np.asarray(test.metadata[name])
 
 
 def _sets(key: str, given, names) -> tuple[tuple[str, ...], ...]:
@@ -343,13 +359,14 @@ def _report(study: Study, logits) -> shift.ShiftReport:
     train_sets=study.train_sets,
     test_sets=study.test_sets,
     present=study.test["present"],
+    clusters=study.clusters,
     num_samples=study.config.study.num_samples,
   )
 
 
 def _write(study: Study, report: shift.ShiftReport) -> None:
   found = report.to_dict()
-  found["budget"] = budgets(study)
+  found["budget"] = shift_methods.budgets(study.config)
   _files.write_bytes(
     study.folder / "shift.json",
     (json.dumps(found, indent=2, allow_nan=False) + "\n").encode(),
@@ -367,27 +384,9 @@ def _write(study: Study, report: shift.ShiftReport) -> None:
     report,
     title=f"Modality shift on {study.config.data.name}",
     drawn=drawn,
-    notes=_budget_lines(study),
+    notes=shift_methods.budget_lines(study.config),
   )
   _files.write_bytes(study.folder / "shift.html", page.encode())
-
-
-def budgets(study: Study) -> dict[str, dict[str, float]]:
-  """Epochs of every trained method, and passes over labelled rows.
-
-  A pass forward and backward is 3 units, one without gradient 1.
-  """
-  found = {}
-  for name in study.config.study.methods:
-    method = shift_methods.METHODS[name]
-    if isinstance(method, shift_methods.Trained):
-      config = method.configure(study.config, study.names)
-      found[name] = {
-        "epochs": config.num_epochs,
-        "steps": config.num_steps,
-        "relative_cost": 1.0 if method.share == 1 else 1 / method.share,
-      }
-  return found
 
 
 def summary(study: Study, report: shift.ShiftReport) -> str:
@@ -404,14 +403,6 @@ def summary(study: Study, report: shift.ShiftReport) -> str:
           f"{kind} {found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
         )
     lines.append(f"  {method:14s} " + "  ".join(cells))
-  return "\n".join([*lines, "", *_budget_lines(study)]) + "\n"
-
-
-def _budget_lines(study: Study) -> list[str]:
-  """What training each method cost: epochs or steps, times one of them."""
-  return [
-    f"{name}: {cost['epochs'] or cost['steps']} "
-    f"{'epochs' if cost['epochs'] else 'steps'} of {cost['relative_cost']:.2f} "
-    "times the passes of fine-tuning"
-    for name, cost in budgets(study).items()
-  ]
+  return (
+    "\n".join([*lines, "", *shift_methods.budget_lines(study.config)]) + "\n"
+  )

@@ -165,6 +165,7 @@ def test_a_path_that_cannot_be_is_refused(study, words, said, capsys):
     ("study.seeds=0", "config.study.seeds"),
     ("study.alpha=2.0", "config.study.alpha"),
     ("study.nothing=1", "study.nothing"),
+    ("study.cluster=speaker", "config.study.cluster"),
     ("data.labelled=left", "config.data.labelled"),
   ],
 )
