@@ -45,7 +45,7 @@ TRAIN = ("train", "--config=configs/joint.py:digits,smoke")
     (("certify", "--workdir=w", "--keep=16"), "--keep: .* left=16,right=8"),
     (("data", "inspect", "digit"), "Did you mean 'digits'"),
     (("data", "prepare", "mfeat", "--source=nowhere"), "nowhere"),
-    (("evaluate", "--workdir=w", "--config.seed=1"), "robust-mm train only"),
+    (("evaluate", "--workdir=w", "--config.seed=1"), "train and shift only"),
   ],
 )
 def test_mistake_is_one_sentence_and_exit_code_two(

@@ -105,7 +105,7 @@ def path(
     _validate.one_of(report.categories, kinds=kind)
   if chosen is not None:
     _validate.one_of(alphas, chosen=chosen)
-  figure, axes = _along(chosen)
+  figure, (axes,) = style.panels(1, height=4.4, width=6.4)
   ordered = sorted(alphas)
   for kind in kinds or report.categories:
     found = [report.estimate(alphas[a], kind, statistic) for a in ordered]
@@ -131,8 +131,7 @@ def path(
       linewidth=0,
     )
   axes.set_ylabel(f"{statistic.replace('_', ' ')} ({report.score})")
-  style.shared_legend(figure, [axes])
-  return figure
+  return _along(figure, axes, chosen)
 
 
 def curves(
@@ -150,7 +149,7 @@ def curves(
     score: what is measured.
     chosen: the alpha that was picked on matched validation.
   """
-  figure, axes = _along(chosen)
+  figure, (axes,) = style.panels(1, height=4.4, width=6.4)
   for index, (name, values) in enumerate(lines.items()):
     axes.plot(
       alphas,
@@ -163,19 +162,18 @@ def curves(
       label=name,
     )
   axes.set_ylabel(score)
-  style.shared_legend(figure, [axes])
-  return figure
+  return _along(figure, axes, chosen)
 
 
-def _along(chosen: float | None):
-  """A figure over alpha, 0.5 and the choice marked."""
-  figure, (axes,) = style.panels(1, height=4.4, width=6.4)
+def _along(figure, axes, chosen: float | None) -> Figure:
+  """0.5 and the choice marked, axes named."""
   _mark(axes, UNTUNED, "untuned", "--")
   if chosen is not None and chosen != UNTUNED:
     _mark(axes, chosen, "chosen on matched validation", "-")
   axes.set_xlabel("alpha (0: before fine-tuning, 1: fine-tuned)")
   style.title(axes, "Weights between two models")
-  return figure, axes
+  style.shared_legend(figure, [axes])
+  return figure
 
 
 def _cell(axes, row, column, value, kind, colours, top) -> None:

@@ -122,7 +122,7 @@ def masd(
   _validate.positive(temperature=temperature)
   _validate.in_unit_interval(ramp=ramp)
   _validate.below_one(ema_decay=ema_decay, label_smoothing=label_smoothing)
-  objectives.check_smoothing(model, label_smoothing)
+  objectives.check_off(model, label_smoothing=label_smoothing)
   _validate.known(model.modalities, labelled=labelled)
   if len(model.modalities) < 2:
     raise ValueError(

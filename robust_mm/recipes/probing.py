@@ -82,7 +82,7 @@ def finetune(
     )
   _validate.in_unit_interval(dropout_rate=dropout_rate)
   _validate.below_one(label_smoothing=label_smoothing)
-  objectives.check_smoothing(model, label_smoothing)
+  objectives.check_off(model, label_smoothing=label_smoothing)
   _validate.at_least(1, probe_steps=probe_steps)
   _validate.positive(probe_lr=probe_lr)
   _validate.non_negative(probe_decay=probe_decay, l2_sp=l2_sp)
