@@ -189,6 +189,7 @@ def get_config(argument: str = ""):
   config.optimizer.lr = 1e-3
   config.optimizer.weight_decay = 1e-2
   config.training.eval_every = 100
+  config.training.checkpoint_every = 100
   config.selection.metric = "mean_over_subsets"
   if "joint" in variants:
     config.recipe.name = "joint"
