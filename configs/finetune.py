@@ -34,7 +34,6 @@ def get_config(argument: str = ""):
   config.data.name = dataset
   base.token_model(config, small="smoke" in variants)
   config.data.batch_size = BATCH.get(dataset, 256)
-  config.num_steps = 0
   config.num_epochs = EPOCHS.get(dataset, 30)
   config.recipe.name = "finetune"
   config.recipe.options.method = next(
@@ -42,10 +41,7 @@ def get_config(argument: str = ""):
   )
   if "dropout" in variants:
     config.recipe.options.dropout_rate = 1.0
-  config.optimizer.name = "adamw"
   config.optimizer.lr = 3e-4
-  config.optimizer.weight_decay = 0.05
-  config.optimizer.clip_norm = 1.0
   config.training.eval_every = 50
   if dataset in ("mfeat", "mosi", "utd_mhad"):
     config.evaluation.units = "relative"

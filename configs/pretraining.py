@@ -36,7 +36,6 @@ def get_config(argument: str = ""):
   config.data.name = dataset
   base.token_model(config, small="smoke" in variants)
   config.data.batch_size = BATCH.get(dataset, 256)
-  config.num_steps = 0
   config.num_epochs = EPOCHS.get(dataset, 100)
   config.recipe.name = "pretrain"
   config.recipe.options.objective = next(
@@ -44,11 +43,8 @@ def get_config(argument: str = ""):
   )
   if "no_hiding" in variants:
     config.recipe.options.hide_rate = 0.0
-  config.optimizer.name = "adamw"
   config.optimizer.lr = 1e-3
-  config.optimizer.weight_decay = 0.05
   config.optimizer.warmup_steps = 25
-  config.optimizer.clip_norm = 1.0
   config.training.eval_every = 100
   config.selection.metric = "loss"
   if "smoke" in variants:

@@ -228,10 +228,15 @@ _PATCHES = {"digits": dict.fromkeys(("left", "right"), (2, 2))}
 
 
 def token_model(config: ml_collections.ConfigDict, *, small: bool) -> None:
-  """The token transformer of a data set, in place.
+  """The token transformer of a data set and its optimiser, in place.
 
-  The same for pretraining and what goes on from it; ``small`` in smoke form.
+  The same for pretraining and what goes on from it, trained for epochs;
+  ``small`` in smoke form.
   """
+  config.num_steps = 0
+  config.optimizer.name = "adamw"
+  config.optimizer.weight_decay = 0.05
+  config.optimizer.clip_norm = 1.0
   name = config.data.name
   config.data.modalities = _TOKEN_MODALITIES.get(name, ())
   config.model.fusion = "transformer"

@@ -47,8 +47,6 @@ class Study:
     test: the test split, host arrays.
     clusters: of its examples, ``[n]``; None where each is one by itself.
     prior: log-frequencies of the classes in training, ``[k]``.
-    say: prints one line.
-    progress: ``progress(done, total, text)``.
   """
 
   config: object
@@ -59,8 +57,6 @@ class Study:
   test: dict
   clusters: np.ndarray | None
   prior: np.ndarray
-  say: Callable[[str], None]
-  progress: Callable[..., None]
 
   @property
   def seeds(self) -> range:
@@ -83,7 +79,6 @@ def run(
   config,
   folder: pathlib.Path,
   *,
-  say: Callable[[str], None] = print,
   progress: Callable[..., None] = lambda done, total, text: None,
 ) -> shift.ShiftReport | None:
   """The whole matrix of every method; writes tables, plots and numbers.
@@ -94,7 +89,6 @@ def run(
   Args:
     config: see ``configs/shift.py``.
     folder: the work directory.
-    say: prints one line.
     progress: ``progress(done, total, text)``; done counts models.
 
   Returns:
@@ -103,7 +97,7 @@ def run(
   Raises:
     UserError: one sentence naming the key.
   """
-  study = prepare(config, folder, say, progress)
+  study = prepare(config, folder)
   logits = {}
   jobs = [
     (name, seed, train)
@@ -125,7 +119,7 @@ def run(
   return report
 
 
-def prepare(config, folder, say, progress) -> Study:
+def prepare(config, folder: pathlib.Path) -> Study:
   """Opens the data and checks what is asked.
 
   Raises:
@@ -165,8 +159,6 @@ def prepare(config, folder, say, progress) -> Study:
     test=test.batch(),
     clusters=_clusters(test, asked.cluster),
     prior=shift_derived.log_prior(counts),
-    say=say,
-    progress=progress,
   )
 
 

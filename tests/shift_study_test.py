@@ -1,6 +1,8 @@
 """robust-mm shift and robust-mm interpolate, from the command line."""
 
+import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -214,3 +216,32 @@ def test_an_ensemble_says_the_mean_or_the_prior():
   said = np.log(np.exp([3.0, 1.0]) / np.exp([3.0, 1.0]).sum())
   np.testing.assert_allclose(both[0], (np.log(0.5) + said) / 2)
   np.testing.assert_allclose(both[1], np.log([0.9, 0.1]))
+
+
+def test_clusters_of_a_study_are_drawn_together(tmp_path):
+  config = config_lib.load(SPEC, ["--config.study.methods=finetune"])
+  study = shift_study.prepare(config, tmp_path)
+  number, k = len(study.test["label"]), len(study.prior)
+  rng = np.random.default_rng(0)
+  logits = {
+    ("finetune", 0, train): rng.normal(size=(len(study.test_sets), number, k))
+    for train in study.train_sets
+  }
+  speaker = np.arange(number) // 8
+  source = types.SimpleNamespace(name="x", metadata={"speaker": speaker})
+  clusters = shift_study._clusters(source, "speaker")
+  together = shift_study._report(
+    dataclasses.replace(study, clusters=clusters), logits
+  )
+  apart = shift_study._report(study, logits)
+  assert apart.num_clusters == number
+  assert together.num_clusters == number // 8
+  assert config_lib.load("configs/shift.py:utd_mhad").study.cluster == "subject"
+
+
+def test_subjects_of_a_prepared_set_are_known(data_dir, monkeypatch):
+  monkeypatch.setenv("ROBUST_MM_DATA_DIR", str(data_dir))
+  config = config_lib.load("configs/shift.py:utd_mhad,smoke")
+  study = shift_study.prepare(config, data_dir / "nothing")
+  assert len(study.clusters) == len(study.test["label"])
+  assert set(study.clusters) <= {2, 4, 6, 8}  # the official test subjects

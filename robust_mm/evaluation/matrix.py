@@ -72,16 +72,26 @@ class Forward:
     )
 
 
-def _forward_fn(model):
-  def forward(params, state, chunk, keep):
+def logits_fn(model: Model) -> Callable:
+  """``logits(params, state, chunk, keep)``: of what ``keep`` leaves, [b, k]."""
+
+  def logits(params, state, chunk, keep):
     present = {
       name: flag & keep[name] for name, flag in chunk["present"].items()
     }
     inputs = modalities.mask(chunk["inputs"], present)
     outputs, _ = model.apply(params, state, inputs, present)
-    if not model.classifies:
-      return model.said(outputs.logits)
-    return decide(outputs.logits)
+    return outputs.logits
+
+  return logits
+
+
+def _forward_fn(model):
+  logits = logits_fn(model)
+
+  def forward(params, state, chunk, keep):
+    found = logits(params, state, chunk, keep)
+    return decide(found) if model.classifies else model.said(found)
 
   return forward
 

@@ -45,7 +45,7 @@ def logits_by_set(
   data = batches.host_data(model, batch)
   device = batches.Device(params, state, sharding=sharding)
   size = device.chunk_size(min(batch_size, data.size))
-  forward = device.compile(_logits_fn(model))
+  forward = device.compile(matrix.logits_fn(model))
   chosen = modalities.subsets(data.names) if sets is None else sets
   found = {}
   for subset in chosen:
@@ -60,15 +60,3 @@ def logits_by_set(
       )
     found[subset] = logits
   return found
-
-
-def _logits_fn(model):
-  def forward(params, state, chunk, keep):
-    present = {
-      name: flag & keep[name] for name, flag in chunk["present"].items()
-    }
-    inputs = modalities.mask(chunk["inputs"], present)
-    outputs, _ = model.apply(params, state, inputs, present)
-    return outputs.logits
-
-  return forward
