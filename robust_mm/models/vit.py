@@ -34,7 +34,6 @@ SIZES = {
   "large": (1024, 24, 16),
 }
 POOLS = ("cls", "mean")
-DTYPES = (None, "float32", "bfloat16")
 REMATS = ("none", "blocks", "dots")
 HALF = (0.5, 0.5)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -68,7 +67,7 @@ class VisionTransformer:
     depth: blocks.
     num_heads: divides the width.
     mlp_dim: width of the perceptrons.
-    patch_size: (rows, columns) of a patch.
+    patch_size: of a square patch, or (rows, columns), which it then is.
     num_classes: k; None for pooled features and no head.
     pool: "cls", the class token; "mean", over present patch tokens, without
       the class token (zeros where there is none).
@@ -100,11 +99,11 @@ class VisionTransformer:
   depth: int
   num_heads: int
   mlp_dim: int
-  patch_size: tuple[int, int]
+  patch_size: int | Sequence[int]
   num_classes: int | None = None
   pool: str = "cls"
-  preprocess: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-  dtype: str | None = None
+  preprocess: Sequence[Any] | None = None
+  dtype: Any = None
   remat: str = "none"
   dropout: float = 0.0
   epsilon: float = 1e-6
@@ -130,7 +129,9 @@ class VisionTransformer:
     if self.num_classes is not None:
       _validate.at_least(1, num_classes=self.num_classes)
     _validate.one_of(POOLS, pool=self.pool)
-    _validate.one_of(DTYPES, dtype=self.dtype)
+    if self.dtype is not None:
+      # "bfloat16" and jnp.bfloat16 are the same network.
+      object.__setattr__(self, "dtype", vit_arguments.dtype(self.dtype))
     _validate.one_of(REMATS, remat=self.remat)
     _validate.below_one(dropout=self.dropout)
     _validate.positive(epsilon=self.epsilon)

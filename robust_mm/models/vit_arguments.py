@@ -8,6 +8,8 @@ import numpy as np
 
 from robust_mm import _validate
 
+DTYPES = ("bfloat16", "float32")
+
 
 def pair(patch_size) -> tuple[int, int]:
   """(rows, columns) of a patch, from one number or two."""
@@ -51,6 +53,16 @@ def preprocess(given):
   for value in std:
     _validate.positive(**{"preprocess: std": value})
   return mean, std
+
+
+def dtype(given) -> str:
+  """The name of a dtype to compute in."""
+  try:
+    name = jnp.dtype(given).name
+  except TypeError:
+    name = given
+  _validate.one_of(DTYPES, dtype=name)
+  return name
 
 
 def channels(preprocess, channels: int) -> None:

@@ -1,6 +1,7 @@
 """Vision transformers as encoders of multimodal models."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from flax import nnx
@@ -20,8 +21,8 @@ def vit(
   num_heads: int | None = None,
   mlp_dim: int | None = None,
   pool: str = "cls",
-  preprocess: Sequence | None = None,
-  dtype: str | None = None,
+  preprocess: Sequence[Any] | None = None,
+  dtype: Any = None,
   remat: str = "none",
   dropout: float = 0.0,
   epsilon: float = 1e-6,
