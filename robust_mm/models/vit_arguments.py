@@ -8,6 +8,13 @@ import numpy as np
 
 from robust_mm import _validate
 
+# width, depth, heads; the perceptron is four times as wide.
+SIZES = {
+  "tiny": (192, 12, 3),
+  "small": (384, 12, 6),
+  "base": (768, 12, 12),
+  "large": (1024, 24, 16),
+}
 DTYPES = ("bfloat16", "float32")
 
 
