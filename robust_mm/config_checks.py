@@ -16,6 +16,7 @@ RECIPES = (
   "pretrain",
   "finetune",
   "masd",
+  "nullspace",
 )
 FUSIONS = ("concat", "masked", "orthogonal", "token", "transformer", "trunk")
 ATTACKS = ("apgd", "auto", "fgm", "minimum_norm", "pgd", "square")

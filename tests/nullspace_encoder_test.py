@@ -127,7 +127,7 @@ def encode(params, tokens):
 @pytest.fixture(scope="module")
 def toy(shared_path):
   """(params, tokens [n, 16, 32]): trained on the first 3,000 images."""
-  held = dict(np.load(shared_path / "av_digits" / "mnist_images.npz"))
+  held = dict(np.load(shared_path / "data" / "av_digits" / "mnist_images.npz"))
   images = np.concatenate(
     [held["train_images"][:NUM_TRAIN], held["test_images"][:1512]]
   )
