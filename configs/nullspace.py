@@ -64,10 +64,15 @@ def get_config(argument: str = ""):
   options = config.recipe.options
   options.noise = next((arm for arm in ARMS if arm in variants), "bank")
   options.pretrain_steps = 1500
+  options.pretrain_lr = 3e-3
+  # Ten rounds; a search costs about as much as the updates between two.
+  options.segment_steps = 80
+  options.solver_steps = 50
   if dataset == "digits":
     config.model.encoders = {"default": HALF}
     config.num_steps = 400
     options.pretrain_steps = 600
+    options.segment_steps = 40
     options.start_radius = 0.1
   elif "multimodal" in variants:
     config.model.encoders = {"image": IMAGE, "audio": SOUND}
@@ -75,7 +80,7 @@ def get_config(argument: str = ""):
     config.data.modalities = ("image",)
     config.model.encoders = {"image": IMAGE}
   config.optimizer.name = "adamw"
-  config.optimizer.lr = 1e-4
+  config.optimizer.lr = 1e-3
   config.optimizer.weight_decay = 0.05
   config.training.eval_every = 400
   config.training.checkpoint_every = 200
