@@ -3,9 +3,9 @@
   python benchmarks/nullspace_grid.py --workdir=runs/nullspace \\
     --output=benchmarks/results/nullspace_av_digits.txt
 
-Fine-tunes every arm of nullspace.md 8 (the variants of ``configs/nullspace.py``)
-from the same small transformer, trained once a seed on cross-entropy alone, in
-the same number of updates; what a search costs comes on top. On test images:
+Fine-tunes every arm (the variants of ``configs/nullspace.py``) from the same
+small transformer, trained once a seed on cross-entropy alone, in the same number
+of updates; what a search costs comes on top. On test images:
 clean accuracy; mean accuracy under corruption, of all kinds of image corruption
 that leave something of the image, every kind and severity alike; accuracy under
 l2 PGD; and what the noise of each learnt arm does to the model that it trained.
@@ -210,9 +210,7 @@ def _attacked(options, logits_fn, data) -> list[int]:
 
 def _searches(workdir: pathlib.Path) -> dict:
   """First and last of what searches reported, and how many held."""
-  rows = [
-    json.loads(line) for line in (workdir / "metrics.jsonl").open()
-  ]
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
   rows = [row for row in rows if f"noise_radius_{MODALITY}" in row]
   if not rows:
     return {}

@@ -117,7 +117,7 @@ NET = vit.vision_transformer(
   width=32, depth=2, num_heads=2, mlp_dim=64, patch_size=7, num_classes=10,
   preprocess=(0.13, 0.31),
 )  # fmt: skip
-NUM_TRAIN = 3000
+NUM_TRAIN = 10_000
 
 
 def encode(params, tokens):
@@ -126,7 +126,7 @@ def encode(params, tokens):
 
 @pytest.fixture(scope="module")
 def toy(shared_path):
-  """(params, tokens [n, 16, 32]): trained on the first 3,000 images."""
+  """(params, tokens [n, 16, 32]): trained on the first 10,000."""
   held = dict(np.load(shared_path / "data" / "av_digits" / "mnist_images.npz"))
   images = np.concatenate(
     [held["train_images"][:NUM_TRAIN], held["test_images"][:1512]]
@@ -263,7 +263,11 @@ def test_one_step_still_gives_a_bracket(toy, splits):
 def test_steps_reach_a_larger_radius_than_one(toy, splits, found):
   params, _ = toy
   few = nullspace.encoder_noise(
-    encode, params, splits, key=jax.random.key(0), **{**SETTINGS, "num_steps": 1}
+    encode,
+    params,
+    splits,
+    key=jax.random.key(0),
+    **{**SETTINGS, "num_steps": 1},
   )
   assert found[0].radius > 1.3 * few.radius
 
@@ -296,7 +300,9 @@ def test_a_stage_that_is_not_finite_counts_as_infeasible(splits):
 def test_the_global_profile_shares_what_there_is():
   w = nullspace.random_direction(jax.random.key(0), (16, 32), "global")
   assert jnp.sum(jnp.square(w)) == pytest.approx(16, rel=1e-4)
-  peaked = jnp.zeros((16, 32)).at[0].set(jax.random.normal(jax.random.key(1), 32))
+  peaked = (
+    jnp.zeros((16, 32)).at[0].set(jax.random.normal(jax.random.key(1), 32))
+  )
   from robust_mm.nullspace import tokens as tokens_lib
 
   shared = tokens_lib.normalize(peaked + 0.01 * w, "global")
@@ -352,9 +358,7 @@ def hand_rolled(grads_of, start, *, steps, lr, decay, length):
     first = 0.9 * first + 0.1 * g
     second = 0.999 * second + 0.001 * g * g
     corrected = first / (1 - 0.9**t)
-    v = v - rate * corrected / (
-      np.sqrt(second / (1 - 0.999**t)) + 1e-8
-    )
+    v = v - rate * corrected / (np.sqrt(second / (1 - 0.999**t)) + 1e-8)
   return v
 
 
@@ -422,7 +426,9 @@ def test_published_noise_stops_early_and_says_what_it_reached(toy, splits):
     assert len(seen) <= 3 * 15
   else:
     assert len(seen) == 3 * 15
-  unseen = mean(nullspace.criterion(encode, params, splits.report, result.noise))
+  unseen = mean(
+    nullspace.criterion(encode, params, splits.report, result.noise)
+  )
   assert result.criterion == pytest.approx(unseen, rel=1e-4)
   # Not mean-free: the published noise has what a LayerNorm throws away.
   assert jnp.max(jnp.abs(jnp.mean(result.noise, axis=-1))) > 1e-3

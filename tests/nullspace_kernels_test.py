@@ -153,8 +153,10 @@ def test_pgd_inside_the_kernel_changes_no_prediction(network, largest):
   margin = top[:, -1] - top[:, -2]
 
   def to_patches(x):
-    return x.reshape(8, 4, 7, 4, 7, 3).transpose(0, 1, 3, 2, 4, 5).reshape(
-      8, 16, 147
+    return (
+      x.reshape(8, 4, 7, 4, 7, 3)
+      .transpose(0, 1, 3, 2, 4, 5)
+      .reshape(8, 16, 147)
     )
 
   def to_images(x):
@@ -262,13 +264,19 @@ def test_projection_of_an_overlapping_convolution_is_the_kernel_of_it():
 
   def matvec(x):
     return jax.lax.conv_general_dilated(
-      x[None], weight, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+      x[None],
+      weight,
+      (2, 2),
+      "SAME",
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )[0]
 
   delta = jnp.asarray(gaussian(14, 14, 1, seed=3), jnp.float32)
   transpose = jax.linear_transpose(matvec, delta)
   found = nullspace.project_kernel(delta, matvec, lambda y: transpose(y)[0])
-  assert jnp.max(jnp.abs(matvec(found))) < 1e-4 * jnp.max(jnp.abs(matvec(delta)))
+  assert jnp.max(jnp.abs(matvec(found))) < 1e-4 * jnp.max(
+    jnp.abs(matvec(delta))
+  )
   # The nearest one: what was removed is orthogonal to the kernel.
   matrix = np.asarray(jax.jacobian(matvec)(delta), np.float64).reshape(98, 196)
   flat = np.asarray(delta, np.float64).reshape(-1)
@@ -289,10 +297,16 @@ def test_stems_and_heads_have_their_kernels():
 
 BAD = [
   (lambda: nullspace.patch_kernel(np.ones(3)), "weight must be 2-D or 4-D"),
-  (lambda: nullspace.patch_kernel(np.full((4, 2), np.nan)), "weight must be fin"),
+  (
+    lambda: nullspace.patch_kernel(np.full((4, 2), np.nan)),
+    "weight must be fin",
+  ),
   (lambda: nullspace.patch_kernel(np.ones((4, 2)), std=0.0), "std must be pos"),
   (lambda: nullspace.patch_kernel(np.ones((5000, 2))), "project_kernel needs"),
-  (lambda: nullspace.patch_kernel(np.ones((4, 2)), channels=3), "channels must"),
+  (
+    lambda: nullspace.patch_kernel(np.ones((4, 2)), channels=3),
+    "channels must",
+  ),
   (
     lambda: nullspace.patch_kernel(np.ones((2, 2, 3, 2)), std=(1, 2)),
     "std must be a number or one of each of 3",

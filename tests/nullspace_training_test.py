@@ -165,7 +165,9 @@ def test_members_are_alike_and_scales_are_in_the_unit_interval():
 
 
 def test_an_empty_bank_gives_no_noise():
-  assert not np.any(nullspace.empty_bank(4, (2, 3)).sample(jax.random.key(0), 5))
+  assert not np.any(
+    nullspace.empty_bank(4, (2, 3)).sample(jax.random.key(0), 5)
+  )
 
 
 def test_pairs_are_convex_combinations():

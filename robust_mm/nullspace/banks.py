@@ -50,9 +50,7 @@ class NoiseBank:
     worst = jnp.argmax(stale)
     oldest = jnp.argmin(self.born)  # free ones have 0
     free = self.born[oldest] == 0
-    chosen = jnp.where(
-      ~free & (stale[worst] > _STALE * eps), worst, oldest
-    )
+    chosen = jnp.where(~free & (stale[worst] > _STALE * eps), worst, oldest)
     return NoiseBank(
       noise=self.noise.at[chosen].set(noise.astype(self.noise.dtype)),
       radius=self.radius.at[chosen].set(radius),

@@ -28,7 +28,8 @@ def largest_kernel_noise(
   ``direction`` on the intersection of kernel and box (nearly the largest
   :math:`\langle g, \delta \rangle`, what a linear programme gives); a return to
   the kernel, scaled into the box; then the same with the noise itself for a
-  direction, ``num_rounds`` times, which makes the norm larger. The best is kept.
+  direction, ``num_rounds`` times, which makes the norm larger. The best one is
+  kept.
 
   Formal guarantees:
     - ``images + noise`` is in range, and noise in the kernel, up to rounding
@@ -40,8 +41,8 @@ def largest_kernel_noise(
   Args:
     kernel: of the patch embedding, in pixels (``std`` given where the model
       normalises).
-    images: ``[..., h, w, c]`` with sides that the patch divides; or ``[..., p]``
-      for maps of whole vectors.
+    images: ``[..., h, w, c]`` with sides that the patch divides; or ``[...,
+      p]`` for maps of whole vectors.
     direction: of the shape of ``images``, such as Gaussian noise.
     bounds: (low, high) of a pixel; images must be within.
     num_iterations: of Dykstra's algorithm.

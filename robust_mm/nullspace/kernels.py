@@ -180,9 +180,7 @@ def linear_kernel(
   )
 
 
-def head_kernel(
-  weight: Any, *, tolerance: float | None = None
-) -> PatchKernel:
+def head_kernel(weight: Any, *, tolerance: float | None = None) -> PatchKernel:
   """Directions of the embedding that move no difference of two logits.
 
   Of dimension d - (k - 1) at full rank: what moves all logits alike counts.
@@ -303,4 +301,6 @@ def _deviations(std, size: int, channels: int):
   if not np.all((std > 0) & np.isfinite(std)):
     raise ValueError("std must be positive and finite.")
   # Channels come last in a flattened patch.
-  return np.tile(np.broadcast_to(std.reshape(-1), (channels,)), size // channels)
+  return np.tile(
+    np.broadcast_to(std.reshape(-1), (channels,)), size // channels
+  )

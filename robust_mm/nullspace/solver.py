@@ -173,7 +173,7 @@ def encoder_noise(
 
   Raises:
     ValueError: naming the argument: a number out of range, fewer than 64
-      hold-out items, splits that share items, tokens that are not ``[n, N, d]``.
+      hold-out items, splits that share items, tokens not ``[n, N, d]``.
   """
   settings = Search(
     eps=eps,

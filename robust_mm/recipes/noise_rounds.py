@@ -298,9 +298,7 @@ def _problem(model: Model, state, batch, name: str):
     embeddings = {**context["embeddings"], **changed}
     return model.fuse(params, embeddings, context["present"]).logits
 
-  items = criteria.Items(
-    tokens=tokens, context=context, counted=present[name]
-  )
+  items = criteria.Items(tokens=tokens, context=context, counted=present[name])
   return items, encode
 
 

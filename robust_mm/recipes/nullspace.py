@@ -68,7 +68,7 @@ def nullspace(
   random_at_criterion   Gaussian, shrunk until its criterion is eps
   permuted              the learnt one, its entries permuted anew each round
   published             as published, one for all items of a round
-  corrected             ``nullspace.encoder_noise``, one for all items of a round
+  corrected             as ``nullspace.encoder_noise`` finds it, one a round
   bank                  several of these, at scales in (0, 1], drawn by item
   ====================  ======================================================
 

@@ -347,7 +347,10 @@ def _augmented(recipe: recipes.Recipe, settings: dict, spec) -> recipes.Recipe:
   phases = tuple(
     dataclasses.replace(
       phase,
-      interventions=(augment if phase.views == 1 else two, *phase.interventions),
+      interventions=(
+        augment if phase.views == 1 else two,
+        *phase.interventions,
+      ),
     )
     if phase.prepare is None
     else phase
