@@ -11,8 +11,9 @@ The two take turns, one call each, in two processes on the same cores; a ratio
 is one of neighbours, and the median of all counts: other work on the machine
 meets both. "cpu" are seconds of all cores together, "wall" those of the clock.
 One core by default (``--cores``): beside other work the threads of torch wait
-for each other, and a machine that is not idle would flatter us. The peer draws the weights, ours are loaded from the file it saves: logits and
-first losses must agree.
+for each other, and a machine that is not idle would flatter us. The peer draws
+the weights, ours are loaded from the file it saves: logits and first losses
+must agree.
 
     python benchmarks/vit_cost.py --rate
 
