@@ -35,6 +35,7 @@ lipschitz_cnn = lipschitz.lipschitz_cnn
 lipschitz_temporal_cnn = lipschitz.lipschitz_temporal_cnn
 patches = patches_lib.patches
 vit = vit_encoders.vit
+from_vit = vit_encoders.encoder
 
 
 def make(name: str, **options) -> Encoder:

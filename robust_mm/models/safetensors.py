@@ -126,15 +126,17 @@ def _sharded(index: pathlib.Path) -> dict[str, np.ndarray]:
   places = read_json(index).get("weight_map")
   if not isinstance(places, dict) or not places:
     raise ValueError(f"{index} has no weight_map from tensors to files.")
-  tensors: dict[str, np.ndarray] = {}
-  for name in sorted(set(map(str, places.values()))):
+  names = sorted(set(map(str, places.values())))
+  for name in names:
     if pathlib.PurePath(name).name != name:
       raise ValueError(
         f"{index} names {name!r}, which is not a file beside it."
       )
-    shard = index.parent / name
-    if not shard.is_file():
+    if not (index.parent / name).is_file():
       raise ValueError(f"{index} names {name}, which is not there.")
+  tensors: dict[str, np.ndarray] = {}
+  for name in names:
+    shard = index.parent / name
     found = _single(shard)
     expected = [tensor for tensor, place in places.items() if place == name]
     compare(shard, found, expected, f"what {index.name} says")
