@@ -9,7 +9,7 @@ number of updates; what a search costs comes on top. On test images:
 clean accuracy; mean accuracy under corruption, of all kinds of image corruption
 that leave something of the image, every kind and severity alike; accuracy under
 l2 PGD; and what the noise of each learnt arm does to the model that it trained.
-Differences to ``twice_clean`` are paired, with 95 % intervals over seeds and
+Differences to ``--against`` are paired, with 95 % intervals over seeds and
 images.
 
 ``--also NAME:key=value,...`` adds arms that are another with options changed,
@@ -35,7 +35,6 @@ from robust_mm.evaluation import metrics
 from robust_mm.training import setup as setup_lib
 
 SPEC = "configs/nullspace.py"
-AGAINST = "twice_clean"
 ARMS = (
   "clean",
   "twice_clean",
@@ -76,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--arms", nargs="*", default=list(ARMS))
   parser.add_argument("--also", nargs="*", default=[], metavar="NAME:ARM:K=V")
+  parser.add_argument("--against", nargs="*", default=["twice_clean"])
   parser.add_argument("--smoke", action="store_true", help="a few steps")
   parser.add_argument("--images", type=int, default=2000)
   parser.add_argument("--attacked", type=int, default=500)
@@ -298,13 +298,13 @@ def _tables(found: dict, arms: list[str], options) -> list[str]:
       _spread([np.mean(rows(m)) for m in of[arm]]) for rows in measures.values()
     ]
     lines.append(_row(arm, cells, 19))
-  if AGAINST in arms:
-    lines += ["", f"difference to {AGAINST}, 95 % interval (points)"]
+  for base in [name for name in options.against if name in arms]:
+    lines += ["", f"difference to {base}, 95 % interval (points)"]
     lines.append(_row("", list(measures), 25))
     for arm in arms:
-      if arm != AGAINST:
+      if arm != base:
         cells = [
-          _interval([rows(m) for m in of[arm]], [rows(m) for m in of[AGAINST]])
+          _interval([rows(m) for m in of[arm]], [rows(m) for m in of[base]])
           for rows in measures.values()
         ]
         lines.append(_row(arm, cells, 25))

@@ -7,8 +7,9 @@ clean (no second term), twice_clean (a second clean view), random (Gaussian, as
 large as what is learnt), random_at_criterion (Gaussian, small enough to change
 as little), permuted (what is learnt, its entries permuted), published (as
 published), corrected (one noise a round); a bank of noises where none is named;
-and multimodal (av_digits with sound, each modality with a bank of its own),
-smoke.
+far (noise three times as large as what was found, which is no nullspace noise
+any more, and 1,500 updates in place of 500; of twice_clean the updates alone);
+multimodal (av_digits with sound, each modality with a bank of its own), smoke.
 
 In one run a small transformer is trained on cross-entropy alone (phase
 pretrain) and fine-tuned from there (phase nullspace). All arms have the same
@@ -17,7 +18,10 @@ first phase, seed by seed: robust-mm train once, and
 --config.recipe.options.pretrain_steps=0 for the others.
 
 A gain of nullspace noise is one over twice_clean and over random, random_at_
-criterion and permuted: benchmarks/results/nullspace_av_digits.txt.
+criterion and permuted. There is none here: over three seeds the mean accuracy
+under corruption of a bank is 0.2 points above twice_clean, that of random noise
+of the same radius 1.0, of permuted noise 1.6
+(benchmarks/results/nullspace_av_digits.txt). With far it is 1.8.
 """
 
 from robust_mm import config as base
@@ -32,7 +36,7 @@ ARMS = (
   "published",
   "corrected",
 )
-VARIANTS = (*ARMS, "multimodal", "smoke")
+VARIANTS = (*ARMS, "far", "multimodal", "smoke")
 APART = (ARMS,)
 
 # Sixteen patches of either.
@@ -80,6 +84,9 @@ def get_config(argument: str = ""):
   else:
     config.data.modalities = ("image",)
     config.model.encoders = {"image": IMAGE}
+  if "far" in variants:
+    config.num_steps = 1500
+    options.radius_factor = 3.0
   config.optimizer.name = "adamw"
   config.optimizer.lr = 1e-3
   config.optimizer.weight_decay = 0.05

@@ -107,7 +107,8 @@ def test_every_variant_of_nullspace_is_an_arm_of_the_recipe():
   for arm in arms:
     config = config_lib.load(f"configs/nullspace.py:av_digits,{arm}")
     assert config.recipe.options.noise == arm
-  assert config_lib.load("configs/nullspace.py").recipe.options.noise == "bank"
+  bank = config_lib.load("configs/nullspace.py:av_digits,far").recipe.options
+  assert (bank.noise, bank.radius_factor) == ("bank", 3.0)
 
 
 def descent(tx, num_steps):

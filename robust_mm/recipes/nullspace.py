@@ -73,7 +73,10 @@ def nullspace(
   ====================  ======================================================
 
   ``random``, ``random_at_criterion`` and ``permuted`` are drawn as ``bank`` is.
-  A gain of nullspace noise is one over ``twice_clean`` *and* over those.
+  A gain of nullspace noise is one over ``twice_clean`` *and* over those. So far
+  there is none: what a network ignores teaches it little, and random noise of
+  the same radius more (``benchmarks/results/nullspace_av_digits.txt``). Without
+  dropout and augmentation a second clean view is the first one again.
 
   Formal guarantees:
     - Noise on an absent modality changes no bit of loss or gradient.
