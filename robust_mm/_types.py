@@ -170,7 +170,8 @@ class Model:
     init: ``init(key) -> (params, state)``, plain dict pytrees.
     encode: ``encode(params, state, inputs, present, *, train=False, key=None)
       -> ({m: [b, d_m]}, state)``. Normalisation of raw inputs happens inside.
-      Of a token transformer the embeddings are tokens ``[b, N_m, d]``.
+      Of a token transformer the embeddings are tokens ``[b, N_m, d]``. An
+      embedding depends on the input and presence of its own modality alone.
     fuse: ``fuse(params, embeddings, present) -> Outputs``.
     geometry: ``geometry(params) -> Geometry``, or None where the logits are no
       sum of per-modality terms.

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -236,12 +237,23 @@ def _attack_fn(model, attack, units, norm):
     # To the attack, what it may not touch is absent; the model still reads it.
     open_to = {m: flag & chosen[m] for m, flag in present.items()}
 
+    still, _ = model.encode(params, state, inputs, present)
+
+    def embed(name, seen):
+      return model.encode(params, state, {**inputs, **seen}, present)[0][name]
+
     def logits_fn(changed):
-      seen = {
-        m: jnp.where(_like(open_to[m], x), changed[m], x)
-        for m, x in inputs.items()
-      }
-      return model.apply(params, state, seen, present)[0].logits / scale
+      embeddings = {}
+      for m, x in inputs.items():
+        seen = {m: jnp.where(_like(open_to[m], x), changed[m], x)}
+        # What is not attacked is encoded once, and not in every step.
+        embeddings[m] = jax.lax.cond(
+          chosen[m],
+          functools.partial(embed, m),
+          lambda seen, m=m: still[m],
+          seen,
+        )
+      return model.fuse(params, embeddings, present).logits / scale
 
     adversarial = attack(
       key,
