@@ -10,7 +10,7 @@ import pytest
 
 from robust_mm import evaluation
 from robust_mm.evaluation import batches
-from robust_mm.evaluation import matrix
+from robust_mm.evaluation import forwards
 from robust_mm.evaluation import probes
 from robust_mm.evaluation import thorough
 
@@ -109,7 +109,7 @@ def test_copies_are_the_nearest_examples_of_another_label():
   units = {"left": 2.0, "right": 0.5}
   probe = probes.Probe(
     model,
-    matrix.Forward(model, device, size=30),
+    forwards.Forward(model, device, size=30),
     device,
     data,
     norm=2,
@@ -153,7 +153,7 @@ def test_noise_has_its_size_and_keeps_the_range():
   data = batches.host_data(model, toy.make_batch(20))
   device = batches.Device(params, state)
 
-  class Watched(matrix.Forward):
+  class Watched(forwards.Forward):
     def __call__(self, data, rows, subset):
       seen.append(data.inputs)
       return super().__call__(data, rows, subset)

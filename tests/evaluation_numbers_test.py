@@ -14,6 +14,7 @@ from robust_mm import certification
 from robust_mm import evaluation
 from robust_mm.attacks import balls
 from robust_mm.evaluation import batches
+from robust_mm.evaluation import forwards
 from robust_mm.evaluation import matrix
 
 RADII = (0.2, 0.6)
@@ -420,7 +421,7 @@ def test_what_is_not_attacked_is_encoded_once():
       model,
       device,
       attacks.make(norm=2, budget=1.0, **ATTACK),
-      matrix.Forward(model, device, size=8),
+      forwards.Forward(model, device, size=8),
       units=units,
       norm=2,
       size=8,

@@ -14,7 +14,7 @@ from robust_mm import evaluation
 from robust_mm import missing
 from robust_mm import modalities
 from robust_mm.evaluation import batches
-from robust_mm.evaluation import matrix
+from robust_mm.evaluation import forwards
 from robust_mm.evaluation import metrics
 from robust_mm.evaluation import shifts
 from robust_mm.evaluation import texts
@@ -258,7 +258,7 @@ def _lost(protocol, data, rate):
   """What a model would be shown, and the row."""
   shown = []
 
-  class Forward(matrix.Forward):
+  class Forward(forwards.Forward):
     def __init__(self):
       pass
 

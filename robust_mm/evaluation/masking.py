@@ -18,6 +18,7 @@ from robust_mm import _validate
 from robust_mm._types import Batch
 from robust_mm._types import Model
 from robust_mm.evaluation import batches
+from robust_mm.evaluation import forwards
 from robust_mm.evaluation import matrix
 from robust_mm.evaluation import probes
 from robust_mm.evaluation import protocol as protocol_lib
@@ -144,7 +145,7 @@ def masking_report(
     raise ValueError("batch has no example with a modality present.")
   data = some(data, max_examples)
   device = batches.Device(params, {} if state is None else state)
-  forward = matrix.Forward(model, device, size=data.size)
+  forward = forwards.Forward(model, device, size=data.size)
   units = {m: float((units or {}).get(m, 1.0)) for m in data.names}
   attackers = {
     name: matrix.Attacker(

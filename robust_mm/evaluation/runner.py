@@ -16,6 +16,7 @@ from robust_mm._types import Model
 from robust_mm.evaluation import batches
 from robust_mm.evaluation import bounds as bounds_lib
 from robust_mm.evaluation import circumstances
+from robust_mm.evaluation import forwards
 from robust_mm.evaluation import masking as masking_lib
 from robust_mm.evaluation import matrix
 from robust_mm.evaluation import multi_label
@@ -201,7 +202,7 @@ class _Session:
     self._factors = protocol.tightness if protocol.attacks else ()
     self.timing = {}
     self.attack_settings, self._attackers = {}, {}
-    self._forward = matrix.Forward(model, self._device, size=self._size)
+    self._forward = forwards.Forward(model, self._device, size=self._size)
     self._make_attackers()
     self._counter, self._corruptions = None, {}
 
@@ -220,7 +221,7 @@ class _Session:
     start = time.perf_counter()
     every = self._data.names
     subsets = dict.fromkeys([*self._subsets, every])
-    predictions = matrix.predictions(self._forward, self._data, subsets)
+    predictions = forwards.predictions(self._forward, self._data, subsets)
     clean = predictions[every][0]
     tick("clean and missing modalities")
     self.timing["predict_seconds"] = time.perf_counter() - start

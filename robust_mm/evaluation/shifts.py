@@ -14,7 +14,7 @@ from robust_mm import missing as missing_lib
 from robust_mm import modalities
 from robust_mm._types import Batch
 from robust_mm.evaluation import batches
-from robust_mm.evaluation import matrix
+from robust_mm.evaluation import forwards
 from robust_mm.evaluation import metrics
 from robust_mm.evaluation import protocol as protocol_lib
 from robust_mm.evaluation import rows as rows_lib
@@ -40,7 +40,7 @@ class Bench(NamedTuple):
       first one is what rows are compared by.
   """
 
-  forward: matrix.Forward
+  forward: forwards.Forward
   device: batches.Device
   data: batches.Data
   size: int
@@ -172,11 +172,18 @@ def corrupted(
   donors = bench.device.replicate(_donors(data))
   counted = np.flatnonzero(data.counted)
   prediction = np.full_like(data.label, -1)
+  embeddings = bench.forward.embeddings(data, counted)
   for name, corruption in suite.items():
     given = donors if corruption.kind == "swap" else None
-    extra = (corruption, key, given)
+    chosen = forwards.keep_only(data.names, corruption.targets(data.inputs))
+    extra = (corruption, key, given, chosen)
     prediction[counted] = bench.device.map(
-      run, data, counted, bench.size, extra=lambda number, extra=extra: extra
+      run,
+      data,
+      counted,
+      bench.size,
+      extra=lambda number, extra=extra: extra,
+      aligned={"embeddings": embeddings},
     )
     rows.append(
       {
@@ -205,12 +212,12 @@ def _run_fn(bench):
 
   # A program for each kind and modality, run at few severities.
   changed = bench.device.compile(change, moved=True, once=True)
+  # That after it is one for all, and encodes again what has changed.
+  forward = bench.forward.of_changed()
 
-  def run(params, state, chunk, corruption, key, donors):
+  def run(params, state, chunk, corruption, key, donors, chosen):
     moved, _ = changed(params, state, chunk, corruption, key, donors)
-    every = matrix.keep_only(moved["inputs"], moved["inputs"])
-    # The clean pass is compiled already.
-    return bench.forward.compiled(params, state, moved, every)
+    return forward(params, state, moved, chosen)
 
   return run
 
