@@ -411,6 +411,27 @@ def test_decoders_see_neither_the_removed_nor_the_absent():
   assert np.any(grads["a"] != 0)
 
 
+def test_a_feature_that_hardly_varies_does_not_own_the_reconstruction():
+  """As the border of a picture once training moves it."""
+  batch = make_batch(missing=0.0)
+  embeddings = {name: jnp.ones((24, 4)) for name in NAMES}
+  made = decoders.init(jax.random.key(0), FEATURES, dict.fromkeys(SHAPES, 4))
+  made = jax.tree.map(jnp.zeros_like, made)  # says the mean of every feature
+
+  def loss(deviation):
+    scale = np.ones(6, np.float32)
+    scale[0] = deviation
+    features = {**FEATURES, "a": (FEATURES["a"][0], scale)}
+    return decoders.loss(made, features, embeddings, batch["present"], batch)
+
+  assert 0.8 < loss(1.0) < 1.2
+  assert loss(1e-5) < loss(1.0) + decoders.LARGEST**2 / 6 / 3
+  wanted = [
+    np.mean(np.square(np.clip(batch["inputs"][name], -3, 3))) for name in NAMES
+  ]
+  np.testing.assert_allclose(loss(1.0), np.mean(wanted), rtol=1e-5)
+
+
 def test_features_are_pooled_until_they_are_few():
   assert decoders.pooled(np.ones((2, 8, 4))).shape == (2, 32)
   assert decoders.pooled(np.ones((2, 40, 32))).shape == (2, 32)
