@@ -352,6 +352,29 @@ def test_a_probe_is_one_round_of_the_controller(model):
   assert all(metrics[f"rank_{name}"] > 0 for name in NAMES)
 
 
+def test_verdicts_and_what_was_not_finite_are_logged(model, whole):
+  phase, _, _ = whole
+  state = begin(model, phase)
+
+  def marked(node):
+    if not isinstance(node, masking.CurvatureMaskState):
+      return node
+    return node._replace(
+      nonfinite_count={**node.nonfinite_count, "b": jnp.asarray(3, jnp.int32)},
+      verdicts={**node.verdicts, "c": jnp.asarray(masking.UNDECIDED, jnp.int8)},
+    )
+
+  is_mask = lambda n: isinstance(n, masking.CurvatureMaskState)  # noqa: E731
+  opt_state = jax.tree.map(marked, state.opt_state, is_leaf=is_mask)
+  state = dataclasses.replace(state, opt_state=opt_state)
+  batch = make_batch(missing=0.0)
+  probe = next(job for job in phase.jobs if job.name == "probe")
+  _, found = jax.jit(probe.run)(state, batch, jax.random.key(0))
+  assert [found[f"nonfinite_{name}"] for name in NAMES] == [0, 3, 0]
+  verdicts = [found[f"verdict_{name}"] for name in NAMES]
+  assert verdicts == [masking.OPEN, masking.OPEN, masking.UNDECIDED]
+
+
 def test_nothing_is_attacked_while_the_clean_loss_is_worse_than_it_was(
   monkeypatch, model
 ):
