@@ -17,9 +17,10 @@ inputs and consistency, but nothing else of the method); smoke.
 Models are selected by validation accuracy, MAE or mAP, averaged over
 availability sets. On mosi nothing is: its features have evidently seen the
 labels of the validation split. On utd_mhad nothing is either: the official
-training set is trained on, validation subject included. There, as on mosi,
-nothing is adapted but in published: meta-parameters would be learnt on what was
-trained on. fixed would change nothing and is refused.
+training set is trained on, validation subject included. Meta-parameters would
+be learnt on what was trained on, so they are not: on utd_mhad but in published,
+on mosi not at all. fixed would change nothing there and is refused, as is
+uniform on mosi, where arms are alike but in published.
 """
 
 from robust_mm import config as base
@@ -60,11 +61,21 @@ CONTROLS = (
   "every_subset",
   "damage_alone",
 )
+# What a control does not have anyway, or only by name.
+_PARTS = (
+  "no_consistency",
+  "no_damage",
+  "no_gate",
+  "uniform",
+  "fixed",
+  "no_reconstruction",
+)
 APART = (
   ("published", *CONTROLS),
   ("published", "no_consistency"),
   ("published", "no_damage"),
   ("no_collapse", "no_spectral", "l2", *CONTROLS),
+  *((part, *CONTROLS) for part in _PARTS),
 )
 
 # No activation, and no normalisation, after the last layer of an adapter.
@@ -176,6 +187,10 @@ def get_config(argument: str = ""):
   )
   if dataset == "utd_mhad":
     base.refuse_idle(dataset, variants, ("fixed",))
+  if dataset == "mosi":
+    base.refuse_idle(dataset, variants, ("fixed",))
+    if "published" not in variants:
+      base.refuse_idle(dataset, variants, ("uniform",))
   config = base.default()
   config.data.name = dataset
   config.data.batch_size = BATCH.get(dataset, 64)

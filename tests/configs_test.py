@@ -150,5 +150,13 @@ def test_published_schedule_is_the_published_one():
 def test_a_variant_that_changes_nothing_is_refused():
   with pytest.raises(_validate.UserError, match="fixed changes nothing"):
     config_lib.load("configs/modal_immune.py:utd_mhad,fixed")
+  for argument in ("mosi,fixed", "mosi,uniform"):
+    with pytest.raises(_validate.UserError, match="changes nothing on mosi"):
+      config_lib.load(f"configs/modal_immune.py:{argument}")
+  # A control has none of the parts: it must not pass for a new arm, nor lose
+  # the one that it is named for.
+  for argument in ("damage_alone,no_damage", "joint,uniform"):
+    with pytest.raises(_validate.UserError, match="exclude each other"):
+      config_lib.load(f"configs/modal_immune.py:digits,{argument}")
   published = config_lib.load("configs/modal_immune.py:utd_mhad,published")
   assert "adapt" not in published.recipe.options

@@ -352,6 +352,29 @@ def test_a_probe_is_one_round_of_the_controller(model):
   assert all(metrics[f"rank_{name}"] > 0 for name in NAMES)
 
 
+def test_verdicts_and_what_was_not_finite_are_logged(model, whole):
+  phase, _, _ = whole
+  state = begin(model, phase)
+
+  def marked(node):
+    if not isinstance(node, masking.CurvatureMaskState):
+      return node
+    return node._replace(
+      nonfinite_count={**node.nonfinite_count, "b": jnp.asarray(3, jnp.int32)},
+      verdicts={**node.verdicts, "c": jnp.asarray(masking.UNDECIDED, jnp.int8)},
+    )
+
+  is_mask = lambda n: isinstance(n, masking.CurvatureMaskState)  # noqa: E731
+  opt_state = jax.tree.map(marked, state.opt_state, is_leaf=is_mask)
+  state = dataclasses.replace(state, opt_state=opt_state)
+  batch = make_batch(missing=0.0)
+  probe = next(job for job in phase.jobs if job.name == "probe")
+  _, found = jax.jit(probe.run)(state, batch, jax.random.key(0))
+  assert [found[f"nonfinite_{name}"] for name in NAMES] == [0, 3, 0]
+  verdicts = [found[f"verdict_{name}"] for name in NAMES]
+  assert verdicts == [masking.OPEN, masking.OPEN, masking.UNDECIDED]
+
+
 def test_nothing_is_attacked_while_the_clean_loss_is_worse_than_it_was(
   monkeypatch, model
 ):
@@ -409,6 +432,27 @@ def test_decoders_see_neither_the_removed_nor_the_absent():
   )
   assert np.all(np.asarray(grads["b"])[~np.asarray(alone)] == 0)
   assert np.any(grads["a"] != 0)
+
+
+def test_a_feature_that_hardly_varies_does_not_own_the_reconstruction():
+  """As the border of a picture once training moves it."""
+  batch = make_batch(missing=0.0)
+  embeddings = {name: jnp.ones((24, 4)) for name in NAMES}
+  made = decoders.init(jax.random.key(0), FEATURES, dict.fromkeys(SHAPES, 4))
+  made = jax.tree.map(jnp.zeros_like, made)  # says the mean of every feature
+
+  def loss(deviation):
+    scale = np.ones(6, np.float32)
+    scale[0] = deviation
+    features = {**FEATURES, "a": (FEATURES["a"][0], scale)}
+    return decoders.loss(made, features, embeddings, batch["present"], batch)
+
+  assert 0.8 < loss(1.0) < 1.2
+  assert loss(1e-5) < loss(1.0) + decoders.LARGEST**2 / 6 / 3
+  wanted = [
+    np.mean(np.square(np.clip(batch["inputs"][name], -3, 3))) for name in NAMES
+  ]
+  np.testing.assert_allclose(loss(1.0), np.mean(wanted), rtol=1e-5)
 
 
 def test_features_are_pooled_until_they_are_few():

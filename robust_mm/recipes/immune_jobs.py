@@ -61,6 +61,9 @@ def make_probe(settings: immunity.Settings) -> Callable:
     if settings.gates:
       for name, line in masking.gate_report(state.opt_state).items():
         metrics[f"closed_{name}"] = line["rate"]
+        metrics[f"verdict_{name}"] = line["verdict"].astype(jnp.float32)
+        # Of the destructive part, left out of its block: counted, not hidden.
+        metrics[f"nonfinite_{name}"] = line["nonfinite"].astype(jnp.float32)
         for word in ("rho_min", "rho_max", "cosine"):
           if word in line:
             metrics[f"{word}_{name}"] = line[word]
