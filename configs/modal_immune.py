@@ -19,8 +19,9 @@ availability sets. On mosi nothing is: its features have evidently seen the
 labels of the validation split. On utd_mhad nothing is either: the official
 training set is trained on, validation subject included. Meta-parameters would
 be learnt on what was trained on, so they are not: on utd_mhad but in published,
-on mosi not at all. fixed would change nothing there and is refused, as is
-uniform on mosi, where arms are alike but in published.
+on mosi not at all. Nor would the controller see there what is still to be
+learnt: arms are alike on both, but in published. fixed and uniform would change
+nothing and are refused.
 """
 
 from robust_mm import config as base
@@ -185,9 +186,7 @@ def get_config(argument: str = ""):
   dataset, variants = base.parse(
     argument, datasets=DATASETS, flags=VARIANTS, apart=APART
   )
-  if dataset == "utd_mhad":
-    base.refuse_idle(dataset, variants, ("fixed",))
-  if dataset == "mosi":
+  if dataset in ("mosi", "utd_mhad"):
     base.refuse_idle(dataset, variants, ("fixed",))
     if "published" not in variants:
       base.refuse_idle(dataset, variants, ("uniform",))
@@ -254,3 +253,4 @@ def _official(config, *, published: bool) -> None:
   config.recipe.options.label_smoothing = 0.1
   if config.recipe.name == "modal_immune" and not published:
     config.recipe.options.adapt = False
+    config.recipe.options.controller = "uniform"
