@@ -499,7 +499,7 @@ def test_the_sandwich_is_tight_at_one_large_wrong_logit():
 
 def test_the_slope_of_the_logit_ratio_vanishes_at_a_tie():
   def slope(z):
-    grad = jax.grad(lambda z: jnp.sum(attacks.losses.dlr(z, np.array([0]))))
+    grad = jax.grad(lambda z: jnp.sum(attacks.losses.dlr(z, jnp.array([0]))))
     return float(grad(jnp.asarray([z]))[0, 0])
 
   rng = np.random.default_rng(8)

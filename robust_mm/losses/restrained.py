@@ -116,9 +116,9 @@ def restrained_softmax(
 
 def score_penalty(
   penalty: Penalty,
-  scores: Mapping[str, Array],
+  scores: Mapping[str, Any],
   label,
-  present: Mapping[str, Array],
+  present: Mapping[str, Any],
 ) -> Array:
   r"""A penalty of each modality's own scores, averaged over present ones.
 
@@ -154,7 +154,7 @@ def score_penalty(
   return sum(terms) / jnp.maximum(jnp.sum(number > 0), 1)
 
 
-def weights_per_example(valid: Array) -> Array:
+def weights_per_example(valid) -> Array:
   """``[b, t]``: every example counts alike, however many tokens it has.
 
   >>> weights_per_example(jnp.array([[True, True], [True, False]])).tolist()

@@ -11,11 +11,13 @@ from robust_mm.recipes.phases import Phase
 from robust_mm.recipes.phases import Recipe
 from robust_mm.recipes.pretraining import pretrain
 from robust_mm.recipes.probing import finetune
+from robust_mm.recipes.restraints import Restraint
 
 __all__ = [
   "Job",
   "Phase",
   "Recipe",
+  "Restraint",
   "certified_radius",
   "crmt",
   "feature_statistics",
