@@ -18,6 +18,7 @@ from robust_mm.models import patches
 from robust_mm.models import regression
 from robust_mm.models import transformer
 from robust_mm.models import trunk
+from robust_mm.models import vit
 from robust_mm.models.encoders import custom
 from robust_mm.models.functional import Encoder
 from robust_mm.models.fusion import ConcatFusion
@@ -39,6 +40,8 @@ from robust_mm.models.plain import from_function
 from robust_mm.models.token_models import token_transformer
 from robust_mm.models.transformer import TransformerFusion
 from robust_mm.models.trunk import TrunkFusion
+from robust_mm.models.vit import VisionTransformer
+from robust_mm.models.vit import vision_transformer
 
 __all__ = [
   "ConcatFusion",
@@ -51,6 +54,7 @@ __all__ = [
   "TokenParts",
   "TransformerFusion",
   "TrunkFusion",
+  "VisionTransformer",
   "build",
   "concat_fusion",
   "custom",
@@ -77,4 +81,6 @@ __all__ = [
   "transformer",
   "trunk",
   "trunk_fusion",
+  "vision_transformer",
+  "vit",
 ]

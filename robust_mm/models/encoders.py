@@ -3,9 +3,9 @@
 A factory returns an :class:`Encoder`: a description that is built once the
 input shape is known. ``mlp``, ``cnn`` and ``temporal_cnn`` state the product of
 their layers' norms as a Lipschitz constant, which says little unless training
-kept it small; of ``transformer``, ``resnet18``, ``temporal_resnet`` and
-``video_resnet`` none is known; the ``lipschitz_*`` ones state 1. ``patches``
-gives a sequence of tokens, for ``fusion="transformer"`` alone.
+kept it small; of ``transformer``, ``resnet18``, ``temporal_resnet``,
+``video_resnet`` and ``vit`` none is known; the ``lipschitz_*`` ones state 1.
+``patches`` gives a sequence of tokens, for ``fusion="transformer"`` alone.
 
 >>> make("mlp", hidden_sizes=(32,), embedding_dim=16).embedding_dim
 16
@@ -22,16 +22,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from robust_mm import _validate
+from robust_mm.models import functional
 from robust_mm.models import lipschitz
 from robust_mm.models import networks
 from robust_mm.models import patches as patches_lib
 from robust_mm.models import residual
+from robust_mm.models import vit_encoders
 from robust_mm.models.functional import Encoder
 
 lipschitz_mlp = lipschitz.lipschitz_mlp
 lipschitz_cnn = lipschitz.lipschitz_cnn
 lipschitz_temporal_cnn = lipschitz.lipschitz_temporal_cnn
 patches = patches_lib.patches
+vit = vit_encoders.vit
 
 
 def make(name: str, **options) -> Encoder:
@@ -82,7 +85,12 @@ def bounded(encoder: Encoder, *, radius: float) -> Encoder:
   """
   if not isinstance(radius, numbers.Real):
     raise ValueError(f"embedding_radius must be a number, got {radius!r}.")
-  return dataclasses.replace(encoder, embedding_radius=radius)
+  changes = {"embedding_radius": radius}
+  if encoder.encode_tokens is not None:
+    changes["encode_tokens"] = functional.bounded_tokens(
+      encoder.encode_tokens, radius
+    )
+  return dataclasses.replace(encoder, **changes)
 
 
 def mlp(
@@ -374,4 +382,5 @@ FACTORIES = {
   "temporal_resnet": temporal_resnet,
   "transformer": transformer,
   "video_resnet": video_resnet,
+  "vit": vit,
 }

@@ -6,6 +6,7 @@ such as ``encoders/audio/dense/kernel``.
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -44,6 +45,14 @@ class Encoder:
       radius, see ``encoders.bounded``; None for no projection.
     tokenizer: of an encoder that gives tokens ``[b, N, d]`` in place of one
       embedding (a ``patches.Tokenizer``); None of others.
+    normalizes: True when the module normalises raw inputs itself; the model's
+      normalisation then leaves this modality alone.
+    embed: of an encoder that can be split at its tokens, ``embed(params,
+      state, x) -> tokens [b, N, d]``, affine in x; None of others.
+    encode_tokens: the rest of it, ``encode_tokens(params, state, tokens,
+      present, *, train=False, key=None) -> (embedding, state)``, with
+      ``present`` bool ``[b]``, ``[b, N]`` or None. After ``embed`` it is what
+      ``encoder_functions(...).apply`` computes, bit for bit.
   """
 
   name: str
@@ -54,6 +63,9 @@ class Encoder:
   lipschitz: Callable[..., Any] | float | None = None
   embedding_radius: float | None = None
   tokenizer: Any = None
+  normalizes: bool = False
+  embed: Callable[..., Any] | None = None
+  encode_tokens: Callable[..., Any] | None = None
 
   def __post_init__(self):
     if self.embedding_radius is None:
@@ -221,6 +233,18 @@ def _bounded(plain: Functions, radius: float) -> Functions:
     return _bounded(fixed, radius), params
 
   return dataclasses.replace(plain, apply=apply, freeze=freeze)
+
+
+def bounded_tokens(encode_tokens: Callable, radius: float) -> Callable:
+  """``Encoder.encode_tokens`` with the projection; it replaces an earlier."""
+  plain = inspect.unwrap(encode_tokens)
+
+  @functools.wraps(plain)
+  def encode(params, state, tokens, present, *, train=False, key=None):
+    output, state = plain(params, state, tokens, present, train=train, key=key)
+    return project(output, radius, keep_bad=train), state
+
+  return encode
 
 
 def project(

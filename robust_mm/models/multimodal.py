@@ -250,7 +250,7 @@ def from_parts(
   }
   normalizers = {
     name: Normalization()
-    if encoders[name].tokens
+    if encoders[name].tokens or encoders[name].normalizes
     else normalization.get(name, Normalization())
     for name in names
   }

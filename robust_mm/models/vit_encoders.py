@@ -1,0 +1,116 @@
+"""Vision transformers as encoders of multimodal models."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from robust_mm import _validate
+from robust_mm.models import vit as vit_lib
+from robust_mm.models.functional import Encoder
+
+
+def vit(
+  *,
+  size: str | None = "tiny",
+  patch_size: int | Sequence[int] = 7,
+  embedding_dim: int | None = None,
+  width: int | None = None,
+  depth: int | None = None,
+  num_heads: int | None = None,
+  mlp_dim: int | None = None,
+  pool: str = "cls",
+  preprocess: Sequence[Any] | None = None,
+  dtype: Any = None,
+  remat: str = "none",
+  dropout: float = 0.0,
+  epsilon: float = 1e-6,
+  pad: bool = False,
+  implementation: str = "xla",
+) -> Encoder:
+  """A vision transformer for images ``h w c`` (or ``h w``).
+
+  The encoder has ``embed`` and ``encode_tokens`` besides, see
+  :class:`functional.Encoder`: noise can be added to its tokens.
+
+  Args:
+    size: "tiny", "small", "base" or "large"; None where width, depth and
+      num_heads are given.
+    patch_size: of a square patch, or its (rows, columns).
+    embedding_dim: d of the embedding, by a linear layer on the pooled
+      features; None for these features themselves.
+    width: in place of the size's, as are depth, num_heads and mlp_dim.
+    depth: blocks.
+    num_heads: divides the width.
+    mlp_dim: 4 widths by default.
+    pool: "cls" or "mean".
+    preprocess: (mean, std) inside the encoder, for images in [0, 1]; the
+      model's own normalisation then leaves this modality alone.
+    dtype: of the products, "bfloat16" or "float32"; None for that of the input.
+    remat: "none", "blocks" or "dots".
+    dropout: rate, in training alone.
+    epsilon: of all norms.
+    pad: whether sides that a patch does not divide are filled up with zeros.
+    implementation: of the attention, "xla" or "cudnn".
+  """
+  net = vit_lib.vision_transformer(
+    size,
+    width=width,
+    depth=depth,
+    num_heads=num_heads,
+    mlp_dim=mlp_dim,
+    patch_size=patch_size,
+    num_classes=embedding_dim,
+    pool=pool,
+    preprocess=preprocess,
+    dtype=dtype,
+    remat=remat,
+    dropout=dropout,
+    epsilon=epsilon,
+    pad=pad,
+    implementation=implementation,
+  )
+  return encoder(net)
+
+
+def encoder(net: vit_lib.VisionTransformer) -> Encoder:
+  """The encoder of a vision transformer; what it returns is the embedding."""
+  _validate.at_least(1, embedding_dim=net.output_dim)
+
+  def embed(params, state, x):
+    del state
+    return net.embed(params, x)
+
+  def encode_tokens(params, state, tokens, present, *, train=False, key=None):
+    return net.encode(params, tokens, present, train=train, key=key), state
+
+  return Encoder(
+    name="vit",
+    embedding_dim=net.output_dim,
+    build=lambda input_shape, rngs: _Network(net, input_shape, rngs),
+    normalizes=net.preprocess is not None,
+    embed=embed,
+    encode_tokens=encode_tokens,
+  )
+
+
+class _Network(nnx.Module):
+  """Parameters of a vision transformer as nnx variables, same paths."""
+
+  def __init__(self, net, input_shape, rngs):
+    self.net = net
+    tree = net.init(rngs.params(), input_shape)
+    for name, value in tree.items():
+      setattr(self, name, _variables(value))
+
+  def __call__(self, x, train=False, key=None):
+    _, state = nnx.split(self)
+    params = jax.tree.map(lambda leaf: leaf, nnx.to_pure_dict(state))
+    return self.net.apply(params, x, train=train, key=key)
+
+
+def _variables(tree):
+  if not isinstance(tree, dict):
+    return nnx.Param(tree)
+  return nnx.Dict({name: _variables(value) for name, value in tree.items()})
