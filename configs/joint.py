@@ -8,8 +8,9 @@ variant: dropout (random subsets of
 modalities), adversarial (joint l2 PGD), mixup, noise (the base model of
 randomised smoothing, which then certifies it), spectral (plain dense encoders
 whose norms are penalised, so that their chain bound certifies something), token
-(masked token transformer instead of the linear head), smoke (a few steps of
-all).
+(masked token transformer instead of the linear head), vit (vision transformers
+for the images of digits and av_digits; weights=FILE.safetensors among the
+options of such an encoder is where it begins), smoke (a few steps of all).
 
 Labels that are numbers (diabetes, arrays with float labels) are predicted, with
 an L1 loss, and several labels at once (audioset, arrays with labels [n, k])
@@ -43,10 +44,15 @@ VARIANTS = (
   "noise",
   "spectral",
   "token",
+  "vit",
   "smoke",
 )
 # A mixing head leaves nothing for the norms of encoders to bound.
-APART = (("dropout", "adversarial", "mixup", "noise"), ("spectral", "token"))
+APART = (
+  ("dropout", "adversarial", "mixup", "noise"),
+  ("spectral", "token"),
+  ("spectral", "vit"),
+)
 
 LARGE = ("audioset", "kinetics", "imagenet_captions")
 
@@ -63,6 +69,18 @@ ENCODERS = {
   "diabetes": {"default": SMALL},
   "arrays": {"default": {"name": "auto"}},
   **{name: {"default": {"name": "auto"}} for name in LARGE},
+}
+VIT = {
+  "name": "vit",
+  "size": None,
+  "width": 64,
+  "depth": 4,
+  "num_heads": 4,
+  "patch_size": 7,
+}
+VISION = {
+  "digits": {"default": {**VIT, "width": 32, "depth": 2, "patch_size": 2}},
+  "av_digits": {"image": VIT, "audio": TEMPORAL},
 }
 STEPS = {
   "digits": 500,
@@ -89,11 +107,15 @@ def get_config(argument: str = ""):
   dataset, variants = base.parse(
     argument, datasets=DATASETS, flags=VARIANTS, apart=APART
   )
+  if dataset not in VISION:
+    base.refuse_idle(dataset, variants, ("vit",))
   config = base.default()
   config.data.name = dataset
   config.data.batch_size = BATCH.get(dataset, 128)
   config.num_steps = STEPS[dataset]
   config.model.encoders = ENCODERS[dataset]
+  if "vit" in variants:
+    config.model.encoders = VISION[dataset]
   config.model.fusion = "token" if "token" in variants else "concat"
   config.recipe.name = "joint"
   config.recipe.options.variant = next(

@@ -53,6 +53,8 @@ class Encoder:
       present, *, train=False, key=None) -> (embedding, state)``, with
       ``present`` bool ``[b]``, ``[b, N]`` or None. After ``embed`` it is what
       ``encoder_functions(...).apply`` computes, bit for bit.
+    pretrained: ``pretrained(input_shape, key) -> params`` that a model begins
+      with in place of random ones; None of others.
   """
 
   name: str
@@ -66,6 +68,7 @@ class Encoder:
   normalizes: bool = False
   embed: Callable[..., Any] | None = None
   encode_tokens: Callable[..., Any] | None = None
+  pretrained: Callable[..., Any] | None = None
 
   def __post_init__(self):
     if self.embedding_radius is None:
@@ -216,9 +219,14 @@ def encoder_functions(
 ) -> Functions:
   """The functions of an encoder for inputs ``[b, *input_shape]``.
 
-  With the projection on its ball, if it has one.
+  With the projection on its ball, and its pretrained parameters, if it has any.
   """
-  plain = from_module(lambda rngs: encoder.build(tuple(input_shape), rngs))
+  input_shape = tuple(input_shape)
+  plain = from_module(lambda rngs: encoder.build(input_shape, rngs))
+  if encoder.pretrained is not None:
+    plain = dataclasses.replace(
+      plain, init=lambda key: (encoder.pretrained(input_shape, key), {})
+    )
   radius = encoder.embedding_radius
   return plain if radius is None else _bounded(plain, radius)
 

@@ -28,6 +28,7 @@ def vit(
   epsilon: float = 1e-6,
   pad: bool = False,
   implementation: str = "xla",
+  weights: str | None = None,
 ) -> Encoder:
   """A vision transformer for images ``h w c`` (or ``h w``).
 
@@ -53,6 +54,14 @@ def vit(
     epsilon: of all norms.
     pad: whether sides that a patch does not divide are filled up with zeros.
     implementation: of the attention, "xla" or "cudnn".
+    weights: what a fresh model begins with in place of random numbers, the path
+      of a pretrained file, see ``vit.load_safetensors``. It must be of the
+      sizes, heads and epsilon that are stated here (1e-12 for models of Hugging
+      Face), and ``preprocess`` must be theirs. A run that has been trained
+      needs it no longer.
+
+  Raises:
+    ValueError: naming the argument; where a model is built, also the file.
   """
   net = vit_lib.vision_transformer(
     size,
@@ -71,11 +80,23 @@ def vit(
     pad=pad,
     implementation=implementation,
   )
-  return encoder(net)
+  if weights is not None and preprocess is None:
+    raise ValueError(
+      "preprocess must be given with weights: (0.5, 0.5) for models of Google, "
+      "mean and standard deviation of ImageNet for DeiT and DINO."
+    )
+  return encoder(net, weights=weights)
 
 
-def encoder(net: vit_lib.VisionTransformer) -> Encoder:
-  """The encoder of a vision transformer; what it returns is the embedding."""
+def encoder(
+  net: vit_lib.VisionTransformer, *, weights: str | None = None
+) -> Encoder:
+  """The encoder of a vision transformer; what it returns is the embedding.
+
+  Args:
+    net: of any kind; with a head, its outputs are the embedding.
+    weights: path of pretrained parameters, see :func:`vit`.
+  """
   _validate.at_least(1, embedding_dim=net.output_dim)
 
   def embed(params, state, x):
@@ -85,6 +106,9 @@ def encoder(net: vit_lib.VisionTransformer) -> Encoder:
   def encode_tokens(params, state, tokens, present, *, train=False, key=None):
     return net.encode(params, tokens, present, train=train, key=key), state
 
+  def pretrained(input_shape, key):
+    return vit_lib.pretrained_params(net, weights, input_shape, key=key)
+
   return Encoder(
     name="vit",
     embedding_dim=net.output_dim,
@@ -92,6 +116,7 @@ def encoder(net: vit_lib.VisionTransformer) -> Encoder:
     normalizes=net.preprocess is not None,
     embed=embed,
     encode_tokens=encode_tokens,
+    pretrained=None if weights is None else pretrained,
   )
 
 

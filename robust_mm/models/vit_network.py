@@ -307,6 +307,7 @@ class VisionTransformer:
     keys = vit_blocks.keys(key if train and self.dropout else None, self.depth)
     x = residual.dropped(x, self.dropout, keys[0])
     block = self._block()
+    # Not lax.scan over stacked blocks: ViT-S/16 then takes as long to compile.
     for index in range(self.depth):
       x = block(params["blocks"][str(index)], x, keep, keys[1 + index])
     return vit_blocks.norm(params["norm"], x.astype(wide), self.epsilon)

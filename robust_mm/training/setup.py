@@ -87,7 +87,7 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
     ],
   }
   facts = starts.adopt(facts, earlier, config)
-  model = make_model(config, facts)
+  model = make_model(config, facts, pretrained=not config.init_from)
   # Facts are of all inputs, which need no labels; what is trained and selected
   # on is of the labelled modalities alone.
   train = starts.labelled(config, train)
@@ -215,8 +215,17 @@ def check_same_data(source, facts: dict) -> None:
     )
 
 
-def make_model(config: ml_collections.ConfigDict, facts: dict) -> Model:
-  """The model of a configuration for data with the given facts."""
+def make_model(
+  config: ml_collections.ConfigDict, facts: dict, *, pretrained: bool = True
+) -> Model:
+  """The model of a configuration for data with the given facts.
+
+  Args:
+    config: of a run.
+    facts: of its data.
+    pretrained: whether ``init`` reads the files that encoders name as their
+      ``weights``. A run that has parameters of its own needs them no longer.
+  """
   encoders = config.model.encoders.to_dict()
   default = encoders.pop("default", None)
   names = tuple(facts["input_shapes"])
@@ -250,6 +259,9 @@ def make_model(config: ml_collections.ConfigDict, facts: dict) -> Model:
         f"'transformer' (or 'patches', with the fusion 'transformer'), got "
         f"{encoder['name']!r}."
       )
+  if not pretrained:
+    for encoder in chosen.values():
+      encoder.pop("weights", None)
   target = None
   if runs.task(facts) == _tasks.REGRESSION:
     target = Target(**facts["target"])
@@ -397,4 +409,4 @@ def restore_model(workdir: pathlib.Path):
   """(model, config, facts) of a run, from its folder alone."""
   config = runs.read_config(workdir)
   facts = runs.describe(workdir)
-  return make_model(config, facts), config, facts
+  return make_model(config, facts, pretrained=False), config, facts
