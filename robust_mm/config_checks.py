@@ -9,6 +9,7 @@ from robust_mm import _validate
 from robust_mm.augmentations import options as augmentation_options
 
 RECIPES = (
+  "captioning",
   "joint",
   "crmt",
   "certified_radius",
@@ -17,7 +18,15 @@ RECIPES = (
   "finetune",
   "masd",
 )
-FUSIONS = ("concat", "masked", "orthogonal", "token", "transformer", "trunk")
+FUSIONS = (
+  "captioner",
+  "concat",
+  "masked",
+  "orthogonal",
+  "token",
+  "transformer",
+  "trunk",
+)
 ATTACKS = ("apgd", "auto", "fgm", "minimum_norm", "pgd", "square")
 ATTACK_LOSSES = ("margin", "cross_entropy", "dlr")
 MISSING_PROTOCOLS = ("per_sample", "one_kept", "per_batch", "frames")

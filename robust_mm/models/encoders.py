@@ -27,6 +27,7 @@ from robust_mm.models import lipschitz
 from robust_mm.models import networks
 from robust_mm.models import patches as patches_lib
 from robust_mm.models import residual
+from robust_mm.models import token_encoders
 from robust_mm.models import vit_encoders
 from robust_mm.models.functional import Encoder
 
@@ -35,6 +36,7 @@ lipschitz_cnn = lipschitz.lipschitz_cnn
 lipschitz_temporal_cnn = lipschitz.lipschitz_temporal_cnn
 patches = patches_lib.patches
 vit = vit_encoders.vit
+vit_tokens = token_encoders.vit_tokens
 
 
 def make(name: str, **options) -> Encoder:
@@ -383,4 +385,5 @@ FACTORIES = {
   "transformer": transformer,
   "video_resnet": video_resnet,
   "vit": vit,
+  "vit_tokens": vit_tokens,
 }

@@ -1,5 +1,6 @@
 """Training recipes: ordered phases that one loop runs."""
 
+from robust_mm.recipes.captioning import captioning
 from robust_mm.recipes.crmt import certified_radius
 from robust_mm.recipes.crmt import crmt
 from robust_mm.recipes.decoders import statistics as feature_statistics
@@ -18,6 +19,7 @@ __all__ = [
   "Phase",
   "Recipe",
   "Restraint",
+  "captioning",
   "certified_radius",
   "crmt",
   "feature_statistics",

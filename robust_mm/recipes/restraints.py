@@ -98,6 +98,13 @@ class Restraint:
     metrics = {**seen, "penalty": value, "penalty_weight": weight}
     return weight * value, {k: jnp.asarray(v) for k, v in metrics.items()}
 
+  def tokens(self, logits, ids, valid, batch) -> tuple[Any, dict[str, Any]]:
+    """The same of tokens: ``[b, t, V]``, int and bool ``[b, t]``."""
+    now = self.at(batch)
+    _, seen = self._loss_fn()(logits, ids, valid)
+    weight = jnp.asarray(self.weight * now.scale)
+    return weight * seen["penalty"], {**seen, "penalty_weight": weight}
+
   def _of_label(self, logits, scores, batch, label):
     present = batch["present"]
     counted = jnp.any(modalities.stack(present), axis=0)
