@@ -26,6 +26,7 @@ from robust_mm.evaluation import regression
 from robust_mm.evaluation import report as report_lib
 from robust_mm.evaluation import shifts as shifts_lib
 from robust_mm.evaluation import smoothed as smoothed_lib
+from robust_mm.evaluation import spelling
 from robust_mm.evaluation import summary
 from robust_mm.evaluation import thorough as thorough_lib
 from robust_mm.evaluation import unattacked
@@ -140,6 +141,7 @@ def evaluate(
     bounds, reason = session.certify(source, reason, reference, tick)
     tightness = session.tightness(key, bounds, tick)
     masking = session.masking(key, tick)
+    spelled = spelling.of_protocol(model, params, state, batch, protocol, tick)
     smoothed = session.smooth(tick)
     shifted = session.shift(key, tick)
   session.timing["total_seconds"] = time.perf_counter() - started
@@ -162,6 +164,7 @@ def evaluate(
       *summary.tightness_checks(tightness),
       *([masking_lib.summary_check(masking)] if masking else []),
     ],
+    "captions": spelled,
     "masking": masking,
     "examples": summary.example_entry(data, columns),
     "timing": session.timing,
@@ -216,6 +219,7 @@ class _Session:
     plan = matrix.attack_plan(self._protocol, self._data.names)
     ticks = 1 + len(self._protocol.attacks) * len(plan)
     ticks += self._protocol.checks_masking
+    ticks += self._model.captions is not None
     ticks += len(self._protocol.missing_rates) + len(self._corruptions)
     if self._counter is not None:
       ticks += self._counter.num_blocks
