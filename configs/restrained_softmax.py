@@ -17,8 +17,10 @@ cross-entropy and the logit ratio poor guides without making a decision stable.
 Name a finished run of variant ce with another seed as
 --config.evaluation.surrogate to see whether its adversarial points carry over.
 
-Expect what benchmarks/results/restrained_softmax.txt says: little under the
-worst of all attacks.
+Expect what benchmarks/results/restrained_softmax.txt says, share right on
+digits: clean 0.98, and under the worst of all attacks at linf 0.12 no more than
+cross-entropy's 0.32: drsl 0.31, topk_margin 0.32, prsl 0.08, label_smoothing
+0.07.
 """
 
 from robust_mm import config as base
