@@ -155,6 +155,43 @@ class TokenParts:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Captions:
+  """What a model that spells captions offers beside its logits.
+
+  Attributes:
+    slots: the modalities, in the order in which a caption names them.
+    words: one a class.
+    vocabulary: what each token id stands for.
+    length: t, of the longest caption.
+    pad: the id of padding.
+    end: the id of the end.
+    spell: ``spell(classes {m: int[b]}, present) -> int[b, t]``.
+    texts: ``texts(ids) -> list of strings``, on the host.
+    ids: ``ids(text) -> int[t]``, on the host.
+    logits: ``logits(params, embeddings, present, ids, letters=None) -> [b, t,
+      V]`` of every letter given those before it (teacher forcing); ``letters``
+      [b, t, d] replaces the embedded ids.
+    generate: ``generate(params, embeddings, present, prompt=None, fixed=None)
+      -> int[b, t]``, greedy; ``prompt`` holds where ``fixed`` bool[b, t] is
+      True.
+    letters: ``letters(params) -> [V, d]``, the embedding of every token.
+  """
+
+  slots: tuple[str, ...]
+  words: tuple[str, ...]
+  vocabulary: tuple[str, ...]
+  length: int
+  pad: int
+  end: int
+  spell: Callable[..., Any]
+  texts: Callable[..., Any]
+  ids: Callable[..., Any]
+  logits: Callable[..., Any]
+  generate: Callable[..., Any]
+  letters: Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Model:
   """A multimodal model of a task, as pure functions over pytrees.
 
@@ -193,6 +230,7 @@ class Model:
       linear layer, ``params["fusion"]["last"]`` with ``kernel`` [d, k] and
       ``bias`` [k], sees; None where the head is another one.
     token_parts: of a token transformer, None of others.
+    captions: of a model that spells captions, None of others.
   """
 
   modalities: tuple[str, ...]
@@ -209,6 +247,7 @@ class Model:
   multi_label: bool = False
   features: Callable[..., Any] | None = None
   token_parts: TokenParts | None = None
+  captions: Captions | None = None
 
   @property
   def task(self) -> str:

@@ -107,6 +107,8 @@ def _evaluate(options):
 
   preflight.check_attack(options.attack)
   preflight.check_run(options.workdir, options.split)
+  if options.surrogate is not None:
+    preflight.check_surrogate(options.workdir, options.surrogate)
   for name in ("attack", "radius"):
     if getattr(options, name) is not None:
       preflight.check_classes(options.workdir, f"--{name}")
@@ -119,6 +121,7 @@ def _evaluate(options):
     radii=options.radius,
     attack=options.attack,
     limit=options.limit,
+    surrogate=options.surrogate,
     device_count=options.device_count,
   )
 

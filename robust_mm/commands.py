@@ -125,6 +125,7 @@ def evaluate(
   radii: tuple[float, ...] | None = None,
   attack: str | None = None,
   limit: int | None = None,
+  surrogate: str | None = None,
   device_count: int | None = None,
 ) -> int:
   """Evaluates a run into its folder and prints the table."""
@@ -136,6 +137,7 @@ def evaluate(
     radii=radii,
     attack=attack,
     limit=limit,
+    surrogate=surrogate,
   )
   _print_table([report.results])
   print(f"\nreport: {pathlib.Path(workdir) / 'report.html'}")
@@ -259,6 +261,7 @@ def _evaluated(
   radii: tuple[float, ...] | None = None,
   attack: str | None = None,
   limit: int | None = None,
+  surrogate: str | None = None,
   config=None,
   stop: threading.Event | None = None,
 ) -> evaluation.Report:
@@ -284,8 +287,17 @@ def _evaluated(
       recipe=facts["recipe"],
       progress=progress,
       sharding=sharding.batch_sharding(mesh),
+      surrogate=_surrogate(surrogate or config.evaluation.get("surrogate", "")),
     )
   return found
+
+
+def _surrogate(folder: str) -> evaluation.Surrogate | None:
+  """The model of another finished run, to borrow adversarial points from."""
+  if not folder:
+    return None
+  model, params, state, _ = training.load(pathlib.Path(folder))
+  return evaluation.Surrogate(model=model, params=params, state=state)
 
 
 def make_protocol(
@@ -327,6 +339,7 @@ def make_protocol(
     tightness=tuple(settings.tightness),
     # Runs of earlier versions do not state it.
     masking_examples=settings.get("masking_examples", 64),
+    masking_thorough=settings.get("masking_thorough", False),
     **shifts,
   )
 

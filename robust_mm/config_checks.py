@@ -9,6 +9,7 @@ from robust_mm import _validate
 from robust_mm.augmentations import options as augmentation_options
 
 RECIPES = (
+  "captioning",
   "joint",
   "crmt",
   "certified_radius",
@@ -17,7 +18,15 @@ RECIPES = (
   "finetune",
   "masd",
 )
-FUSIONS = ("concat", "masked", "orthogonal", "token", "transformer", "trunk")
+FUSIONS = (
+  "captioner",
+  "concat",
+  "masked",
+  "orthogonal",
+  "token",
+  "transformer",
+  "trunk",
+)
 ATTACKS = ("apgd", "auto", "fgm", "minimum_norm", "pgd", "square")
 ATTACK_LOSSES = ("margin", "cross_entropy", "dlr")
 MISSING_PROTOCOLS = ("per_sample", "one_kept", "per_batch", "frames")
@@ -153,6 +162,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   _check_unlabelled(config)
   _check_pretraining(config)
   _check_smoothing(settings.smoothing)
+  _check_penalty(config)
   _validate.positive(**{"config.optimizer.lr": config.optimizer.lr})
   _validate.non_negative(
     **{
@@ -244,6 +254,16 @@ def _check_pretraining(config: ml_collections.ConfigDict) -> None:
     raise _validate.UserError(
       f"config.init_phase ({config.init_phase!r}) needs config.init_from."
     )
+
+
+def _check_penalty(config: ml_collections.ConfigDict) -> None:
+  settings = config.penalty
+  _validate.non_negative(**{"config.penalty.weight": settings.weight})
+  _validate.in_unit_interval(**{"config.penalty.ramp": settings.ramp})
+  _validate.one_of(("fused", "scores"), **{"config.penalty.on": settings.on})
+  _validate.one_of(
+    ("", "published"), **{"config.penalty.fidelity": settings.fidelity}
+  )
 
 
 def _check_smoothing(settings: ml_collections.ConfigDict) -> None:

@@ -147,6 +147,13 @@ def _add_evaluate(commands, run) -> None:
   command.add_argument(
     "--limit", type=arguments.count, help="at most so many examples"
   )
+  command.add_argument(
+    "--surrogate",
+    metavar="WORKDIR",
+    help="a finished run, such as one of plain cross-entropy from another "
+    "seed, whose adversarial points are tried as well (where the "
+    "configuration has evaluation.masking_thorough)",
+  )
   _add_devices(command)
 
 

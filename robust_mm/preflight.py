@@ -90,6 +90,18 @@ def check_classes(workdir: str, what: str) -> None:
     )
 
 
+def check_surrogate(workdir: str, surrogate: str) -> None:
+  """Refuses one that is no finished run, or that nobody would look at."""
+  if not runs.read_config(pathlib.Path(workdir)).evaluation.get(
+    "masking_thorough", False
+  ):
+    raise _validate.UserError(
+      f"--surrogate needs a run with evaluation.masking_thorough; that in "
+      f"{workdir} was trained without."
+    )
+  check_run(surrogate)
+
+
 def check_attack(name: str | None) -> None:
   """Refuses an attack that does not exist; None is the configuration's."""
   if name is not None:

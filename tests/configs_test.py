@@ -45,6 +45,13 @@ def variants(file, *combined):
     "configs/joint.py:diabetes,noise,token",
     "configs/crmt.py:digits",
     *variants("crmt", "published,Mix"),
+    "configs/restrained_softmax.py:digits",
+    "configs/restrained_softmax.py:digits,prsl,published",
+    "configs/restrained_softmax.py:digits,prsl,scores",
+    "configs/restrained_softmax.py:digits,topk_margin",
+    "configs/restrained_softmax.py:digits,ce",
+    "configs/captioning.py:digits",
+    "configs/captioning.py:digits,prsl",
   ],
 )
 def test_every_variant_takes_its_steps(spec, tmp_path):
@@ -55,6 +62,28 @@ def test_every_variant_takes_its_steps(spec, tmp_path):
 @pytest.mark.parametrize("file", ["joint", "crmt"])
 def test_every_data_set_takes_its_steps(file, name, data_dir, tmp_path):
   smoke(f"configs/{file}.py:{name}", tmp_path, data_dir)
+
+
+@pytest.mark.parametrize(
+  "spec",
+  [
+    "restrained_softmax.py:av_digits",
+    "restrained_softmax.py:utd_mhad,complement_kl",
+    "captioning.py:av_digits,drsl",
+  ],
+)
+def test_penalties_take_their_steps_on_other_sets(spec, data_dir, tmp_path):
+  smoke(f"configs/{spec}", tmp_path, data_dir)
+
+
+def test_every_penalty_of_a_configuration_exists():
+  for file in ("restrained_softmax", "captioning"):
+    path, _ = config_lib.find(f"configs/{file}.py")
+    for variant, (name, _) in runpy.run_path(str(path))["PENALTIES"].items():
+      config = config_lib.load(f"configs/{file}.py:digits,{variant}")
+      assert config.penalty.name == name
+      if name:
+        assert setup_lib.restraint(config).penalty.name == name
 
 
 # Every variant is in one of them; the first has every part.

@@ -27,6 +27,7 @@ from robust_mm.evaluation.runner import evaluate
 from robust_mm.evaluation.shift import ShiftReport
 from robust_mm.evaluation.shift import shift_report
 from robust_mm.evaluation.shift_scores import chance_level
+from robust_mm.evaluation.spelling import caption_report
 from robust_mm.evaluation.thorough import Surrogate
 
 SCHEMA = {
@@ -104,6 +105,10 @@ SCHEMA = {
     "null, or {factors, flipped, num_examples, attack, sound, norm}: share of "
     "predictions flipped at multiples of each example's own joint radius"
   ),
+  "captions": (
+    "null, or of a model that spells captions what evaluation.caption_report "
+    "returns, at the radii of an linf protocol"
+  ),
   "masking": (
     "null, or what evaluation.masking_report returns, about the first attack "
     "(of an ensemble its first member) at the middle joint radius"
@@ -125,6 +130,7 @@ __all__ = [
   "Report",
   "ShiftReport",
   "Surrogate",
+  "caption_report",
   "chance_level",
   "evaluate",
   "masking_report",

@@ -30,6 +30,7 @@ _ABOUT_CLASSES = {
   "vulnerability": None,
   "smoothed": None,
   "tightness": None,
+  "captions": None,
   "masking": None,
 }
 _COLUMNS = {

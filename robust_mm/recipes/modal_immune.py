@@ -30,6 +30,7 @@ from robust_mm.recipes import immune_jobs
 from robust_mm.recipes import immunity
 from robust_mm.recipes import objectives
 from robust_mm.recipes import phases
+from robust_mm.recipes import restraints
 
 FIDELITIES = ("default", "published")
 CONTROLLERS = ("hedge", "exp3", "exp3s", "uniform")
@@ -66,6 +67,7 @@ def modal_immune(
   consistency_weight: float = 0.0,
   temperature: float = 2.0,
   label_smoothing: float = 0.0,
+  restraint: restraints.Restraint | None = None,
   reconstruction_weight: float | None = None,
   damage_rate: float = 0.0,
   damage_kinds: Sequence[str] = DAMAGE,
@@ -139,6 +141,9 @@ def modal_immune(
     label_smoothing: share of every label, in [0, 1), that the training losses
       spread over all classes alike; those on validation batches stay plain. 0
       for other tasks.
+    restraint: a penalty of wrong logits (``recipes.Restraint``), or None: in
+      all training losses, as ``label_smoothing`` is; without its ramp in the
+      inner loss of the hyper-gradient.
     reconstruction_weight: of decoders that tell the features of every modality
       from what is left; 0 for none. 0.1 where ``features`` are given.
     damage_rate: share of the examples whose input of the arm is corrupted, by a
@@ -214,6 +219,8 @@ def modal_immune(
   objectives.check_off(
     model, label_smoothing=label_smoothing, feedback_weight=feedback_weight
   )
+  if restraint is not None:
+    restraint.check(model, scores=False)
   if reconstruction_weight and not features:
     raise ValueError("reconstruction_weight must be 0 without features.")
   if guard_tolerance is not None:
@@ -246,6 +253,7 @@ def modal_immune(
     consistency_weight=consistency_weight,
     temperature=temperature,
     label_smoothing=label_smoothing,
+    restraint=restraint,
     collapse_on=collapse_on,
     gaussian_target=chosen["gaussian_target"],
     adaptive=adaptive,
@@ -264,6 +272,7 @@ def modal_immune(
     extra=destruction.make_extra(settings),
     update=destruction.make_update(settings, tx),
     jobs=_jobs(settings),
+    progress=restraint is not None,
   )
   suffix = "-published" if fidelity == "published" else ""
   return phases.Recipe(name=f"modal_immune{suffix}", phases=(phase,))

@@ -109,6 +109,8 @@ class Phase:
     binding: whether a judgement is obeyed: the phase's last model is judged,
       and the one before it taken back where the answer is no. Not binding, it
       is only reported, and selection chooses the model.
+    progress: whether batches get ``progress`` [], the share of the phase's
+      updates that are done.
     averaged: whether a run that averages its parameters does so in this phase;
       False where the optimiser itself chooses the parameters it ends at.
   """
@@ -127,6 +129,7 @@ class Phase:
   jobs: tuple[Job, ...] = ()
   evaluate: Callable[..., Any] | None = None
   averaged: bool = True
+  progress: bool = False
 
   def __post_init__(self):
     _validate.at_least(1, num_steps=self.num_steps)
