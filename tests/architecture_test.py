@@ -40,6 +40,7 @@ FLOORS = {
   "models": 4,
   "config_checks": 5,
   "recipes": 5,
+  "visualization": 5,
   "config": 6,
   "evaluation": 6,
   "training": 7,
