@@ -51,6 +51,7 @@ FLOORS = {
   "shift_derived": 6,
   "shift_methods": 6,
   "shift_study": 8,
+  "visualize_job": 8,
   "weight_paths": 8,
   "smoothed_rows": 8,
   "commands": 9,

@@ -1,5 +1,7 @@
 """Gradient ascent on an input, against fixed points in closed form."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,8 +50,8 @@ FIXED = {
   "parameterization": "unbounded",
   "tv_weight": 0.0,
   "l2_weight": L2,
-  "num_steps": 6000,
-  "learning_rate": 0.02,
+  "num_steps": 2000,
+  "learning_rate": 0.1,
   "reference": 0.3,
 }
 
@@ -125,9 +127,7 @@ def additive():
       ),
       "sound": embeddings["sound"] @ params["sound"].T,
     }
-    embeddings = {
-      name: x.reshape(len(x), -1) for name, x in embeddings.items()
-    }
+    embeddings = {name: x.reshape(len(x), -1) for name, x in embeddings.items()}
     logits = scores["image"] + scores["sound"]
     return Outputs(logits=logits, scores=scores, embeddings=embeddings)
 
@@ -259,10 +259,12 @@ def test_in_place_with_the_identity_is_plain_gradient_ascent():
       logits = curved(WEIGHTS, {"image": x[None]})
       return objectives.objective("margin", logits, jnp.array([2]))[0]
 
-    for _ in range(20):
+    def step(x, _):
       slope = jax.grad(value)(x)
-      x = jnp.clip(x + 0.02 * slope / (jnp.mean(jnp.abs(slope)) + 1e-8), 0, 1)
-    return x
+      x = x + 0.02 * slope / (jnp.mean(jnp.abs(slope)) + 1e-8)
+      return jnp.clip(x, 0, 1), None
+
+    return jax.lax.scan(step, x, length=20)[0]
 
   short = make(curved, **{**IN_PLACE, "num_steps": 1}, classes=2, seeds=1)
   noise = make(
@@ -311,8 +313,8 @@ def test_fourier_begins_with_the_stated_deviation(shape, init_std):
   )
   assert abs(float(jnp.sqrt(jnp.mean(many**2))) - 1) < 0.05
   # Low frequencies are strong: neighbours are alike.
-  one = np.asarray(many[0, ..., 0])
-  assert np.std(np.diff(one, axis=1)) < 0.8 * np.std(one)
+  apart = np.diff(np.asarray(many), axis=2)
+  assert np.sqrt(np.mean(apart**2)) < 1.0 < np.sqrt(2)  # white noise has that
 
 
 def test_fourier_and_range_of_channels_reach_the_class():
@@ -376,7 +378,7 @@ def test_published_mode_says_that_it_is_a_reconstruction():
 
 def test_automatic_scale_is_the_mean_margin_and_makes_weights_portable(late):
   model, params = late
-  label = np.array([0, 1, 2, 3])
+  label = jnp.array([0, 1, 2, 3])
   items = {
     "inputs": {"image": 0.2 * WEIGHTS, "sound": ITEMS},
     "present": {"image": np.ones(4, bool), "sound": np.ones(4, bool)},
@@ -389,7 +391,7 @@ def test_automatic_scale_is_the_mean_margin_and_makes_weights_portable(late):
   assert found.settings["objective_divisor"] == pytest.approx(
     float(margin), rel=1e-4
   )
-  wrong = {**items, "label": np.roll(label, 1)}
+  wrong = {**items, "label": jnp.roll(label, 1)}
   with pytest.raises(ValueError, match="objective_scale"):
     make(model, params, **{**options, "items": wrong})
   with pytest.raises(ValueError, match="items"):
@@ -463,8 +465,6 @@ def test_bad_input_is_refused_by_name(late, options, sentence):
 
 
 def test_modalities_that_cannot_be_are_refused_by_name(late):
-  import dataclasses
-
   model, params = late
 
   def ask(model, name, **options):
@@ -483,7 +483,7 @@ def test_modalities_that_cannot_be_are_refused_by_name(late):
   with pytest.raises(ValueError, match="'sound' holds integer tokens"):
     ask(dataclasses.replace(model, tokens=("sound",)), "sound")
   shapes = {"shape": {"image": SHAPE, "sound": (3,)}}
-  with pytest.raises(ValueError, match="others .* 'sound'"):
+  with pytest.raises(ValueError, match=r"others .* 'sound'"):
     ask(linear, "image", **shapes)
   with pytest.raises(ValueError, match="shape"):
     ask(linear, "image")

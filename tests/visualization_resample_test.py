@@ -274,6 +274,10 @@ def test_held_out_ranges_and_controls_are_those_of_the_sheet():
   found = transforms.controls(transforms.image())
   assert list(found) == ["none", "shifts only", "sub-pixel shifts"]
   below = dict(found["sub-pixel shifts"].options)
-  assert (below["rotation"], below["scale"], below["jitter"]) == (0, (1, 1), 0.5)
+  assert (below["rotation"], below["scale"], below["jitter"]) == (
+    0,
+    (1, 1),
+    0.5,
+  )
   mel = transforms.held_out(transforms.log_mel(), (64, 40))["far"]
   assert dict(mel.options)["mel_shift"] == 2

@@ -13,8 +13,8 @@ synthesised as well; numbers beside the pictures; PNG without a library.
   visualization.write_png("digits.png", picture, value_range=(0.0, 1.0))
 
 Inside, each module imports only from those before it: affine, kinds,
-transforms, parameterizations, objectives, views, metrics, ascent, door; colours,
-drawing, pictures.
+transforms, parameterizations, objectives, views, metrics, ascent, door;
+colours, drawing, pictures.
 
 References:
   `Li et al. (2021) <https://arxiv.org/abs/2106.09982>`_, in our reading;

@@ -89,7 +89,7 @@ def run(program: Program, view: Any, spaces: Any, label, keys, divisor):
     ``[n, steps]``, and the first bad step ``[n]``.
   """
   tx = optax.adam(program.step_size)
-  value_and_grad = jax.grad(
+  slope_fn = jax.grad(
     lambda u, keys, strength: _total(
       program, view, spaces, label, divisor, u, keys, strength
     ),
@@ -100,7 +100,7 @@ def run(program: Program, view: Any, spaces: Any, label, keys, divisor):
     here = jax.vmap(lambda key: jax.random.fold_in(key, t))(keys)
     drawn, moved = _split(here)
     strength = _strength(program, t)
-    grads, (value, probability) = value_and_grad(carry.u, drawn, strength)
+    grads, (value, probability) = slope_fn(carry.u, drawn, strength)
     frozen = carry.bad_step >= 0
     good = jnp.isfinite(value) & _finite(grads) & ~frozen
     if program.in_place:
@@ -130,9 +130,9 @@ def run(program: Program, view: Any, spaces: Any, label, keys, divisor):
 
   begin = jax.vmap(lambda key: jax.random.split(key))(keys)[:, 1]
   u = {
-    name: jax.vmap(lambda key, i=i, s=space: s.init(jax.random.fold_in(key, i)))(
-      begin
-    )
+    name: jax.vmap(
+      lambda key, i=i, s=space: s.init(jax.random.fold_in(key, i))
+    )(begin)
     for i, (name, space) in enumerate(sorted(spaces.items()))
   }
   start = Ascent(
@@ -178,7 +178,9 @@ def _by_item(view, label):
 
 
 def _decoded(spaces, u):
-  return {name: jax.vmap(space.decode)(u[name]) for name, space in spaces.items()}
+  return {
+    name: jax.vmap(space.decode)(u[name]) for name, space in spaces.items()
+  }
 
 
 def _transformed(program, x, keys, strength):
@@ -221,12 +223,13 @@ def _stepped(program, spaces, x, grads):
   """Up the gradient, whose mean absolute entry is made ``step_size``."""
   found = {}
   for name, space in spaces.items():
-    slope = grads[name] * space.width
-    size = jnp.mean(
-      jnp.abs(slope), axis=tuple(range(1, slope.ndim)), keepdims=True
-    )
-    change = program.step_size * slope / (size + TINY)
-    found[name] = jax.vmap(space.project)(x[name] + change * space.width)
+
+    def one(x, slope, space=space):
+      slope = slope * space.width
+      change = program.step_size * slope / (jnp.mean(jnp.abs(slope)) + TINY)
+      return space.project(x + change * space.width)
+
+    found[name] = jax.vmap(one)(x[name], grads[name])
   return found
 
 

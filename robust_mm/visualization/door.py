@@ -260,8 +260,7 @@ def class_visualization(
       "others": _told(others),
       "transforms": {name: t.settings() for name, t in program.transforms},
       "held_out": {
-        name: _plain_transforms(test)
-        for name, test in (held_out or {}).items()
+        name: _plain_transforms(test) for name, test in (held_out or {}).items()
       },
       "num_held_out": num_held_out,
       "num_steps": num_steps,
@@ -375,8 +374,7 @@ def _like(value, shape, argument: str) -> np.ndarray:
   if np.issubdtype(value.dtype, np.number):
     value = value.astype(np.float32)
     fits = value.ndim <= len(shape) and all(
-      mine in (1, whole)
-      for mine, whole in zip(value.shape[::-1], shape[::-1])
+      mine in (1, whole) for mine, whole in zip(value.shape[::-1], shape[::-1])
     )
     if fits and np.all(np.isfinite(value)):
       return value.reshape((1,) * (len(shape) - value.ndim) + value.shape)

@@ -299,7 +299,9 @@ KINDS: dict[str, Kind] = {
     "inputs of one to four axes",
     lambda rank: {1: (), 2: (0,), 3: (0, 1), 4: (0, 1, 2)}[rank],
   ),
-  "image": Kind(sample_image, apply_image, (3,), "images [h, w, c]", _first_two),
+  "image": Kind(
+    sample_image, apply_image, (3,), "images [h, w, c]", _first_two
+  ),
   "inertial": Kind(
     sample_inertial, apply_inertial, (2,), "signals [t, 3 n]", _time
   ),
@@ -310,7 +312,9 @@ KINDS: dict[str, Kind] = {
     "spectrograms [t, mel] or [t, mel, 1]",
     _first_two,
   ),
-  "lucid": Kind(sample_lucid, apply_lucid, (3,), "images [h, w, c]", _first_two),
+  "lucid": Kind(
+    sample_lucid, apply_lucid, (3,), "images [h, w, c]", _first_two
+  ),
   "shifts": Kind(
     sample_shifts,
     apply_shifts,

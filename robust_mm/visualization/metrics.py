@@ -23,6 +23,8 @@ from robust_mm.visualization import parameterizations
 from robust_mm.visualization import transforms as transforms_lib
 from robust_mm.visualization import views
 
+TINY = 1e-12
+
 
 def transformation_accuracy(
   apply_fn: Any,
@@ -94,8 +96,8 @@ def class_probability(
   Arguments as of ``transformation_accuracy``.
   """
   view, flat, shape = _viewed(apply_fn, params, inputs, modality, state, others)
-  label = np.repeat(np.asarray(classes, np.int32), shape[1])[:, None]
-  label = np.broadcast_to(label, (label.shape[0], view.num_others))
+  label = jnp.repeat(jnp.asarray(classes, jnp.int32), shape[1])[:, None]
+  label = jnp.broadcast_to(label, (label.shape[0], view.num_others))
   found = objectives.objective("log_prob", _logits(view, flat), label)
   return jnp.reshape(jnp.mean(jnp.exp(found), axis=1), shape)
 
@@ -234,12 +236,12 @@ def spectral_slope(x: Float[Array, "h w *c"]) -> Float[Array, ""]:
   size = min(height, width)
   ring = np.rint(frequency * size).astype(int)
   count = size // 2
-  weight = np.stack([(ring == r + 1) for r in range(count)]).astype(np.float32)
+  weight = np.stack([ring == r + 1 for r in range(count)]).astype(np.float64)
   weight /= weight.sum((1, 2), keepdims=True)
-  mean = jnp.einsum("rhw,hw->r", weight, power)
-  across = np.log(np.arange(1, count + 1))
-  across = ((across - across.mean()) / np.var(across) / count).astype(np.float32)
-  return jnp.dot(jnp.log(mean + 1e-12), across)
+  mean = jnp.einsum("rhw,hw->r", weight.astype(np.float32), power)
+  across = np.log(np.einsum("rhw,hw->r", weight, frequency))
+  across = (across - across.mean()) / np.var(across) / count
+  return jnp.dot(jnp.log(mean + TINY), across.astype(np.float32))
 
 
 def diversity(
@@ -258,7 +260,9 @@ def diversity(
   view, flat, shape = _viewed(apply_fn, params, inputs, modality, state, others)
   features = jnp.reshape(_features(view, flat), (*shape, -1))
   total = jnp.sum(jax.vmap(lambda f: _pairwise(f, f))(features), axis=(1, 2))
-  return total / (shape[1] * (shape[1] - 1)) if shape[1] > 1 else total * jnp.nan
+  return (
+    total / (shape[1] * (shape[1] - 1)) if shape[1] > 1 else total * jnp.nan
+  )
 
 
 def as_mapping(value: Any, names: Sequence[str], argument: str) -> dict:

@@ -7,7 +7,6 @@ r"""What is maximised, of logits ``[..., k]`` and a class ``[...]``.
 """
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
@@ -23,6 +22,7 @@ def objective(
 ) -> Float[Array, "*b"]:
   """The objective of that name.
 
+  >>> import jax.numpy as jnp
   >>> objective("margin", jnp.array([2.0, 0.0]), jnp.array(0)).item()
   2.0
   """

@@ -381,7 +381,9 @@ def held_out(
     fill = {"fill": options.get("fill")}
     return {
       "near": image(scale=(1 / 1.15, 1.15), jitter=2 * pixels, **fill),
-      "far": image(rotation=30, scale=(1 / 1.3, 1.3), jitter=3 * pixels, **fill),
+      "far": image(
+        rotation=30, scale=(1 / 1.3, 1.3), jitter=3 * pixels, **fill
+      ),
     }
   kept = {n: options[n] for n in ("fill", "std", "vertical") if n in options}
   near = FACTORIES[kind](**kept)

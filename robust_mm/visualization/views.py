@@ -117,6 +117,8 @@ def make(
     )
   names = (modality,) if isinstance(modality, str) else tuple(modality)
   shapes = _shapes(apply_fn, names, shape)
+  for name in names if not is_model else ():
+    _known_shape(shapes, name)
   known = apply_fn.modalities if is_model else tuple(sorted(shapes))
   if isinstance(others, Mapping):
     given = others.get("inputs", others)
@@ -179,7 +181,7 @@ def _shapes(apply_fn, names, shape) -> dict[str, tuple[int, ...]]:
 def _known_shape(shapes, name) -> tuple[int, ...]:
   if name not in shapes:
     raise ValueError(
-      f"shape must be given: the model does not say that of {name!r}."
+      f"shape must say that of one input of {name!r}, which is not known."
     )
   return shapes[name]
 
