@@ -392,8 +392,8 @@ def test_automatic_scale_is_the_mean_margin_and_makes_weights_portable(late):
     float(margin), rel=1e-4
   )
   wrong = {**items, "label": jnp.roll(label, 1)}
-  with pytest.raises(ValueError, match="objective_scale"):
-    make(model, params, **{**options, "items": wrong})
+  lost = make(model, params, **{**options, "items": wrong, "num_steps": 1})
+  assert lost.settings["objective_divisor"] == 1
   with pytest.raises(ValueError, match="items"):
     make(model, params, shape=None, objective_scale="auto")
   # Logits twice as large: the logit objective divided by twice as much.

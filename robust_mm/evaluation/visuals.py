@@ -47,7 +47,7 @@ def read(
   found = []
   for name, folder in zip(names, folders or ()):
     for path in sorted((pathlib.Path(folder) / FOLDER).glob("*.json")):
-      found.append({"run": name, **section(path)})
+      found.append({**section(path), "run": name})
   return found
 
 
@@ -57,6 +57,7 @@ def section(path: pathlib.Path) -> dict[str, Any]:
     told = json.loads(path.read_text())
     picture = path.with_suffix(".png").read_bytes()
     return {
+      "run": "",
       "title": told["title"],
       "caution": CAUTION,
       "rows": f"Rows from the top: {', '.join(told['rows'])}. Columns: class "

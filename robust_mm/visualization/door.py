@@ -153,7 +153,7 @@ def class_visualization(
     init_std: of the start, in pixels or their logits.
     objective_scale: the objective is divided by it; ``"auto"``: by the mean
       margin of ``items``, which makes one set of weights fit networks with
-      logits of any size.
+      logits of any size; by 1 where that is not positive.
     items: training items with labels, for ``"auto"``.
     held_out: ``{name: transform}`` to test with; ``transforms.held_out`` of a
       single modality by default.
@@ -406,12 +406,8 @@ def _divisor(scale, items, view, others) -> Any:
   mean = jnp.mean(
     objectives.objective("margin", logits, jnp.asarray(items["label"]))
   )
-  if not mean > 0:
-    raise ValueError(
-      f"objective_scale='auto': the mean margin of items is {float(mean):.3g}, "
-      "so this network does not know their classes."
-    )
-  return mean
+  # Of a network that does not know their classes it says nothing.
+  return jnp.where(mean > 0, mean, 1.0)
 
 
 def _of_mode(program) -> dict:
