@@ -4,10 +4,12 @@ import html.parser
 import json
 import re
 
+import evaluation_results as results
 import numpy as np
 import pytest
 from command_line import run
 
+from robust_mm import cli
 from robust_mm.evaluation import visuals
 
 
@@ -17,14 +19,8 @@ def trained(tmp_path_factory, data_dir):
   folder = tmp_path_factory.mktemp("run") / "joint"
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("ROBUST_MM_DATA_DIR", str(data_dir))
-    from robust_mm import cli
-
-    common = [
-      "--config=configs/joint.py:av_digits,smoke",
-      f"--workdir={folder}",
-      "--config.num_steps=40",
-    ]
-    assert cli.main(["train", *common]) == 0
+    common = ["--config=configs/joint.py:av_digits,smoke"]
+    assert cli.main(["train", *common, f"--workdir={folder}"]) == 0
     yield folder
 
 
@@ -34,7 +30,9 @@ ASKED = ("--label=3,7", "--num-steps=3", "--seeds=2")
 def test_grids_numbers_and_page_are_written_and_shown_in_the_report(
   trained, capsys
 ):
-  assert run(capsys, "evaluate", f"--workdir={trained}")[0] == 0
+  result = json.dumps(results.make_result("joint"))
+  (trained / "results.json").write_text(result)
+  assert run(capsys, "report", f"--workdir={trained}")[0] == 0
   before = (trained / "report.html").read_text()
   assert "What activates a class" not in before
   asked = ("visualize", f"--workdir={trained}", "--modality=image", *ASKED)
@@ -76,19 +74,18 @@ def test_grids_numbers_and_page_are_written_and_shown_in_the_report(
     assert "not what the network sees" in text
     assert len(re.findall("data:image/png;base64,", text)) >= 1
   assert "What activates a class" in (trained / "report.html").read_text()
-  # Drawing the report again keeps it.
-  assert run(capsys, "report", f"--workdir={trained}")[0] == 0
-  assert "What activates a class" in (trained / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
   "options, stem, rows",
   [
     (("--modality=audio", "--others=2"), "audio-item2", 4),
-    (("--modality=audio", "--others=average"), "audio-average", 4),
     (("--modality=image", "--others=joint"), "image-joint", 4),
-    (("--modality=image", "--mode=in_place"), "image-in_place", 4),
-    (("--modality=image", "--fidelity=published"), "image-published", 4),
+    (
+      ("--modality=image", "--mode=in_place", "--fidelity=published"),
+      "image-in_place-published",
+      4,
+    ),
   ],
 )
 def test_every_question_has_a_file_of_its_own(

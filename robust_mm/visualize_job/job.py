@@ -109,6 +109,7 @@ def summary(paths: list[pathlib.Path]) -> str:
       shown = ["-" if c is None else f"{c:.3f}" for c in cells]
       lines.append(f"  {row:20s}{shown[0]:>8s}{shown[1]:>8s}{shown[2]:>10s}")
     lines += [f"  note: {note}" for note in told["notes"]]
+    lines.append(f"  {visuals.section(path.with_suffix('.json'))['settings']}")
     lines.append(f"  grid: {path}")
   return "\n".join(lines)
 
