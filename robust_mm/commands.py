@@ -25,6 +25,7 @@ from robust_mm import evaluation
 from robust_mm import shift_study
 from robust_mm import smoothed_rows
 from robust_mm import training
+from robust_mm import visualize_job
 from robust_mm import weight_paths
 from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
@@ -216,6 +217,18 @@ def interpolate(
   return 0
 
 
+def visualize(
+  workdir: str, *, device_count: int | None = None, **asked: Any
+) -> int:
+  """Inputs that activate classes; ``asked`` as ``visualize_job.run``."""
+  _devices(device_count)
+  folder = pathlib.Path(workdir)
+  with _bar() as progress:
+    paths = visualize_job.run(folder, progress=progress, **asked)
+  print(visualize_job.summary(paths))
+  return 0
+
+
 def report(workdirs: list[str], *, output: str | None = None) -> int:
   """Draws the report of evaluated runs again, from their files."""
   folders = [pathlib.Path(workdir) for workdir in workdirs]
@@ -249,6 +262,10 @@ def _train_one(
 def _evaluate_one(folder: pathlib.Path, **asked: Any) -> evaluation.Report:
   """``_evaluated``, and written into the run's folder."""
   found = _evaluated(folder, **asked)
+  with _bar() as progress:
+    visualize_job.of_evaluation(
+      folder, split=asked["split"], phase=asked["phase"], progress=progress
+    )
   found.save(folder, history=writers.read(folder))
   return found
 

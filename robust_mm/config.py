@@ -145,6 +145,8 @@ def default() -> ml_collections.ConfigDict:
   # Multiples of each example's own radius at which it is attacked; () = none.
   config.evaluation.tightness = (1.0, 1.2, 1.5, 2.0, 3.0)
   config.evaluation.batch_size = 512
+  # Whether inputs are synthesised that activate each class; of classifiers.
+  config.evaluation.visualize = False
 
   config.mesh = ml_collections.ConfigDict()
   config.mesh.data = -1  # -1 = all devices that are left

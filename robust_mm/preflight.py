@@ -220,6 +220,43 @@ def _check_elements(budgets, keep) -> None:
         )
 
 
+def check_visualize(
+  workdir: str,
+  split: str,
+  output: str | None,
+  *,
+  modality: str,
+  labels: Sequence[int] | None,
+  mode: str,
+  parameterization: str,
+  **_,
+) -> None:
+  """Refuses what cannot be synthesised of a run."""
+  check_run(workdir, split)
+  check_classes(workdir, "robust-mm visualize")
+  facts = runs.describe(pathlib.Path(workdir))
+  with _validate.user_errors():
+    _validate.known(sorted(facts["input_shapes"]), **{"--modality": [modality]})
+  if facts["kinds"][modality] != "float":
+    raise _validate.UserError(
+      f"--modality: {modality!r} holds token ids, which have no gradient; use "
+      "a modality of features."
+    )
+  for label in labels or ():
+    if label >= facts["num_classes"]:
+      raise _validate.UserError(
+        f"--label must lie in 0..{facts['num_classes'] - 1}, got {label}."
+      )
+  if parameterization == "fourier" and mode == "in_place":
+    raise _validate.UserError(
+      "--parameterization=fourier: leave --mode=in_place out."
+    )
+  if output and not output.endswith(".png"):
+    raise _validate.UserError(f"--output must end in .png, got {output}.")
+  if output:
+    check_output(output)
+
+
 def check_evaluated(workdir: str) -> None:
   """Refuses a folder without results."""
   check_run(workdir)

@@ -17,6 +17,7 @@ from robust_mm.evaluation import plots
 from robust_mm.evaluation import protocol
 from robust_mm.evaluation import report
 from robust_mm.evaluation import shift_plots
+from robust_mm.evaluation import visuals
 from robust_mm.evaluation.masking import masking_report
 from robust_mm.evaluation.protocol import Protocol
 from robust_mm.evaluation.protocol import standard
@@ -143,4 +144,5 @@ __all__ = [
   "shift_report",
   "standard",
   "table",
+  "visuals",
 ]
