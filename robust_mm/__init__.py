@@ -40,6 +40,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
     "missing",
     "modalities",
     "models",
+    "nullspace",
     "recipes",
     "relaxation",
     "smoothing",

@@ -17,6 +17,7 @@ RECIPES = (
   "pretrain",
   "finetune",
   "masd",
+  "nullspace",
 )
 FUSIONS = (
   "captioner",

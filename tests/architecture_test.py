@@ -33,6 +33,7 @@ FLOORS = {
   "hypergrad": 3,
   "losses": 3,
   "masking": 3,
+  "nullspace": 3,
   "smoothing": 3,
   "weights": 3,
   "augmentations": 4,

@@ -120,6 +120,32 @@ def test_every_variant_of_modal_immune_is_run_above():
   assert words == {*known["VARIANTS"], *known["DATASETS"]} - {"smoke"}
 
 
+# Every variant is in one of them, each arm in recipes_nullspace_test as well.
+NULLSPACE = (
+  "av_digits",
+  "av_digits,multimodal,random",
+  "av_digits,clean",
+  "av_digits,twice_clean",
+  "digits,random_at_criterion",
+  "digits,permuted",
+  "digits,published",
+  "digits,corrected",
+)
+
+
+@pytest.mark.parametrize("argument", NULLSPACE)
+def test_nullspace_takes_its_steps(argument, data_dir, tmp_path):
+  path = "" if argument.startswith("digits") else data_dir
+  smoke(f"configs/nullspace.py:{argument}", tmp_path, path)
+
+
+def test_every_variant_of_nullspace_is_run_above():
+  path, _ = config_lib.find("configs/nullspace.py")
+  known = runpy.run_path(str(path))
+  words = {word for argument in NULLSPACE for word in argument.split(",")}
+  assert words == {*known["VARIANTS"], *known["DATASETS"]} - {"smoke"}
+
+
 def descent(tx, num_steps):
   """Parameters of a gradient of 1, beginning at 1: [num_steps]."""
 

@@ -32,6 +32,7 @@ from robust_mm.models import geometries
 from robust_mm.models import masked
 from robust_mm.models import regression
 from robust_mm.models import sequences
+from robust_mm.models import splits
 from robust_mm.models import transformer
 from robust_mm.models import trunk
 from robust_mm.models.functional import Encoder
@@ -290,6 +291,7 @@ def from_parts(
     project=_project(parts),
     target=target,
     **sequences.functions(fusion, encoders, normalizers, shapes),
+    **splits.functions(encoders, normalizers),
   )
 
 

@@ -7,6 +7,7 @@ from robust_mm.recipes.decoders import statistics as feature_statistics
 from robust_mm.recipes.joint import joint
 from robust_mm.recipes.masd import masd
 from robust_mm.recipes.modal_immune import modal_immune
+from robust_mm.recipes.nullspace import nullspace
 from robust_mm.recipes.phases import Job
 from robust_mm.recipes.phases import Phase
 from robust_mm.recipes.phases import Recipe
@@ -27,5 +28,6 @@ __all__ = [
   "joint",
   "masd",
   "modal_immune",
+  "nullspace",
   "pretrain",
 ]

@@ -43,6 +43,18 @@ def modality_dropout(*, rate: float = 1.0) -> Callable[..., Any]:
   return intervene
 
 
+def two_views(augment: Callable[..., Any]) -> Callable[..., Any]:
+  """Two independent draws of an augmentation: ``second_inputs`` beside."""
+
+  def intervene(key, params, state, batch):
+    first, second = jax.random.split(key)
+    other = augment(second, params, state, batch)
+    batch = augment(first, params, state, batch)
+    return {**batch, "second_inputs": other["inputs"]}
+
+  return intervene
+
+
 def mixup(*, alpha: float = 1.0) -> Callable[..., Any]:
   r"""Mixes every example with another: :math:`\lambda x + (1 - \lambda) x'`.
 

@@ -14,6 +14,7 @@ from robust_mm import _validate
 
 LossFn = Callable[..., Any]
 Intervention = Callable[..., Any]
+SOURCES = ("validation", "train")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,10 +31,11 @@ class Job:
       metrics is a flat dict of scalars.
     period: updates between two times.
     start: the first time.
-    batch_size: of a batch of *validation* examples, shuffled; where there are
+    batch_size: of a batch of examples of ``source``, shuffled; where there are
       fewer, all of them (but for a remainder that the mesh does not divide).
       Time ``i`` takes batch ``i``, so a resumed run sees what the undisturbed
       one sees.
+    source: the split that batches are of, ``validation`` or ``train``.
     with_training: ``batch`` is the pair of that batch and of the training batch
       of the update just done (as it came from the pipeline).
   """
@@ -43,9 +45,11 @@ class Job:
   period: int
   start: int
   batch_size: int
+  source: str = "validation"
   with_training: bool = False
 
   def __post_init__(self):
+    _validate.one_of(SOURCES, source=self.source)
     _validate.at_least(
       1, period=self.period, start=self.start, batch_size=self.batch_size
     )
@@ -109,8 +113,14 @@ class Phase:
     binding: whether a judgement is obeyed: the phase's last model is judged,
       and the one before it taken back where the answer is no. Not binding, it
       is only reported, and selection chooses the model.
+<<<<<<< HEAD
     progress: whether batches get ``progress`` [], the share of the phase's
       updates that are done.
+=======
+    views: how many independently augmented views of its inputs a batch has; the
+      second one is ``batch["second_inputs"]``. Without augmentation there is
+      one whatever this says.
+>>>>>>> i6-nullspace
     averaged: whether a run that averages its parameters does so in this phase;
       False where the optimiser itself chooses the parameters it ends at.
   """
@@ -124,6 +134,7 @@ class Phase:
   prepare: Callable[..., Any] | None = None
   judge: Callable[..., Any] | None = None
   binding: bool = True
+  views: int = 1
   extra: Callable[..., Any] | None = None
   update: Callable[..., Any] | None = None
   jobs: tuple[Job, ...] = ()
@@ -133,6 +144,7 @@ class Phase:
 
   def __post_init__(self):
     _validate.at_least(1, num_steps=self.num_steps)
+    _validate.one_of((1, 2), views=self.views)
     if (self.loss is None) == (self.update is None):
       raise ValueError(f"phase {self.name!r} needs either a loss or an update.")
     if self.update is not None and self.trainable != ".*":

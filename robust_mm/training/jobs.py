@@ -16,7 +16,7 @@ _KEYS = 0x6A6F6200
 
 
 class Jobs:
-  """The jobs of a phase, each with its own stream of validation batches."""
+  """The jobs of a phase, each with its own stream of batches."""
 
   def __init__(self, run: context.Run, phase: Phase, key, *, start, step):
     """``start``: the phase's first step; ``step``: the one the run is at."""
@@ -79,21 +79,21 @@ def batch_size(job: Job, num_examples: int, mesh) -> int:
   size = min(job.batch_size, num_examples) // shards * shards
   if not size:
     raise ValueError(
-      f"the {job.name} job needs at least {shards} validation examples in a "
+      f"the {job.name} job needs at least {shards} {job.source} examples in a "
       f"batch, one for each part of the data axis of the mesh; it asks for "
       f"{job.batch_size} of {num_examples}."
     )
   return size
 
 
-def check(phase: Phase, validation, mesh) -> None:
+def check(phase: Phase, setup, mesh) -> None:
   """Refuses, by name, a job that no batch can be made for."""
   for job in phase.jobs:
-    batch_size(job, len(validation), mesh)
+    batch_size(job, len(getattr(setup, job.source)), mesh)
 
 
 def _stream(run: context.Run, job: Job, start: int) -> Iterator:
-  source = run.setup.validation
+  source = getattr(run.setup, job.source)
   index, count = sharding.batch_part(run.mesh)
   stream = data.pipeline(
     source,

@@ -134,7 +134,7 @@ def _plan(config) -> _Plan:
     for phase in recipe.phases:
       abstract = context.abstract_state(setup.model, phase)
       sharding.state_shardings(abstract, mesh, config.mesh.rules, phase)
-      jobs_lib.check(phase, setup.validation, mesh)
+      jobs_lib.check(phase, setup, mesh)
     # A batch larger than the set is refused here.
     streams.training_batches(config, setup, mesh)
     return _Plan(

@@ -19,6 +19,7 @@ from robust_mm import models
 from robust_mm import recipes
 from robust_mm._types import Model
 from robust_mm._types import Target
+from robust_mm.recipes import interventions
 from robust_mm.training import labels as labels_lib
 from robust_mm.training import optimizers
 from robust_mm.training import runs
@@ -141,7 +142,9 @@ def recipe_notes(
     return []
   notes = []
   for phase in recipe.phases:
-    work = [f"the {job.name} job" for job in phase.jobs]
+    work = [
+      f"the {job.name} job" for job in phase.jobs if job.source == "validation"
+    ]
     work += ["acceptance"] if phase.judge is not None else []
     if work:
       notes.append(
@@ -381,8 +384,15 @@ def _augmented(recipe: recipes.Recipe, settings: dict, spec) -> recipes.Recipe:
   path = "config.augmentation"
   augmentations.check(settings, spec, path=path)
   augment = augmentations.make(settings, path=path)
+  two = interventions.two_views(augment)
   phases = tuple(
-    dataclasses.replace(phase, interventions=(augment, *phase.interventions))
+    dataclasses.replace(
+      phase,
+      interventions=(
+        augment if phase.views == 1 else two,
+        *phase.interventions,
+      ),
+    )
     if phase.prepare is None
     else phase
     for phase in recipe.phases

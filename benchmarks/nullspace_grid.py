@@ -1,0 +1,357 @@
+"""Does nullspace noise make a vision transformer more robust than its controls?
+
+  python benchmarks/nullspace_grid.py --workdir=runs/nullspace \\
+    --output=benchmarks/results/nullspace_av_digits.txt
+
+Fine-tunes every arm (the variants of ``configs/nullspace.py``) from the same
+small transformer, trained once a seed on cross-entropy alone, in the same number
+of updates; what a search costs comes on top. On test images:
+clean accuracy; mean accuracy under corruption, of all kinds of image corruption
+that leave something of the image, every kind and severity alike; accuracy under
+l2 PGD; and what the noise of each learnt arm does to the model that it trained.
+Differences to ``twice_clean`` are paired, with 95 % intervals over seeds and
+images.
+
+``--also NAME:key=value,...`` adds arms that are another with options changed,
+such as ``far:bank:radius_factor=3``; ``long:twice_clean:num_steps=2400`` sets
+the number of updates. What is done is kept in ``--workdir`` and not done again.
+"""
+
+import argparse
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import robust_mm
+from robust_mm import attacks
+from robust_mm import config as config_lib
+from robust_mm import corruptions
+from robust_mm import nullspace
+from robust_mm import training
+from robust_mm.evaluation import metrics
+from robust_mm.training import setup as setup_lib
+
+SPEC = "configs/nullspace.py"
+AGAINST = "twice_clean"
+ARMS = (
+  "clean",
+  "twice_clean",
+  "random",
+  "random_at_criterion",
+  "permuted",
+  "published",
+  "corrected",
+  "bank",
+)
+# They leave nothing of the only image, or another one in its place.
+NOTHING_LEFT = ("absent", "zeros", "swap", "stuck")
+MODALITY = "image"
+
+
+def main():
+  options = _parser().parse_args()
+  # Seeds of an arm compile the same functions.
+  cache = (options.workdir / "compiled").resolve()
+  jax.config.update("jax_compilation_cache_dir", str(cache))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  arms = {arm: (arm, {}) for arm in options.arms}
+  arms |= dict(_also(text) for text in options.also)
+  found = {}
+  # Seed by seed: a table of what there is can be made at any time.
+  for seed in range(options.seeds):
+    for name, (arm, changes) in arms.items():
+      found[name, seed] = _kept(options, name, arm, changes, seed)
+      print(json.dumps(_line(name, seed, found[name, seed])), flush=True)
+  text = "\n".join(_tables(found, list(arms), options))
+  print(text)
+  if options.output:
+    options.output.write_text(text + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+  parser.add_argument("--seeds", type=int, default=3)
+  parser.add_argument("--arms", nargs="*", default=list(ARMS))
+  parser.add_argument("--also", nargs="*", default=[], metavar="NAME:ARM:K=V")
+  parser.add_argument("--smoke", action="store_true", help="a few steps")
+  parser.add_argument("--images", type=int, default=2000)
+  parser.add_argument("--attacked", type=int, default=500)
+  parser.add_argument("--radius", type=float, default=0.5)
+  parser.add_argument("--severities", type=int, nargs="+", default=[1, 3, 5])
+  parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
+  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument("--output", type=pathlib.Path)
+  return parser
+
+
+def _also(text: str):
+  name, arm, *rest = text.split(":")
+  pairs = [part.split("=", 1) for part in ",".join(rest).split(",") if part]
+  return name, (arm, dict(pairs))
+
+
+def _kept(options, name: str, arm: str, changes: dict, seed: int) -> dict:
+  """A measurement, from its file where it has been made."""
+  folder = options.workdir / name / str(seed)
+  path = folder / "measured.json"
+  if not path.is_file():
+    found = _measured(options, arm, changes, seed, folder)
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(found))
+    scratch.replace(path)
+  return json.loads(path.read_text())
+
+
+def _config(options, arm: str, seed: int, given: list[str]):
+  words = ["av_digits", *([] if arm == "bank" else [arm])]
+  words += ["smoke"] if options.smoke else []
+  settings = [f"--config.{setting}" for setting in (*options.set, *given)]
+  return config_lib.load(
+    f"{SPEC}:{','.join(words)}", [f"--config.seed={seed}", *settings]
+  )
+
+
+def _pretrained(options, seed: int) -> pathlib.Path:
+  """The run that all arms of a seed start from."""
+  folder = options.workdir / "pretrained" / str(seed)
+  config = _config(options, "clean", seed, ["num_steps=1"])
+  training.train(config, folder, say=lambda line: None)
+  return folder
+
+
+def _measured(options, arm, changes, seed: int, folder: pathlib.Path) -> dict:
+  start = _pretrained(options, seed)
+  own = {"num_steps": changes.get("num_steps")}
+  given = [f"{key}={value}" for key, value in own.items() if value]
+  given += [
+    f"recipe.options.{key}={value}"
+    for key, value in changes.items()
+    if key not in own
+  ]
+  given += [
+    f"init_from={start}",
+    "init_phase=pretrain",
+    "recipe.options.pretrain_steps=0",
+  ]
+  config = _config(options, arm, seed, given)
+  folder.mkdir(parents=True, exist_ok=True)
+  training.train(config, folder / "run", say=lambda line: None)
+  model, params, state, _ = robust_mm.load(folder / "run")
+
+  def logits_fn(inputs):
+    present = {MODALITY: jnp.ones(inputs[MODALITY].shape[0], bool)}
+    outputs, _ = model.apply(params, state, inputs, present)
+    return outputs.logits
+
+  predict = jax.jit(lambda inputs: jnp.argmax(logits_fn(inputs), axis=-1))
+  source = setup_lib.open_split(config, "test", limit=options.images)
+  data = jax.tree.map(jnp.asarray, source.batch())
+
+  def right(inputs):
+    return np.asarray(predict(inputs) == data["label"]).astype(int).tolist()
+
+  return {
+    "clean": right(data["inputs"]),
+    "corrupted": _corrupted(options, config, right, data),
+    "attacked": _attacked(options, logits_fn, data),
+    "searches": _searches(folder / "run"),
+    "kernel": _kernel_noise(logits_fn, params, data["inputs"][MODALITY][:64]),
+  }
+
+
+def _corrupted(options, config, right, data) -> dict:
+  """``{kind: {severity: rows that are right}}``."""
+  train = setup_lib.open_split(config, "train")
+  scale = corruptions.deviations(setup_lib.reference_batch(train))
+  kinds = [k for k in corruptions.kinds("image") if k not in NOTHING_LEFT]
+  suite = corruptions.suite(
+    {MODALITY: data["inputs"][MODALITY].shape[1:]},
+    kinds=kinds,
+    severities=options.severities,
+    scale=scale,
+  )
+
+  @jax.jit
+  def corrupt(corruption, inputs, present):
+    return corruption(
+      jax.random.key(0), inputs, present, id=data["id"], label=data["label"]
+    )
+
+  found = {}
+  for name, corruption in suite.items():
+    inputs, _ = corrupt(corruption, data["inputs"], data["present"])
+    kind, _, severity = name.split("/")
+    found.setdefault(kind, {})[severity] = right(inputs)
+  return found
+
+
+def _attacked(options, logits_fn, data) -> list[int]:
+  attack = attacks.pgd(
+    norm=2,
+    budget=options.radius,
+    num_steps=20,
+    num_restarts=1,
+    valid_range={MODALITY: (0.0, 1.0)},
+  )
+  count = options.attacked
+  inputs = {MODALITY: data["inputs"][MODALITY][:count]}
+  label = data["label"][:count]
+
+  @jax.jit
+  def attacked(inputs, label):
+    changed = attack(jax.random.key(0), logits_fn, inputs, label)
+    return jnp.argmax(logits_fn(changed), axis=-1) == label
+
+  return np.asarray(attacked(inputs, label)).astype(int).tolist()
+
+
+def _searches(workdir: pathlib.Path) -> dict:
+  """First and last of what searches reported, and how many held."""
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+  rows = [row for row in rows if f"noise_radius_{MODALITY}" in row]
+  if not rows:
+    return {}
+  column = lambda word: [row[f"noise_{word}_{MODALITY}"] for row in rows]  # noqa: E731
+  return {
+    "rounds": len(rows),
+    "held": int(sum(column("held"))),
+    "radius": [column("radius")[0], column("radius")[-1]],
+    "criterion": float(np.mean(column("criterion"))),
+  }
+
+
+def _kernel_noise(logits_fn, params, images) -> dict:
+  """What the largest noise of the exact kernel does to logits, in float32."""
+  weight = params["encoders"][MODALITY]["embed"]["kernel"]
+  kernel = nullspace.patch_kernel(weight)
+  images = jnp.reshape(images, (*images.shape[:3], 1))
+  direction = jax.random.normal(jax.random.key(0), images.shape)
+  noise = nullspace.largest_kernel_noise(kernel, images, direction)
+  # Off the bounds of pixels, where black patches leave no room.
+  grey = 0.25 + 0.5 * images
+  free = nullspace.largest_kernel_noise(kernel, grey, direction)
+  found = {"dim": kernel.dim}
+  for word, x, delta in (("black", images, noise), ("grey", grey, free)):
+    clean = logits_fn({MODALITY: x})
+    moved = logits_fn({MODALITY: x + delta}) - clean
+    size = jnp.max(jnp.abs(clean))
+    found[word] = {
+      "norm": float(jnp.mean(_norms(delta))),
+      "change": float(jnp.max(jnp.abs(moved)) / size),
+    }
+    generic = _norms(delta) * direction / _norms(direction)
+    away = logits_fn({MODALITY: x + generic}) - clean
+    found[word]["generic"] = float(jnp.max(jnp.abs(away)) / size)
+  return found
+
+
+def _norms(x):
+  return jnp.sqrt(jnp.sum(jnp.square(x), axis=(1, 2, 3), keepdims=True))
+
+
+# ---- tables
+
+
+def _corruption_rows(found: dict) -> np.ndarray:
+  """``[n]``: a row's mean corruption score, every kind alike."""
+  table = found["corrupted"]
+  return np.mean(
+    [np.mean(list(rows.values()), axis=0) for rows in table.values()], axis=0
+  )
+
+
+def _line(name: str, seed: int, found: dict) -> dict:
+  return {
+    "arm": name,
+    "seed": seed,
+    "clean": round(np.mean(found["clean"]), 4),
+    "corrupted": round(float(np.mean(_corruption_rows(found))), 4),
+    "attacked": round(np.mean(found["attacked"]), 4),
+    **found["searches"],
+  }
+
+
+def _tables(found: dict, arms: list[str], options) -> list[str]:
+  of = {a: [found[a, seed] for seed in range(options.seeds)] for a in arms}
+  kinds = list(of[arms[0]][0]["corrupted"])
+  lines = [
+    f"av_digits, {MODALITY}s, {options.seeds} seeds, {options.images} test "
+    f"images, severities {', '.join(map(str, options.severities))}, l2 PGD "
+    f"{options.radius} on {options.attacked}, jax {jax.__version__}, "
+    f"{jax.devices()[0].device_kind}",
+    *[f"set {setting}" for setting in options.set],
+    *[f"also {text}" for text in options.also],
+    "",
+    "accuracy: mean +- standard deviation over seeds",
+    _row("", ["clean", "corrupted", "attacked"], 19),
+  ]
+  measures = {
+    "clean": lambda m: np.array(m["clean"]),
+    "corrupted": _corruption_rows,
+    "attacked": lambda m: np.array(m["attacked"]),
+  }
+  for arm in arms:
+    cells = [
+      _spread([np.mean(rows(m)) for m in of[arm]]) for rows in measures.values()
+    ]
+    lines.append(_row(arm, cells, 19))
+  if AGAINST in arms:
+    lines += ["", f"difference to {AGAINST}, 95 % interval (points)"]
+    lines.append(_row("", list(measures), 25))
+    for arm in arms:
+      if arm != AGAINST:
+        cells = [
+          _interval([rows(m) for m in of[arm]], [rows(m) for m in of[AGAINST]])
+          for rows in measures.values()
+        ]
+        lines.append(_row(arm, cells, 25))
+  lines += ["", "accuracy by kind of corruption", _row("", kinds, 17)]
+  for arm in arms:
+    cells = [
+      f"{np.mean([list(m['corrupted'][k].values()) for m in of[arm]]):.4f}"
+      for k in kinds
+    ]
+    lines.append(_row(arm, cells, 17))
+  lines += ["", "searches of the first seed: relative radius, mean criterion"]
+  for arm in arms:
+    one = of[arm][0]["searches"]
+    if one:
+      first, last = one["radius"]
+      lines.append(
+        f"{arm:22s}radius {first:.3f} -> {last:.3f}, criterion "
+        f"{one['criterion']:.4f}, held in {one['held']} of {one['rounds']}"
+      )
+  lines += ["", "exact kernel of the trained models: largest relative change"]
+  for word in ("black", "grey"):
+    change, generic, norm = (
+      [m["kernel"][word][key] for ms in of.values() for m in ms]
+      for key in ("change", "generic", "norm")
+    )
+    lines.append(
+      f"{word:22s}dimension {of[arms[0]][0]['kernel']['dim']}, norm "
+      f"{np.mean(norm):.2f}, change at most {max(change):.1e}; Gaussian noise "
+      f"of the same norm {min(generic):.2f} to {max(generic):.2f}"
+    )
+  return lines
+
+
+def _interval(first, second) -> str:
+  found = metrics.paired_bootstrap(np.array(first), np.array(second))
+  mean, low, high = (100 * value for value in found[:3])
+  return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def _spread(values) -> str:
+  spread = f"{np.std(values, ddof=1):.4f}" if len(values) > 1 else "-"
+  return f"{np.mean(values):.4f} +- {spread}"
+
+
+def _row(head: str, cells, width: int) -> str:
+  return f"{head:22s}" + "".join(f"{cell:>{width}s}" for cell in cells)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,100 @@
+"""A vision transformer fine-tuned with noise that it should not notice.
+
+  robust-mm train --config=configs/nullspace.py:av_digits --workdir=runs/noise
+
+The argument names the data set (av_digits, digits), variants of the noise:
+clean (no second term), twice_clean (a second clean view), random (Gaussian, as
+large as what is learnt), random_at_criterion (Gaussian, small enough to change
+as little), permuted (what is learnt, its entries permuted), published (as
+published), corrected (one noise a round); a bank of noises where none is named;
+and multimodal (av_digits with sound, each modality with a bank of its own),
+smoke.
+
+In one run a small transformer is trained on cross-entropy alone (phase
+pretrain) and fine-tuned from there (phase nullspace). All arms have the same
+first phase, seed by seed: robust-mm train once, and
+--config.init_from=runs/noise --config.init_phase=pretrain
+--config.recipe.options.pretrain_steps=0 for the others.
+
+A gain of nullspace noise is one over twice_clean and over random, random_at_
+criterion and permuted: benchmarks/results/nullspace_av_digits.txt.
+"""
+
+from robust_mm import config as base
+
+DATASETS = ("av_digits", "digits")
+ARMS = (
+  "clean",
+  "twice_clean",
+  "random",
+  "random_at_criterion",
+  "permuted",
+  "published",
+  "corrected",
+)
+VARIANTS = (*ARMS, "multimodal", "smoke")
+APART = (ARMS,)
+
+# Sixteen patches of either.
+IMAGE = {
+  "name": "vit",
+  "size": None,
+  "width": 32,
+  "depth": 2,
+  "num_heads": 2,
+  "mlp_dim": 64,
+  "patch_size": 7,
+}
+HALF = {**IMAGE, "width": 16, "patch_size": (2, 1)}
+SOUND = {**IMAGE, "patch_size": 8, "width": 48, "mlp_dim": 96}
+
+
+def get_config(argument: str = ""):
+  """The configuration of one data set and its variants."""
+  dataset, variants = base.parse(
+    argument, datasets=DATASETS, flags=VARIANTS, apart=APART
+  )
+  if dataset == "digits":
+    base.refuse_idle(dataset, variants, ("multimodal",))
+  config = base.default()
+  config.data.name = dataset
+  config.data.batch_size = 128
+  config.num_steps = 800
+  config.recipe.name = "nullspace"
+  options = config.recipe.options
+  options.noise = next((arm for arm in ARMS if arm in variants), "bank")
+  options.pretrain_steps = 1500
+  options.pretrain_lr = 3e-3
+  # Ten rounds; a search costs about as much as the updates between two.
+  options.segment_steps = 80
+  options.solver_steps = 50
+  if dataset == "digits":
+    config.model.encoders = {"default": HALF}
+    config.num_steps = 400
+    options.pretrain_steps = 600
+    options.segment_steps = 40
+    options.start_radius = 0.1
+  elif "multimodal" in variants:
+    config.model.encoders = {"image": IMAGE, "audio": SOUND}
+  else:
+    config.data.modalities = ("image",)
+    config.model.encoders = {"image": IMAGE}
+  config.optimizer.name = "adamw"
+  config.optimizer.lr = 1e-3
+  config.optimizer.weight_decay = 0.05
+  config.training.eval_every = 400
+  config.training.checkpoint_every = 200
+  # The last model of every arm, after as many updates.
+  config.selection.metric = "last"
+  config.evaluation.corruptions = "suite"
+  if "smoke" in variants:
+    base.shrink(config)
+    config.data.max_train_examples = 256
+    config.evaluation.corruptions = "none"
+    options.pretrain_steps = 2
+    options.segment_steps = 2
+    options.solver_examples = 128
+    options.solver_steps = 2
+    options.num_bisections = 1
+    options.num_members = 2
+  return config

@@ -1,0 +1,321 @@
+"""What the nullspace recipe does: rounds of search, and updates with noise."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from robust_mm import modalities
+from robust_mm import nullspace
+from robust_mm._types import Model
+from robust_mm.nullspace import criteria
+from robust_mm.nullspace import published
+from robust_mm.nullspace import searching
+from robust_mm.recipes import objectives
+
+CLEAN = ("clean", "twice_clean")
+SINGLE = ("published", "corrected")
+ARMS = (
+  *CLEAN,
+  "random",
+  "random_at_criterion",
+  "permuted",
+  *SINGLE,
+  "bank",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Settings:
+  """The arguments of ``recipes.nullspace``, checked.
+
+  Attributes:
+    noisy: modalities that get noise; empty in the clean arms.
+  """
+
+  model: Model
+  noise: str
+  noisy: tuple[str, ...]
+  num_members: int
+  convex_pairs: bool
+  radius_factor: float
+  consistency_weight: float
+  label_smoothing: float
+  permuted: str
+  search: nullspace.Search
+  limit: float
+
+
+def token_shapes(model: Model) -> dict[str, tuple[int, int]]:
+  """``{m: (N, d)}`` of the modalities that have tokens."""
+
+  def tokens(key):
+    params, state = model.init(key)
+    inputs = {
+      name: jnp.zeros((1, *shape)) for name, shape in model.input_shapes.items()
+    }
+    present = {name: jnp.ones(1, bool) for name in inputs}
+    return model.embed(params, state, inputs, present)
+
+  found = jax.eval_shape(tokens, jax.random.key(0))
+  return {name: value.shape[1:] for name, value in found.items()}
+
+
+def make_extra(settings: Settings) -> Callable:
+  """``extra(params, key)``: an empty bank for each noisy modality.
+
+  ``shown`` is what training draws from: the bank itself, but for permuted
+  noise, whose members ``bank`` keeps as they were found.
+  """
+  shapes = token_shapes(settings.model) if settings.noisy else {}
+
+  def extra(params, key):
+    del params, key
+    banks = {
+      name: _stored(nullspace.empty_bank(settings.num_members, shapes[name]))
+      for name in settings.noisy
+    }
+    found = {"shown": banks} if banks else {}
+    if settings.noise == "permuted":
+      found["bank"] = jax.tree.map(jnp.array, banks)
+    return found
+
+  return extra
+
+
+def _stored(bank: nullspace.NoiseBank) -> dict:
+  """The bank as a plain dict, for checkpoints."""
+  return {f.name: getattr(bank, f.name) for f in dataclasses.fields(bank)}
+
+
+# ---- updates
+
+
+def make_update(
+  settings: Settings, tx: optax.GradientTransformation
+) -> Callable:
+  """One step on clean inputs and on those with noise, or a second view."""
+
+  def update(state, batch, key):
+    def loss_fn(params):
+      return _loss(settings, params, state, batch, key)
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, (model_state, metrics)), grads = grad_fn(state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    state = dataclasses.replace(
+      state,
+      params=optax.apply_updates(state.params, updates),
+      model_state=model_state,
+      opt_state=opt_state,
+    )
+    norm = optax.tree.norm(grads)
+    return state, {"loss": loss, **metrics, "gradient_norm": norm}
+
+  return update
+
+
+def _loss(settings: Settings, params, state, batch, key):
+  """(loss, (model state, metrics))."""
+  model, present = settings.model, batch["present"]
+  first_key, second_key, noise_key = jax.random.split(key, 3)
+
+  def logits(embeddings):
+    return model.fuse(params, embeddings, present).logits
+
+  embeddings, model_state = model.encode(
+    params,
+    state.model_state,
+    batch["inputs"],
+    present,
+    train=True,
+    key=first_key,
+  )
+  clean = logits(embeddings)
+  metrics = {"accuracy": objectives.accuracy(clean, batch)}
+  if settings.noise == "clean":
+    loss = objectives.classification(
+      clean, batch, label_smoothing=settings.label_smoothing
+    )
+    return loss, (model_state, metrics)
+  if settings.noise == "twice_clean":
+    second, _ = model.encode(
+      params,
+      state.model_state,
+      batch.get("second_inputs", batch["inputs"]),
+      present,
+      train=True,
+      key=second_key,
+    )
+  else:
+    tokens = model.embed(params, state.model_state, batch["inputs"], present)
+    noise = draw(settings, state.extra["shown"], noise_key, len(batch["label"]))
+    changed = model.encode_tokens(
+      params,
+      state.model_state,
+      nullspace.add_noise({name: tokens[name] for name in noise}, noise),
+      present,
+      train=True,
+      key=second_key,
+    )
+    second = {**embeddings, **changed}
+  terms = nullspace.paired_loss(
+    clean,
+    logits(second),
+    batch["label"],
+    consistency_weight=settings.consistency_weight,
+    label_smoothing=settings.label_smoothing,
+    counted=jnp.any(modalities.stack(present), axis=0),
+  )
+  metrics["clean_loss"], metrics["noisy_loss"] = terms.clean, terms.noisy
+  metrics["change"] = terms.change
+  return terms.loss, (model_state, metrics)
+
+
+def draw(settings: Settings, shown: dict, key, number: int) -> dict:
+  """``{m: [number, N, d]}``, or ``[1, N, d]`` of one noise for all."""
+  found = {}
+  for index, name in enumerate(settings.noisy):
+    bank = nullspace.NoiseBank(**shown[name])
+    if settings.noise in SINGLE:
+      noise = bank.noise  # zeros before the first round
+    else:
+      noise = bank.sample(
+        jax.random.fold_in(key, index), number, pairs=settings.convex_pairs
+      )
+    found[name] = settings.radius_factor * noise
+  return found
+
+
+# ---- rounds
+
+
+def make_round(settings: Settings) -> Callable:
+  """A search for every noisy modality, its result added to the bank."""
+
+  def run(state, batch, key):
+    extra, metrics = dict(state.extra), {}
+    for index, name in enumerate(settings.noisy):
+      own = jax.random.fold_in(key, index)
+      extra, found = _round(settings, state, extra, batch, name, own)
+      metrics |= {f"{word}_{name}": value for word, value in found.items()}
+    return dataclasses.replace(state, extra=extra), metrics
+
+  return run
+
+
+def _round(settings: Settings, state, extra, batch, name, key):
+  """(extra, metrics) after one modality's search."""
+  items, encode = _problem(settings.model, state, batch, name)
+  half = len(items) // 2
+  optimise, holdout = items.take(slice(half)), items.take(slice(half, None))
+  search_key, random_key, permute_key = jax.random.split(key, 3)
+  found = _sought(
+    settings, encode, state.params, optimise, holdout, search_key, random_key
+  )
+  kept = "bank" if settings.noise == "permuted" else "shown"
+  bank = nullspace.NoiseBank(**extra[kept][name])
+  measured = _measure(encode, state.params, bank, holdout, settings)
+  bank = dataclasses.replace(bank, criterion=measured)
+  stale = jnp.mean(bank.filled & ~(measured <= 2 * settings.search.eps))
+  bank = bank.add(
+    found["noise"],
+    found["radius"],
+    found["criterion"],
+    eps=settings.search.eps,
+  )
+  extra = {**extra, kept: {**extra[kept], name: _stored(bank)}}
+  if settings.noise == "permuted":
+    shown = _stored(bank.permute(permute_key, settings.permuted))
+    extra["shown"] = {**extra["shown"], name: shown}
+  metrics = {word: found[word] for word in ("radius", "criterion", "held")}
+  metrics["norm"] = jnp.linalg.norm(found["noise"])
+  return extra, {**metrics, "stale": stale}
+
+
+def _sought(settings, encode, params, optimise, holdout, key, random_key):
+  """``{noise [N, d], radius, criterion, held}`` of an arm.
+
+  ``criterion`` is of the hold-out half, at that noise; ``held`` is 1 where it
+  is one that eps bounds.
+  """
+  search, shape = settings.search, optimise.tokens.shape[1:]
+
+  def mean(noise):
+    return holdout.mean(_criterion(encode, params, holdout, noise, search))
+
+  if settings.noise == "published":
+    options = published.Settings(
+      eps=search.eps, limit=settings.limit, batch_size=search.batch_size
+    )
+    found = published.descend(encode, params, optimise, options, key)
+    noise, held = found.noise, found.reached
+  elif settings.noise == "random_at_criterion":
+    noise, reached = nullspace.random_at_criterion(
+      encode, params, holdout, eps=search.eps, key=random_key
+    )
+    held = reached <= search.eps
+  else:
+    found = searching.search(encode, params, optimise, holdout, search, key)
+    noise, held = found.noise, found.upper <= search.eps
+    if settings.noise == "random":
+      direction = nullspace.random_direction(random_key, shape, search.profile)
+      noise = found.radius * found.size * direction
+  return {
+    "noise": noise,
+    "radius": nullspace.relative_radius(noise, criteria.scale_of(optimise)),
+    "criterion": mean(noise),
+    "held": held.astype(jnp.float32),
+  }
+
+
+def _problem(model: Model, state, batch, name: str):
+  """(items, encode) of one modality, the others as they are."""
+  present = batch["present"]
+  tokens = model.embed(
+    state.params, state.model_state, batch["inputs"], present
+  )[name]
+  context = None
+  if len(model.modalities) > 1:
+    embeddings, _ = model.encode(
+      state.params, state.model_state, batch["inputs"], present
+    )
+    others = {n: value for n, value in embeddings.items() if n != name}
+    context = {"embeddings": others, "present": present}
+
+  def encode(params, tokens, context=None):
+    if context is None:
+      context = {
+        "embeddings": {},
+        "present": {name: jnp.ones(tokens.shape[0], bool)},
+      }
+    changed = model.encode_tokens(
+      params, state.model_state, {name: tokens}, context["present"]
+    )
+    embeddings = {**context["embeddings"], **changed}
+    return model.fuse(params, embeddings, context["present"]).logits
+
+  items = criteria.Items(tokens=tokens, context=context, counted=present[name])
+  return items, encode
+
+
+def _criterion(encode, params, items, noise, search) -> Any:
+  chunk = search.chunk_size
+  clean = criteria.in_chunks(encode, params, items, None, chunk)
+  noisy = criteria.in_chunks(encode, params, items, noise, chunk)
+  return criteria.change(clean, noisy, "criterion")
+
+
+def _measure(encode, params, bank, items, settings):
+  """``[K]``: the mean criterion of every member on the network as it is."""
+  chunk = settings.search.chunk_size
+  clean = criteria.in_chunks(encode, params, items, None, chunk)
+
+  def one(noise):
+    noisy = criteria.in_chunks(encode, params, items, noise, chunk)
+    return items.mean(criteria.change(clean, noisy, "criterion"))
+
+  return jnp.where(bank.filled, jax.lax.map(one, bank.noise), 0.0)

@@ -1,0 +1,203 @@
+r"""Fine-tuning with noise that a network should not notice, and its controls.
+
+Every so many updates noise is sought for the network as it stands
+(``robust_mm.nullspace``), on training examples and with its parameters frozen;
+in between the network learns to say the same with it. No gradient flows through
+the search.
+
+References:
+  `Liu et al. (2024) <https://arxiv.org/abs/2403.10476>`_; their procedure is
+  ``noise="published"``.
+"""
+
+from collections.abc import Sequence
+
+import optax
+
+from robust_mm import _validate
+from robust_mm import nullspace as nullspace_lib
+from robust_mm._types import Model
+from robust_mm.nullspace import tokens as tokens_lib
+from robust_mm.recipes import noise_rounds
+from robust_mm.recipes import objectives
+from robust_mm.recipes import phases
+
+NOISE = noise_rounds.ARMS
+
+
+def nullspace(
+  model: Model,
+  *,
+  num_steps: int,
+  tx: optax.GradientTransformation,
+  noise: str = "bank",
+  noisy: Sequence[str] = (),
+  eps: float = 0.03,
+  segment_steps: int = 40,
+  num_members: int = 16,
+  convex_pairs: bool = False,
+  radius_factor: float = 1.0,
+  consistency_weight: float = 0.0,
+  label_smoothing: float = 0.0,
+  permuted: str = "entries",
+  profile: str = "token",
+  objective: str = "criterion",
+  solver_examples: int = 1024,
+  solver_steps: int = 100,
+  solver_batch: int = 64,
+  solver_lr: float = 0.02,
+  start_radius: float = 0.5,
+  max_radius: float = 100.0,
+  num_bisections: int = 3,
+  limit: float = 3.0,
+  pretrain_steps: int = 0,
+  pretrain_lr: float = 1e-3,
+) -> phases.Recipe:
+  r"""Cross-entropy on clean inputs, and on inputs with noise on their tokens.
+
+  .. math:: L = CE(f(u), y) + CE(f(u + v), y)
+            + \lambda\, KL(sg\, \pi(u) \,\|\, \pi(u + v))
+
+  Every modality whose encoder can be split at its tokens (``vit``) has noise of
+  its own, sought with the others as they are. What ``noise`` says:
+
+  ====================  ======================================================
+  clean                 no second term
+  twice_clean           a second clean view: other dropout, other augmentation
+  random                Gaussian, of the profile and the radius of the learnt
+  random_at_criterion   Gaussian, shrunk until its criterion is eps
+  permuted              the learnt one, its entries permuted anew each round
+  published             as published, one for all items of a round
+  corrected             as ``nullspace.encoder_noise`` finds it, one a round
+  bank                  several of these, at scales in (0, 1], drawn by item
+  ====================  ======================================================
+
+  ``random``, ``random_at_criterion`` and ``permuted`` are drawn as ``bank`` is.
+  A gain of nullspace noise is one over ``twice_clean`` *and* over those.
+
+  Formal guarantees:
+    - Noise on an absent modality changes no bit of loss or gradient.
+    - Banks are part of the state: a killed run resumes bit by bit.
+    - Noise learns from training examples alone.
+
+  Args:
+    model: classifies; with at least one modality that has tokens.
+    num_steps: updates of fine-tuning.
+    tx: its optimiser.
+    noise: see above.
+    noisy: modalities that get noise; all that have tokens by default.
+    eps: tolerance on the mean criterion.
+    segment_steps: updates between two searches; the first one follows the first
+      update, which has no noise yet.
+    num_members: of a bank; one search adds one, that of the oldest, or of one
+      whose criterion has come to exceed 2 eps.
+    convex_pairs: draw convex combinations of two members.
+    radius_factor: noise in training is this much larger than what was found:
+      beyond 1 it is no eps-approximate nullspace noise.
+    consistency_weight: lambda; published: 0.
+    label_smoothing: share of every label spread over all classes.
+    permuted: ``entries``, ``tokens`` or ``channels``.
+    profile: ``token`` or ``global``.
+    objective: of the search.
+    solver_examples: training examples of one search; half of them decide what
+      is feasible, at least 64.
+    solver_steps: at each radius.
+    solver_batch: examples of such a step.
+    solver_lr: of such a step.
+    start_radius: first radius.
+    max_radius: last radius.
+    num_bisections: of the last bracket.
+    limit: published noise begins uniform in (-limit, limit).
+    pretrain_steps: updates on cross-entropy alone in a phase before, for a run
+      that does not start from a trained one.
+    pretrain_lr: of AdamW there, along a cosine.
+
+  Raises:
+    ValueError: naming the argument that is wrong.
+  """
+  _validate.one_of(NOISE, noise=noise)
+  model.need_classes("nullspace")
+  _validate.at_least(1, segment_steps=segment_steps, num_members=num_members)
+  _validate.at_least(0, pretrain_steps=pretrain_steps)
+  _validate.at_least(2, solver_examples=solver_examples)
+  _validate.non_negative(consistency_weight=consistency_weight)
+  _validate.positive(
+    eps=eps, radius_factor=radius_factor, limit=limit, pretrain_lr=pretrain_lr
+  )
+  _validate.below_one(label_smoothing=label_smoothing)
+  _validate.one_of(tokens_lib.AXES, permuted=permuted)
+  search = nullspace_lib.Search(
+    eps=eps,
+    profile=profile,
+    objective=objective,
+    num_steps=solver_steps,
+    batch_size=solver_batch,
+    lr=solver_lr,
+    start_radius=start_radius,
+    max_radius=max_radius,
+    num_bisections=num_bisections,
+  )
+  settings = noise_rounds.Settings(
+    model=model,
+    noise=noise,
+    noisy=_noisy(model, noise, noisy),
+    num_members=1 if noise in noise_rounds.SINGLE else num_members,
+    convex_pairs=convex_pairs,
+    radius_factor=radius_factor,
+    consistency_weight=consistency_weight,
+    label_smoothing=label_smoothing,
+    permuted=permuted,
+    search=search,
+    limit=limit,
+  )
+  job = phases.Job(
+    name="noise",
+    run=noise_rounds.make_round(settings),
+    period=segment_steps,
+    start=1,
+    batch_size=solver_examples,
+    source="train",
+  )
+  phase = phases.Phase(
+    name="nullspace",
+    num_steps=num_steps,
+    tx=tx,
+    extra=noise_rounds.make_extra(settings),
+    update=noise_rounds.make_update(settings, tx),
+    jobs=(job,) if settings.noisy else (),
+    views=2 if noise == "twice_clean" else 1,
+  )
+  before = []
+  if pretrain_steps:
+    schedule = optax.cosine_decay_schedule(pretrain_lr, pretrain_steps)
+    before.append(
+      phases.Phase(
+        name="pretrain",
+        num_steps=pretrain_steps,
+        tx=optax.adamw(schedule, weight_decay=0.05),
+        loss=objectives.cross_entropy_loss(
+          model, label_smoothing=label_smoothing
+        ),
+      )
+    )
+  return phases.Recipe(name=f"nullspace-{noise}", phases=(*before, phase))
+
+
+def _noisy(model: Model, noise: str, named) -> tuple[str, ...]:
+  """The modalities that get noise; none of the clean arms."""
+  _validate.known(model.modalities, noisy=named)
+  if noise in noise_rounds.CLEAN:
+    return ()
+  if model.encode_tokens is None:
+    raise ValueError(
+      f"noise={noise!r} needs a modality whose encoder can be split at its "
+      f"tokens, such as 'vit'; {', '.join(model.modalities)} have none."
+    )
+  shapes = noise_rounds.token_shapes(model)
+  for name in named:
+    if name not in shapes:
+      raise ValueError(
+        f"noisy names the modality {name!r}, whose encoder has no tokens; "
+        f"those of {', '.join(shapes)} have."
+      )
+  return tuple(named) or tuple(shapes)
