@@ -230,16 +230,13 @@ class Model:
       linear layer, ``params["fusion"]["last"]`` with ``kernel`` [d, k] and
       ``bias`` [k], sees; None where the head is another one.
     token_parts: of a token transformer, None of others.
-<<<<<<< HEAD
     captions: of a model that spells captions, None of others.
-=======
     embed: ``embed(params, state, inputs, present) -> {m: [b, N_m, d]}``: the
       tokens of the modalities whose encoder can be split there (``vit``), of
       zeros where absent; None where there is no such modality.
     encode_tokens: ``encode_tokens(params, state, tokens, present, *,
       train=False, key=None) -> {m: [b, d_m]}``: what ``encode`` gives of the
       modalities in ``tokens``, from their tokens. None with ``embed``.
->>>>>>> i6-nullspace
   """
 
   modalities: tuple[str, ...]
@@ -256,12 +253,9 @@ class Model:
   multi_label: bool = False
   features: Callable[..., Any] | None = None
   token_parts: TokenParts | None = None
-<<<<<<< HEAD
   captions: Captions | None = None
-=======
   embed: Callable[..., Any] | None = None
   encode_tokens: Callable[..., Any] | None = None
->>>>>>> i6-nullspace
 
   @property
   def task(self) -> str:

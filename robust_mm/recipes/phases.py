@@ -113,14 +113,11 @@ class Phase:
     binding: whether a judgement is obeyed: the phase's last model is judged,
       and the one before it taken back where the answer is no. Not binding, it
       is only reported, and selection chooses the model.
-<<<<<<< HEAD
     progress: whether batches get ``progress`` [], the share of the phase's
       updates that are done.
-=======
     views: how many independently augmented views of its inputs a batch has; the
       second one is ``batch["second_inputs"]``. Without augmentation there is
       one whatever this says.
->>>>>>> i6-nullspace
     averaged: whether a run that averages its parameters does so in this phase;
       False where the optimiser itself chooses the parameters it ends at.
   """
