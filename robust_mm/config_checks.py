@@ -313,4 +313,7 @@ def _check_shifts(settings: ml_collections.ConfigDict) -> None:
         f"{path}.missing_rates must be numbers such as 0.1,0.5; got {rate!r}."
       )
     _validate.in_unit_interval(**{f"{path}.missing_rates": rate})
+  _validate.one_of(
+    MISSING_PROTOCOLS, **{f"{path}.missing_protocol": settings.missing_protocol}
+  )
   _validate.one_of(CORRUPTIONS, **{f"{path}.corruptions": settings.corruptions})

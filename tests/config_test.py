@@ -125,6 +125,11 @@ def test_override_keeps_the_type(override, expected):
     ),
     (
       "configs/joint.py",
+      ["--config.evaluation.missing_protocol=frame"],
+      "Did you mean 'frames'",
+    ),
+    (
+      "configs/joint.py",
       ["--config.evaluation.corruptions=sute"],
       "Did you mean 'suite'",
     ),

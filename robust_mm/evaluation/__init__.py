@@ -53,6 +53,8 @@ SCHEMA = {
     "the protocol (radii, modality_radii, norm, units as asked, subsets, "
     "valid_range, batch_size, max_examples, survivors_only); attacks {name: "
     "exact settings}; certificate {asked, source, sound, norm, reason}; "
+    "corruptions (null, or {kinds {kind: {severity: strength}}, together, "
+    "correlated, share}); "
     "modalities, num_classes, input_shapes, input_types, num_reference, "
     "matmul_precision, device, num_devices, versions"
   ),
@@ -66,9 +68,9 @@ SCHEMA = {
     "empty: the share of the commonest class, from which they count}"
   ),
   "missing": (
-    "null, or {protocol, seeds, rows [{rate, achieved, accuracy: mean over "
-    "seeds, by_seed, num_examples}]}: random cells absent, the same for every "
-    "model"
+    "null, or {protocol, seeds, rows [{rate, achieved (mean over seeds), "
+    "accuracy (likewise), by_seed, digests (SHA-256 of the masks, by seed), "
+    "num_examples}]}: random cells absent, the same for every model"
   ),
   "corrupted": (
     "null, or {rows [{kind, modalities, severity, strength, accuracy, "

@@ -175,6 +175,7 @@ def evaluate(
     **protocol.settings,
     "attacks": session.attack_settings,
     "certificate": circumstances.certificate_settings(protocol, bounds, reason),
+    "corruptions": session.corruption_settings,
     **circumstances.settings(model, data, reference, sharding),
   }
   labels = {
@@ -376,6 +377,7 @@ class _Session:
     """Refuses what cannot be made before anything is measured."""
     shifts_lib.check(self._protocol, self._data)
     self._corruptions = shifts_lib.suite(self._protocol, self._data, reference)
+    self.corruption_settings = shifts_lib.described(self._corruptions)
 
   def shift(self, key, tick) -> dict:
     """Accuracy by missing rate and under corruption, None where not asked."""

@@ -15,6 +15,7 @@ from robust_mm import config_checks
 from robust_mm import corruptions
 from robust_mm import data
 from robust_mm import losses
+from robust_mm import missing as missing_lib
 from robust_mm import models
 from robust_mm import recipes
 from robust_mm._types import Model
@@ -60,6 +61,7 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
   earlier = starts.check(config)
   train = open_split(config, "train")
   config_checks.check_task(config, train.task)
+  check_missing(config, train)
   validation = open_split(config, "validation")
   reference = reference_batch(train)
   normalization = {
@@ -188,6 +190,19 @@ def open_split(
     )
     source = source.with_transforms((missing,))
   return source
+
+
+def check_missing(config: ml_collections.ConfigDict, source) -> None:
+  """UserError where the data have not what is to be lost in an evaluation."""
+  settings = config.evaluation
+  if settings.missing_rates:
+    lengths = corruptions.lengths(source.spec)
+    try:
+      missing_lib.check_protocol(
+        settings.missing_protocol, source.spec, lengths
+      )
+    except ValueError as error:
+      raise _validate.UserError(f"config.evaluation.{error}") from error
 
 
 def check_same_data(source, facts: dict) -> None:
