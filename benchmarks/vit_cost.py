@@ -143,12 +143,15 @@ def compare(options):
   net = vit.vision_transformer(options.size, patch_size=options.patch_size)
   images, labels = inputs(options.batch)
   with peer(options.torch_python, net, images, labels) as (call, version, at):
-    net, params = vit.load_safetensors(at, preprocess=vit.HALF)
+    net, params = vit.load_safetensors(
+      at, preprocess=vit.HALF, implementation=options.implementation
+    )
     ours = Ours(net, params, images, labels)
     print(f"{version}; jax {jax.__version__}, {jax.default_backend()}")
     print(
       f"ViT-{options.size}/{options.patch_size}, batch {options.batch}, "
-      f"float32, cores: {options.cores}, {options.repeats} turns"
+      f"float32, attention {options.implementation}, cores: "
+      f"{options.cores}, {options.repeats} turns"
     )
     worst = math.inf
     for what in ("forward", "step"):
@@ -222,7 +225,7 @@ def main():
   parser.add_argument("--cores", type=int, default=1, help="of a comparison")
   parser.add_argument("--dtype", default="bfloat16", help="with --rate")
   parser.add_argument("--remat", default="none", help="with --rate")
-  parser.add_argument("--implementation", default="xla", help="with --rate")
+  parser.add_argument("--implementation", default="xla", help="of attention")
   options = parser.parse_args()
   if not options.rate and not options.torch_python:
     parser.error("--torch-python=PATH or --rate is needed")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import vision_transformers as reference
 
 from robust_mm import _validate
@@ -14,6 +15,7 @@ from robust_mm import models
 from robust_mm.models import encoders
 from robust_mm.models import functional
 from robust_mm.models import vit
+from robust_mm.models import vit_blocks
 
 SHAPE = (8, 12, 3)
 PREPROCESS = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.5))
@@ -162,6 +164,32 @@ def test_bfloat16_is_close_and_softmax_is_wide(params, tokens):
   assert exponents
   assert all(":f32[" in line for line in exponents)
   assert sum(":bf16[" in line for line in products) >= 4 * net.depth
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_both_attentions_are_the_same(dtype, params, tokens):
+  keep = jnp.asarray(np.random.default_rng(0).random((4, 6)) < 0.6)
+  one, two = (
+    encode(make(implementation=name, dtype=dtype), params, tokens, keep)
+    for name in ("xla", "plain")
+  )
+  np.testing.assert_allclose(one, two, atol=5e-2 if dtype else 1e-5)
+  poisoned = jnp.where(keep[..., None], tokens, jnp.nan)
+  net = make(implementation="plain", dtype=dtype)
+  np.testing.assert_array_equal(encode(net, params, poisoned, keep), two)
+
+
+def test_gelu_and_its_slope_are_exact_in_either_width():
+  x = np.linspace(-6, 6, 97)
+  phi = np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)
+  cdf = scipy.special.ndtr(x)
+  slope = jax.jit(jax.vmap(jax.grad(vit_blocks.gelu)))
+  for dtype, limit in ((jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)):
+    given = jnp.asarray(x, dtype)
+    found = jax.jit(vit_blocks.gelu)(given).astype(jnp.float32)
+    scale = 1 + np.abs(x)
+    assert np.max(np.abs(found - x * cdf) / scale) < limit
+    assert np.max(np.abs(slope(given) - (cdf + x * phi)) / scale) < 2 * limit
 
 
 @pytest.mark.parametrize("remat", ["blocks", "dots"])

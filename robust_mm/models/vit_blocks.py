@@ -4,6 +4,7 @@ Pure functions over plain dicts of arrays. Matrix products run in the dtype of
 their input; statistics of norms and softmax in float32 at least.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxtyping import PRNGKeyArray
 from robust_mm._types import Params
 from robust_mm.models import residual
 
-IMPLEMENTATIONS = ("xla", "cudnn")
+IMPLEMENTATIONS = ("xla", "cudnn", "plain")
 
 
 def init(
@@ -94,12 +95,19 @@ def block(
 
 def norm(params: Params, x: Array, epsilon: float) -> Array:
   """LayerNorm over the last axis; statistics in float32 at least."""
+  return _norm(params["scale"], params["bias"], x, epsilon)
+
+
+# Computed again for the gradient, as in gelu: that costs less time than what
+# they would keep costs in memory.
+@functools.partial(jax.checkpoint, static_argnums=3)
+def _norm(scale, bias, x, epsilon):
   wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
   variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
   scale, bias = (
-    jnp.broadcast_to(params[name].astype(wide.dtype), wide.shape)
-    for name in ("scale", "bias")
+    jnp.broadcast_to(value.astype(wide.dtype), wide.shape)
+    for value in (scale, bias)
   )
   y = centred * jax.lax.rsqrt(variance + epsilon) * scale + bias
   return y.astype(x.dtype)
@@ -108,15 +116,22 @@ def norm(params: Params, x: Array, epsilon: float) -> Array:
 def dense(params: Params, x: Array) -> Array:
   """``[b, n, d] -> [b, n, ...]`` with a kernel ``[d, ...]``, bias ``[...]``."""
   kernel, bias = (params[name].astype(x.dtype) for name in ("kernel", "bias"))
-  flat = jnp.reshape(kernel, (kernel.shape[0], -1))
-  y = x @ flat
+  # A product of two matrices: the gradient of one with a batch axis takes
+  # nearly twice as long on CPUs.
+  y = jnp.reshape(x, (-1, x.shape[-1])) @ jnp.reshape(
+    kernel, (kernel.shape[0], -1)
+  )
   y = y + jnp.broadcast_to(jnp.reshape(bias, -1), y.shape)
   return jnp.reshape(y, (*x.shape[:-1], *kernel.shape[1:]))
 
 
+@jax.checkpoint
 def gelu(x: Array) -> Array:
   """The exact one, by the error function, of pretrained models."""
-  return jax.nn.gelu(x, approximate=False)
+  if jnp.finfo(x.dtype).bits < 32:
+    # By erfc: 1 + erf loses what bfloat16 has near -1.
+    return jax.nn.gelu(x, approximate=False)
+  return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 def attend(
@@ -131,21 +146,26 @@ def attend(
   A key that is not kept has weight 0 exactly; some key must be kept.
   """
   mask = None if keep is None else keep[:, None, None, :]
-  if query.dtype == jnp.float64:
-    # jax.nn.dot_product_attention rounds its weights to float32.
-    return _attend_exactly(query, key, value, mask)
+  # jax.nn.dot_product_attention rounds the weights of float64 to float32.
+  if implementation == "plain" or query.dtype == jnp.float64:
+    return _attend_plain(query, key, value, mask)
   return jax.nn.dot_product_attention(
     query, key, value, mask=mask, implementation=implementation
   )
 
 
-def _attend_exactly(query, key, value, mask):
-  scores = jnp.einsum("bqhd,bkhd->bhqk", query, key)
+def _attend_plain(query, key, value, mask):
+  # Heads in front of tokens: then both products are matrix products as stored.
+  query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+  wide = jnp.promote_types(query.dtype, jnp.float32)
+  scores = jnp.einsum(
+    "bhqd,bhkd->bhqk", query, key, preferred_element_type=wide
+  )
   scores = scores / math.sqrt(query.shape[-1])
   if mask is not None:
     scores = jnp.where(mask, scores, -jnp.inf)
-  weights = jax.nn.softmax(scores, axis=-1)
-  return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+  weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+  return jnp.swapaxes(jnp.einsum("bhqk,bhkd->bhqd", weights, value), 1, 2)
 
 
 def mean(x: Array, keep: Array | None) -> Array:

@@ -53,7 +53,7 @@ def vit(
     dropout: rate, in training alone.
     epsilon: of all norms.
     pad: whether sides that a patch does not divide are filled up with zeros.
-    implementation: of the attention, "xla" or "cudnn".
+    implementation: of the attention, "xla", "cudnn" or "plain".
     weights: what a fresh model begins with in place of random numbers, the path
       of a pretrained file, see ``vit.load_safetensors``. It must be of the
       sizes, heads and epsilon that are stated here (1e-12 for models of Hugging

@@ -63,8 +63,9 @@ class VisionTransformer:
     epsilon: of all norms.
     pad: whether sides that a patch does not divide are filled up with zeros at
       their end, after ``preprocess``; they are refused otherwise.
-    implementation: of the attention: "xla", or "cudnn" (flash attention on
-      GPUs, with dtype "bfloat16").
+    implementation: of the attention: "xla" or "cudnn" (flash attention on GPUs,
+      with dtype "bfloat16"), both by ``jax.nn.dot_product_attention``; "plain",
+      two products and a softmax, is faster on CPUs.
 
   Parameters: ``embed/kernel`` [p, d], ``embed/bias``; ``cls`` [d]; ``position``
   [1 + N, d], that of the class token first; ``blocks/<i>/`` with
