@@ -5,10 +5,10 @@
 
 Fine-tunes every arm (the variants of ``configs/nullspace.py``) from the same
 small transformer, trained once a seed on cross-entropy alone, in the same
-number of updates; what a search costs comes on top. On test images: clean
-accuracy; mean accuracy under corruption, of all kinds of image corruption that
-leave something of the image, every kind and severity alike; accuracy under l2
-PGD; and what the noise of each learnt arm does to the model that it trained.
+number of updates; what a search costs comes on top. On test images:
+clean accuracy; mean accuracy under corruption, of all kinds of image corruption
+that leave something of the image, every kind and severity alike; accuracy under
+l2 PGD; and what the noise of each learnt arm does to the model that it trained.
 Differences to ``twice_clean`` are paired, with 95 % intervals over seeds and
 images.
 

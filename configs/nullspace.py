@@ -59,15 +59,16 @@ def get_config(argument: str = ""):
   config = base.default()
   config.data.name = dataset
   config.data.batch_size = 128
-  config.num_steps = 800
+  config.num_steps = 500
   config.recipe.name = "nullspace"
   options = config.recipe.options
   options.noise = next((arm for arm in ARMS if arm in variants), "bank")
   options.pretrain_steps = 1500
   options.pretrain_lr = 3e-3
-  # Ten rounds; a search costs about as much as the updates between two.
-  options.segment_steps = 80
-  options.solver_steps = 50
+  # Ten rounds; a search costs more than the updates between two.
+  options.segment_steps = 50
+  options.solver_steps = 40
+  options.num_bisections = 2
   if dataset == "digits":
     config.model.encoders = {"default": HALF}
     config.num_steps = 400
@@ -82,7 +83,7 @@ def get_config(argument: str = ""):
   config.optimizer.name = "adamw"
   config.optimizer.lr = 1e-3
   config.optimizer.weight_decay = 0.05
-  config.training.eval_every = 400
+  config.training.eval_every = 500
   config.training.checkpoint_every = 200
   # The last model of every arm, after as many updates.
   config.selection.metric = "last"

@@ -147,6 +147,7 @@ def search(
   key: Any,
   *,
   start: Any = None,
+  start_radius: Any = None,
 ) -> Found:
   """Noise of nearly the largest radius that is feasible; pure, jit-able.
 
@@ -158,6 +159,8 @@ def search(
     settings: see :class:`Search`.
     key: typed.
     start: w to begin with, ``[N, d]``; random by default.
+    start_radius: first radius, such as a little less than the last search of a
+      network gave; that of ``settings`` by default, and at least that. Traced.
 
   Raises:
     ValueError: fewer than 64 hold-out items.
@@ -193,11 +196,14 @@ def search(
     )
     return _advance(carry, settings, radius, direction, mean, upper, needed)
 
+  first = settings.start_radius
+  if start_radius is not None:
+    first = jnp.clip(start_radius, first, settings.max_radius)
   nothing = jnp.full(settings.max_stages, jnp.nan, jnp.float32)
   carry = _Carry(
     mode=jnp.int32(_GROW),
     direction=start.astype(jnp.float32),
-    next_radius=jnp.float32(settings.start_radius),
+    next_radius=jnp.asarray(first, jnp.float32),
     low=jnp.float32(0),
     high=jnp.float32(jnp.inf),
     mean=jnp.float32(jnp.nan),

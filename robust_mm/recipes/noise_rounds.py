@@ -213,11 +213,17 @@ def _round(settings: Settings, state, extra, batch, name, key):
   half = len(items) // 2
   optimise, holdout = items.take(slice(half)), items.take(slice(half, None))
   search_key, random_key, permute_key = jax.random.split(key, 3)
-  found = _sought(
-    settings, encode, state.params, optimise, holdout, search_key, random_key
-  )
   kept = "bank" if settings.noise == "permuted" else "shown"
   bank = nullspace.NoiseBank(**extra[kept][name])
+  last = bank.radius[jnp.argmax(bank.born)]  # 0 before the first round
+  found = _sought(
+    settings,
+    encode,
+    state.params,
+    (optimise, holdout),
+    last / settings.search.growth,
+    (search_key, random_key),
+  )
   measured = _measure(encode, state.params, bank, holdout, settings)
   bank = dataclasses.replace(bank, criterion=measured)
   stale = jnp.mean(bank.filled & ~(measured <= 2 * settings.search.eps))
@@ -236,12 +242,14 @@ def _round(settings: Settings, state, extra, batch, name, key):
   return extra, {**metrics, "stale": stale}
 
 
-def _sought(settings, encode, params, optimise, holdout, key, random_key):
+def _sought(settings, encode, params, halves, start_radius, keys):
   """``{noise [N, d], radius, criterion, held}`` of an arm.
 
   ``criterion`` is of the hold-out half, at that noise; ``held`` is 1 where it
   is one that eps bounds.
   """
+  optimise, holdout = halves
+  key, random_key = keys
   search, shape = settings.search, optimise.tokens.shape[1:]
 
   def mean(noise):
@@ -259,7 +267,15 @@ def _sought(settings, encode, params, optimise, holdout, key, random_key):
     )
     held = reached <= search.eps
   else:
-    found = searching.search(encode, params, optimise, holdout, search, key)
+    found = searching.search(
+      encode,
+      params,
+      optimise,
+      holdout,
+      search,
+      key,
+      start_radius=start_radius,
+    )
     noise, held = found.noise, found.upper <= search.eps
     if settings.noise == "random":
       direction = nullspace.random_direction(random_key, shape, search.profile)

@@ -104,7 +104,8 @@ def nullspace(
     solver_steps: at each radius.
     solver_batch: examples of such a step.
     solver_lr: of such a step.
-    start_radius: first radius.
+    start_radius: radius that the first search begins with; later ones begin
+      just below the last one found.
     max_radius: last radius.
     num_bisections: of the last bracket.
     limit: published noise begins uniform in (-limit, limit).
