@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import math
 import os
 import pathlib
 import shutil
@@ -16,12 +15,11 @@ import jax
 import ml_collections
 import tqdm
 
-from robust_mm import _tasks
 from robust_mm import _validate
-from robust_mm import attacks
 from robust_mm import certificate_rows
 from robust_mm import config as config_lib
 from robust_mm import evaluation
+from robust_mm import protocols
 from robust_mm import shift_study
 from robust_mm import smoothed_rows
 from robust_mm import training
@@ -30,7 +28,6 @@ from robust_mm import weight_paths
 from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
 from robust_mm.training import sharding
-from robust_mm.training import units as units_lib
 from robust_mm.training import writers
 
 QUICKSTART = {
@@ -297,76 +294,18 @@ def _evaluated(
       params,
       source.batch(),
       state=state,
-      protocol=make_protocol(config, facts, radii, attack),
+      protocol=protocols.of_run(config, facts, radii, attack),
       seed=config.seed,
       reference=reference,
       dataset=config.data.name,
       recipe=facts["recipe"],
       progress=progress,
       sharding=sharding.batch_sharding(mesh),
-      surrogate=_surrogate(surrogate or config.evaluation.get("surrogate", "")),
+      surrogate=protocols.surrogate(
+        surrogate or config.evaluation.get("surrogate", "")
+      ),
     )
   return found
-
-
-def _surrogate(folder: str) -> evaluation.Surrogate | None:
-  """The model of another finished run, to borrow adversarial points from."""
-  if not folder:
-    return None
-  model, params, state, _ = training.load(pathlib.Path(folder))
-  return evaluation.Surrogate(model=model, params=params, state=state)
-
-
-def make_protocol(
-  config, facts: dict, radii=None, attack=None
-) -> evaluation.Protocol:
-  """The evaluation protocol a configuration asks for.
-
-  Args:
-    config: of the run.
-    facts: of the run, as ``runs.describe`` gives them.
-    radii: in place of those of the configuration.
-    attack: the name of one, likewise.
-  """
-  settings = config.evaluation
-  corruptions = settings.get("corruptions", "none")
-  shifts = {
-    "batch_size": settings.batch_size,
-    # Runs of earlier versions do not state it.
-    "missing_rates": tuple(settings.get("missing_rates", ())),
-    "missing_protocol": settings.get("missing_protocol", "per_sample"),
-    "corruptions": None if corruptions == "none" else corruptions,
-  }
-  if runs.task(facts) != _tasks.CLASSIFICATION:
-    return evaluation.standard(
-      radii=(), attack=None, certificate=None, tightness=(), **shifts
-    )
-  return evaluation.standard(
-    radii=radii or tuple(settings.radii),
-    norm=2 if settings.norm == "l2" else math.inf,
-    attack=_attack(attack or settings.attack, settings),
-    units=units_lib.of_evaluation(config, facts, settings.norm),
-    certificate=None
-    if settings.certificate == "none"
-    else settings.certificate,
-    smoothing=settings.smoothing.to_dict()
-    if settings.certificate == "smoothing"
-    else None,
-    valid_range=setup_lib.value_range(facts),
-    tightness=tuple(settings.tightness),
-    # Runs of earlier versions do not state it.
-    masking_examples=settings.get("masking_examples", 64),
-    masking_thorough=settings.get("masking_thorough", False),
-    **shifts,
-  )
-
-
-def _attack(name: str, settings) -> dict:
-  takes = attacks.arguments(name)
-  # A run of an earlier version does not state all of them.
-  options = ("loss", "num_steps", "num_restarts", "num_queries", "strength")
-  chosen = [key for key in options if key in takes and key in settings]
-  return {"name": name, **{key: settings[key] for key in chosen}}
 
 
 def _devices(count: int | None) -> None:

@@ -49,6 +49,7 @@ FLOORS = {
   "unfinished": 1,
   "certificate_rows": 8,
   "parsers": 1,
+  "protocols": 8,
   "shift_derived": 6,
   "shift_methods": 6,
   "shift_study": 8,
