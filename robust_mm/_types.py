@@ -161,6 +161,7 @@ class Captions:
   Attributes:
     slots: the modalities, in the order in which a caption names them.
     words: one a class.
+    none: the word for a modality that is absent.
     vocabulary: what each token id stands for.
     length: t, of the longest caption.
     pad: the id of padding.
@@ -175,10 +176,13 @@ class Captions:
       -> int[b, t]``, greedy; ``prompt`` holds where ``fixed`` bool[b, t] is
       True.
     letters: ``letters(params) -> [V, d]``, the embedding of every token.
+    log_likelihood: ``log_likelihood(logits, ids) -> [b]``, log p of sentences,
+      padding left out.
   """
 
   slots: tuple[str, ...]
   words: tuple[str, ...]
+  none: str
   vocabulary: tuple[str, ...]
   length: int
   pad: int
@@ -189,6 +193,7 @@ class Captions:
   logits: Callable[..., Any]
   generate: Callable[..., Any]
   letters: Callable[..., Any]
+  log_likelihood: Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from robust_mm._types import Captions
-from robust_mm.models import caption_words
 
 
 def scores(
@@ -37,7 +36,7 @@ def scores(
   right = {}
   for place, name in enumerate(captions.slots):
     meant = [
-      captions.words[c] if here else caption_words.NONE
+      captions.words[c] if here else captions.none
       for c, here in zip(classes[name], present[name])
     ]
     right[name] = np.array(

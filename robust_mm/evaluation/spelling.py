@@ -21,7 +21,6 @@ from robust_mm._types import Model
 from robust_mm.attacks import substitutions
 from robust_mm.evaluation import batches
 from robust_mm.evaluation import caption_scores
-from robust_mm.models import captioning
 
 MAX_EXAMPLES = 128
 RADII = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
@@ -233,7 +232,7 @@ class _Told:
       said = self._captions.logits(
         self._params, self._embed(inputs), self._present, ids
       )
-      value = sign * captioning.log_likelihood(said, ids, self._captions.pad)
+      value = sign * self._captions.log_likelihood(said, ids)
       # The margin of the second class over the label is what is raised.
       return jnp.stack([jnp.zeros_like(value), value], axis=1)
 
@@ -272,7 +271,7 @@ class _Told:
         self.clean,
         letters=embedded,
       )
-      return -captioning.log_likelihood(said, judged, captions.pad), said
+      return -captions.log_likelihood(said, judged), said
 
     @jax.jit
     def changed(inputs):

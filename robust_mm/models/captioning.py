@@ -140,6 +140,7 @@ class CaptionFusion:
     return Captions(
       slots=speller.slots,
       words=speller.words,
+      none=caption_words.NONE,
       vocabulary=speller.vocabulary,
       length=speller.length,
       pad=caption_words.PAD,
@@ -150,6 +151,7 @@ class CaptionFusion:
       logits=functools.partial(self._said, speller),
       generate=functools.partial(self._generate, speller),
       letters=lambda params: params["fusion"]["letter"],
+      log_likelihood=log_likelihood,
     )
 
   def _said(self, speller, params, embeddings, present, ids, letters=None):
@@ -234,11 +236,9 @@ class CaptionFusion:
     return x + vit_blocks.dense(params["contract"], y)
 
 
-def log_likelihood(
-  logits: Array, ids: Array, pad: int = caption_words.PAD
-) -> Array:
+def log_likelihood(logits: Array, ids) -> Array:
   """``[b]``: log p of sentences ``[b, t]`` under logits ``[b, t, V]``."""
   log_p = jax.nn.log_softmax(logits, axis=-1)
   chosen = jax.nn.one_hot(ids, logits.shape[-1], dtype=bool)
   each = jnp.sum(jnp.where(chosen, log_p, 0), axis=-1)
-  return jnp.sum(jnp.where(ids != pad, each, 0), axis=-1)
+  return jnp.sum(jnp.where(ids != caption_words.PAD, each, 0), axis=-1)
