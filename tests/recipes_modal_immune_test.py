@@ -317,6 +317,21 @@ def test_published_fidelity_differs_where_it_is_said_to(monkeypatch, model):
   assert again.name == "modal_immune-published"
 
 
+def test_solver_and_damping_of_the_outer_step_can_be_chosen(monkeypatch, model):
+  def chosen(**options):
+    with monkeypatch.context() as patch:
+      settings = settings_of(patch, model, **options)
+    return immune_jobs.outer_step(settings).update.args[0]
+
+  plain = chosen()
+  assert plain.solver == hypergrad.conjugate_gradient(10)
+  assert plain.operator == hypergrad.damped()
+  found = chosen(outer_solver="neumann", outer_steps=20, damping_ratio=0.2)
+  assert found.solver == hypergrad.neumann(20)
+  assert found.operator == hypergrad.damped(ratio=0.2)
+  assert chosen(outer_solver="identity").solver == hypergrad.identity()
+
+
 def test_published_form_takes_steps(model):
   phase = make(model, fidelity="published", warmup_steps=0, tx=optax.adam(1e-2))
   state, batch = begin(model, phase), make_batch()
@@ -483,6 +498,11 @@ def test_features_are_pooled_until_they_are_few():
     ({"damage_rate": 0.5, "noise_scale": -1.0}, "noise_scale"),
     ({"damage_rate": 0.5, "noise_scale": {"a": 1.0}}, "noise_scale"),
     ({"temperature": 0.0}, "temperature"),
+    ({"outer_solver": "newton"}, "outer_solver"),
+    ({"outer_steps": 3}, "outer_steps goes with"),
+    ({"outer_solver": "neumann", "outer_steps": 0}, "outer_steps"),
+    ({"outer_solver": "identity", "outer_steps": 3}, "outer_steps"),
+    ({"damping_ratio": 0.0}, "damping_ratio"),
     ({"consistency_weight": -1.0}, "consistency_weight"),
     ({"feedback_weight": -1.0}, "feedback_weight"),
     ({"collapse_weight": 0.0, "adapt": True}, "adapt must be False"),

@@ -6,6 +6,7 @@ parameters and a batch.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,6 +59,8 @@ class Settings:
   gates: bool
   adapt: bool
   outer_period: int
+  outer_solver: Callable | None
+  damping_ratio: float | None
   guard_tolerance: float | None
   batch_size: int
 

@@ -82,6 +82,9 @@ def modal_immune(
   tau: float | None = None,
   adapt: bool | None = None,
   outer_period: int | None = None,
+  outer_solver: str | None = None,
+  outer_steps: int | None = None,
+  damping_ratio: float | None = None,
   warmup_steps: int | None = None,
   steps_per_epoch: int | None = None,
   guard_tolerance: float | None = 0.05,
@@ -171,6 +174,11 @@ def modal_immune(
     outer_period: updates between two such steps, each of which costs some sixty
       gradients; by default a thirtieth of all, but at least 200, or a third of
       all where that is less.
+    outer_solver: ``conjugate_gradient``, ``neumann`` or ``identity``; that of
+      the fidelity by default.
+    outer_steps: of that solver, 10 by default.
+    damping_ratio: of ``hypergrad.damped``; the operator of the fidelity by
+      default.
     warmup_steps: without collapse, arms alike; two epochs by default where
       ``steps_per_epoch`` says how long one is (a tenth of all at most), else a
       tenth.
@@ -215,6 +223,8 @@ def modal_immune(
     consistency_weight=consistency_weight,
   )
   _validate.positive(temperature=temperature)
+  if damping_ratio is not None:
+    _validate.positive(damping_ratio=damping_ratio)
   _validate.below_one(label_smoothing=label_smoothing)
   objectives.check_off(
     model, label_smoothing=label_smoothing, feedback_weight=feedback_weight
@@ -261,6 +271,8 @@ def modal_immune(
     gates=destroys and chosen["gate"] not in ("none", "published"),
     adapt=bool(collapse_weight) if adapt is None else adapt,
     outer_period=outer_period or _period(num_steps),
+    outer_solver=immune_jobs.make_solver(outer_solver, outer_steps),
+    damping_ratio=damping_ratio,
     guard_tolerance=guard_tolerance,
     batch_size=batch_size,
   )
