@@ -59,6 +59,9 @@ def test_scores_of_known_captions(model):
   one = scored(model, said, classes, present, slots=("sound",))
   assert one["exact_match"] == 1.0
   assert one["slots"] == {"sound": 1.0}
+  # Two, two, one, none: the words that were given do not count.
+  assert one["distinct_1"] == pytest.approx(3 / 4)
+  assert one["distinct_2"] == 0
 
 
 def test_a_model_that_says_one_thing_is_not_diverse(model):

@@ -29,7 +29,7 @@ def scores(
     ids: ``[n, t]``, what it said.
     classes: ``{m: int[n]}``.
     present: ``{m: bool[n]}``.
-    slots: those that count; all by default.
+    slots: those that count, the others being given; all by default.
   """
   slots = captions.slots if slots is None else tuple(slots)
   said = [text.split(" ") for text in captions.texts(ids)]
@@ -48,6 +48,10 @@ def scores(
   # A word too many spoils no slot, but the whole.
   sizes = np.array([len(words) == len(captions.slots) for words in said])
   whole = np.all([right[name] for name in slots], axis=0) & sizes
+  # Words that were given say nothing of how diverse what is said is.
+  places = [captions.slots.index(name) for name in slots]
+  if len(places) < len(captions.slots):
+    said = [[words[i] for i in places if i < len(words)] for words in said]
   counts = collections.Counter(" ".join(words) for words in said)
   shares = np.array(list(counts.values())) / len(said)
   return {

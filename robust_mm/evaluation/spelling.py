@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from robust_mm import _compiling
 from robust_mm import _validate
 from robust_mm import attacks
 from robust_mm._types import Batch
@@ -174,6 +175,11 @@ def of_protocol(model, params, state, batch, protocol, tick) -> dict | None:
   return found
 
 
+def _compiled(fn):
+  """Compiled for a few calls."""
+  return jax.jit(fn, compiler_options=_compiling.options_for_once())
+
+
 class _Told:
   """A captioner on some examples, what it says of them, and what is meant."""
 
@@ -193,18 +199,21 @@ class _Told:
     )
     present = self._present
 
-    def embed(inputs):
+    def embed(params, inputs):
       return model.encode(params, state, inputs, present)[0]
 
     self._embed = embed
-    self._generate = jax.jit(
-      lambda inputs: self._captions.generate(params, embed(inputs), present)
+    # Parameters are arguments: constants would be folded for minutes.
+    self._generate = _compiled(
+      lambda params, inputs: self._captions.generate(
+        params, embed(params, inputs), present
+      )
     )
     self.clean = self.greedy(self.inputs)
 
   def greedy(self, inputs) -> np.ndarray:
     """``[n, t]``: what is said of inputs."""
-    return np.asarray(self._generate(inputs))
+    return np.asarray(self._generate(self._params, inputs))
 
   def row(self, attack, ids, names="", radius=None, slots=None) -> dict:
     """A row of the report."""
@@ -228,25 +237,25 @@ class _Told:
     sign = -1 if towards is None else 1
     label = jnp.zeros(len(ids), jnp.int32)
 
-    def logits_fn(inputs):
+    def logits_fn(params, inputs):
       said = self._captions.logits(
-        self._params, self._embed(inputs), self._present, ids
+        params, self._embed(params, inputs), self._present, ids
       )
       value = sign * self._captions.log_likelihood(said, ids)
       # The margin of the second class over the label is what is raised.
       return jnp.stack([jnp.zeros_like(value), value], axis=1)
 
-    def run(key, radius):
+    def run(params, key, radius):
       return attack(
         key,
-        logits_fn,
+        functools.partial(logits_fn, params),
         self.inputs,
         label,
         present=self._present,
         budget=dict.fromkeys(names, radius),
       )
 
-    return jax.jit(run)
+    return functools.partial(_compiled(run), self._params)
 
   def text_rows(self, number, moved, radii, pgd, key) -> list[dict]:
     """Rows of the prompt: changed, with changed inputs, and embedded."""
@@ -263,31 +272,31 @@ class _Told:
     table = captions.letters(self._params)
     judged = np.where(fixed, captions.pad, self.clean)
 
-    def loss_fn(inputs, embedded):
+    def loss_fn(params, inputs, embedded):
       said = captions.logits(
-        self._params,
-        self._embed(inputs),
+        params,
+        self._embed(params, inputs),
         self._present,
         self.clean,
         letters=embedded,
       )
       return -captions.log_likelihood(said, judged), said
 
-    @jax.jit
-    def changed(inputs):
+    @_compiled
+    def changed(params, inputs):
       return substitutions.substitute(
-        lambda embedded: loss_fn(inputs, embedded)[0],
+        lambda embedded: loss_fn(params, inputs, embedded)[0],
         self.clean,
-        table,
+        captions.letters(params),
         editable=letters,
         allowed=allowed,
         num_substitutions=number,
       )
 
-    @jax.jit
-    def goes_on(inputs, prompt):
+    @_compiled
+    def goes_on(params, inputs, prompt):
       return captions.generate(
-        self._params, self._embed(inputs), self._present, prompt, fixed
+        params, self._embed(params, inputs), self._present, prompt, fixed
       )
 
     everything = "+".join(self.floats)
@@ -300,8 +309,8 @@ class _Told:
     ):
       prompt = self.clean
       if attack in (TEXT, JOINT):
-        prompt = changed(inputs)
-      said = np.asarray(goes_on(inputs, prompt))
+        prompt = changed(self._params, inputs)
+      said = np.asarray(goes_on(self._params, inputs, prompt))
       names = everything if attack == JOINT else ""
       rows.append(self.row(attack, said, names, radius, rest))
     said = self._embedding_pgd(loss_fn, table, letters, pgd, key)
@@ -320,21 +329,25 @@ class _Told:
     def mixed(moved):
       return jnp.where(letters[..., None], moved["letters"], embedded)
 
-    def logits_fn(moved):
-      value, _ = loss_fn(self.inputs, mixed(moved))
+    def logits_fn(params, moved):
+      value, _ = loss_fn(params, self.inputs, mixed(moved))
       return jnp.stack([jnp.zeros_like(value), value], axis=1)
 
-    @jax.jit
-    def run(key):
+    @_compiled
+    def run(params, key):
       label = jnp.zeros(len(self.clean), jnp.int32)
       moved = attack(
-        key, logits_fn, {"letters": embedded}, label, budget=radius
+        key,
+        functools.partial(logits_fn, params),
+        {"letters": embedded},
+        label,
+        budget=radius,
       )
-      _, said = loss_fn(self.inputs, mixed(moved))
+      _, said = loss_fn(params, self.inputs, mixed(moved))
       return jnp.where(
         self.clean == self._captions.pad,
         self._captions.pad,
         jnp.argmax(said, axis=-1),
       )
 
-    return np.asarray(run(key))
+    return np.asarray(run(self._params, key))
