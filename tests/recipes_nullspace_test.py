@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from robust_mm import _compiling
 from robust_mm import config as config_lib
 from robust_mm import models
 from robust_mm import recipes
@@ -78,7 +79,7 @@ def start(model):
       recipe = recipes.nullspace(model, noise=noise, **{**OPTIONS, **options})
       phase = recipe.phases[-1]
 
-      @jax.jit
+      @jax.jit(compiler_options=_compiling.options_for_once())
       def run(key):
         state = state_lib.initializer(model, phase)(key)
         metrics = {}
@@ -93,7 +94,10 @@ def start(model):
 
 
 def step(phase, state, batch, key=0):
-  run = jax.jit(steps.make_train_step(phase))
+  run = jax.jit(
+    steps.make_train_step(phase),
+    compiler_options=_compiling.options_for_once(),
+  )
   return run(state, batch, jax.random.key(key))
 
 
@@ -174,16 +178,16 @@ def test_noise_on_an_absent_modality_changes_no_bit(start):
   # Where it is present it does.
   first, _ = step(phase, state, make_batch(16))
   second, _ = step(phase, other, make_batch(16))
-  assert np.any(
-    first.params["fusion"]["last"]["kernel"]
-    != second.params["fusion"]["last"]["kernel"]
-  )
+  heads = (first.params["fusion"], second.params["fusion"])
+  assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, heads)))
 
 
 def test_absent_examples_do_not_count_in_a_search(model, start):
   phase, _, _ = start("bank")
   state = state_lib.initializer(model, phase)(jax.random.key(0))
-  run = jax.jit(phase.jobs[0].run)
+  run = jax.jit(
+    phase.jobs[0].run, compiler_options=_compiling.options_for_once()
+  )
   batch = make_batch(160)
   here = jnp.arange(160) % 8 != 0
   batch["present"] = {**batch["present"], "image": here}
@@ -243,10 +247,10 @@ def test_a_model_without_tokens_is_refused():
   assert recipes.nullspace(plain, noise="clean", **OPTIONS).num_steps == 4
 
 
-def smoke(arguments, folder, *overrides):
+def smoke(arguments, folder):
   config = config_lib.load(
     f"configs/nullspace.py:{arguments}",
-    ["--config.mesh.data=1", *overrides],
+    ["--config.mesh.data=1", "--config.data.modalities=left"],
   )
   return training.train(config, folder, say=lambda line: None)
 
@@ -260,18 +264,16 @@ def stored(folder):
   return step
 
 
-def test_a_run_goes_on_bit_by_bit_and_starts_from_another(
-  tmp_path, monkeypatch
-):
+def test_a_killed_run_goes_on_bit_by_bit(tmp_path, monkeypatch):
   whole = tmp_path / "whole"
   assert smoke("digits,smoke", whole).finished
   stopped = tmp_path / "stopped"
   # Killed after the second update of the last phase.
   original = checkpoints.Checkpoints.save
 
-  def save(self, step, tree):
-    original(self, step, tree)
-    if step == 4:
+  def save(self, step, tree, **options):
+    original(self, step, tree, **options)
+    if "extra" in tree and step == 4:
       raise KeyboardInterrupt
 
   monkeypatch.setattr(checkpoints.Checkpoints, "save", save)
@@ -284,12 +286,3 @@ def test_a_run_goes_on_bit_by_bit_and_starts_from_another(
   _, second, _, _ = training.load(stopped)
   for a, b in zip(*map(jax.tree.leaves, (first, second))):
     np.testing.assert_array_equal(a, b)
-  # Another arm from the same first phase.
-  result = smoke(
-    "digits,permuted,smoke",
-    tmp_path / "other",
-    f"--config.init_from={whole}",
-    "--config.init_phase=pretrain",
-    "--config.recipe.options.pretrain_steps=0",
-  )
-  assert result.finished
