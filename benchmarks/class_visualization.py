@@ -51,6 +51,7 @@ JITTER = transforms.image(rotation=0, scale=(1, 1))
 BELOW = transforms.image(rotation=0, scale=(1, 1), jitter=0.5)
 IN_PLACE = {"mode": "in_place"}
 AUTO = {"objective_scale": "auto"}
+HEAVY = {**AUTO, "tv_weight": 10.0, "l2_weight": 5.0}
 # What is compared: {row: (transformations, options)}.
 ROWS = {
   "none": (NONE, {}),
@@ -74,6 +75,8 @@ ROWS = {
   "auto scale: none": (NONE, AUTO),
   "auto scale: rotation 15, scale .15, jitter 2": (_turned(15, 0.15), AUTO),
   "auto scale: rotation 20, scale .2, jitter 2": (_turned(20, 0.2), AUTO),
+  "auto scale, weights 10 and 5: none": (NONE, HEAVY),
+  "auto scale, weights 10 and 5: rotation 15": (_turned(15, 0.15), HEAVY),
 }
 NUMBERS = (
   "near",
@@ -237,10 +240,9 @@ def _line(row: str, values: dict) -> str:
 def _differences(found: dict) -> list[str]:
   lines = []
   for row in found:
-    base = next(
-      (p for p in ("in place", "auto scale") if row.startswith(p)), None
-    )
-    base = f"{base}: none" if base else "none"
+    group = row.split(":")[0]
+    bases = (f"{group}: none", f"{group.split(',')[0]}: none", "none")
+    base = next(name for name in bases if name in found)
     if row == base:
       continue
     value, low, high = metrics.paired_bootstrap(

@@ -24,8 +24,9 @@ MODES = ("expectation", "in_place")
 PARAMETERIZATIONS = ("pixels", "fourier", "unbounded")
 FIDELITIES = ("corrected", "published")
 AUTO = "auto"
-# Sizes up to some 64 pixels, for logits of ordinary size.
+# Sizes up to some 64 pixels, where margins of training items are about 10.
 TV_WEIGHT, L2_WEIGHT = 10.0, 5.0
+USUAL_MARGIN = 10.0
 ANNEALING = 0.2
 
 
@@ -82,7 +83,7 @@ def class_visualization(
   step_size: float = 0.02,
   every: int = 8,
   tv_weight: float | None = None,
-  l2_weight: float = L2_WEIGHT,
+  l2_weight: float | None = None,
   annealing: float | None = None,
   blur_every: int = 0,
   init_std: float = 0.01,
@@ -144,8 +145,8 @@ def class_visualization(
     learning_rate: of Adam (expectation).
     step_size: mean absolute change of a step, in units of the range (in place).
     every: steps between two transformations (in place).
-    tv_weight: 10 by default.
-    l2_weight: 5 by default; 1 for photos.
+    tv_weight: 10 by default; 1 with ``objective_scale="auto"``.
+    l2_weight: 5 by default, 1 for photos; 0.5 with ``"auto"``.
     annealing: share of the steps, at the end, over which the transformations
       shrink to none; 0.2 by default.
     blur_every: steps between two Gaussian blurs of one pixel in the first half;
@@ -188,6 +189,7 @@ def class_visualization(
     chosen[name].check(view.shape(name), name=name)
     if mode == "expectation":
       chosen[name] = chosen[name].filled(float(np.mean(spaces[name].reference)))
+  usual = USUAL_MARGIN if objective_scale == AUTO else 1.0
   divisor = _divisor(objective_scale, items, view, others)
   program = ascent.Program(
     in_place=mode == "in_place",
@@ -199,8 +201,8 @@ def class_visualization(
     num_steps=num_steps,
     num_transforms=num_transforms,
     step_size=step_size if mode == "in_place" else learning_rate,
-    tv_weight=TV_WEIGHT if tv_weight is None else tv_weight,
-    l2_weight=l2_weight,
+    tv_weight=TV_WEIGHT / usual if tv_weight is None else tv_weight,
+    l2_weight=L2_WEIGHT / usual if l2_weight is None else l2_weight,
     every=every,
     annealing=ANNEALING if annealing is None else annealing,
     blur_every=blur_every,

@@ -143,7 +143,8 @@ def options(opened: Run, question: Question) -> dict:
     "num_steps": question.num_steps or (512 if photo else 256),
   }
   if photo:
-    options |= {"num_transforms": 8, "l2_weight": 1.0}
+    auto = question.objective_scale == "auto"
+    options |= {"num_transforms": 8, "l2_weight": 0.1 if auto else 1.0}
     if question.mode == "in_place":
       options |= {"every": 16, "step_size": 0.01}
   return {
