@@ -147,6 +147,7 @@ def _specialists(options, arm: str, seed: int, folder: pathlib.Path) -> dict:
     name = modalities.subset_name(subset)
     config = _config(options, "joint", seed)
     config.data.modalities = subset
+    config.evaluation.missing_rates = ()  # measured here, and of one none is
     with config.unlocked():
       for group in (config.model.encoders, config.augmentation):
         for other in set(group) - {*subset, "default"}:
