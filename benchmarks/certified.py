@@ -23,10 +23,10 @@ import time
 import numpy as np
 
 import robust_mm
-from robust_mm import commands
 from robust_mm import config as config_lib
 from robust_mm import data
 from robust_mm import evaluation
+from robust_mm import protocols
 from robust_mm import training
 from robust_mm.training import runs
 
@@ -89,7 +89,7 @@ def measure(spec: str, seed: int, options) -> dict:
     state=state,
     reference=load(split="train"),
     protocol=dataclasses.replace(
-      commands.make_protocol(config, facts, tuple(options.radii)),
+      protocols.of_run(config, facts, tuple(options.radii)),
       max_examples=options.limit,
       subsets=False,
     ),

@@ -12,8 +12,9 @@ once, of all kinds and of those that damage in training has not shown, accuracy
 at missing rates. Tables have mean and standard deviation over seeds, and the
 paired difference to an arm with its 95 % interval over seeds and examples (over
 examples alone with one seed). What is done is kept in ``--workdir`` and not
-done again: the same command goes on where it stopped. ``--set data.path=...``
-overrides keys of all arms.
+done again: the same command goes on where it stopped, and one of other data,
+severities or settings is refused. ``--set data.path=...`` overrides keys of all
+arms.
 """
 
 import argparse
@@ -45,6 +46,7 @@ PLACES = ("each", "all")
 
 def main():
   options = _parser().parse_args()
+  _claim(options)
   arms = options.arms or _every_arm(options)
   found = {}
   for seed in range(options.seeds):
@@ -59,6 +61,24 @@ def main():
   print(text)
   if options.output:
     options.output.write_text(text + "\n")
+
+
+def _claim(options) -> None:
+  """Marks the folder as that of these settings; another one's is refused."""
+  wanted = {
+    "dataset": options.dataset,
+    "severities": options.severities,
+    "set": sorted(options.set),
+    "smoke": options.smoke,
+  }
+  path = options.workdir / "settings.json"
+  if path.is_file() and (found := json.loads(path.read_text())) != wanted:
+    raise SystemExit(
+      f"--workdir: {options.workdir} holds a grid of {found}, not of {wanted}; "
+      f"give another folder."
+    )
+  options.workdir.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(wanted))
 
 
 def _every_arm(options) -> list[str]:
@@ -127,6 +147,7 @@ def _specialists(options, arm: str, seed: int, folder: pathlib.Path) -> dict:
     name = modalities.subset_name(subset)
     config = _config(options, "joint", seed)
     config.data.modalities = subset
+    config.evaluation.missing_rates = ()  # measured here, and of one none is
     with config.unlocked():
       for group in (config.model.encoders, config.augmentation):
         for other in set(group) - {*subset, "default"}:

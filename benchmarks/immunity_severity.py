@@ -128,7 +128,8 @@ def _measured(options, form, weight, seed, folder) -> list[float]:
   given = {**COMMON, **FORMS[form], "collapse_weight": weight}
   if not weight:
     given["collapse_on"] = "arm"
-  config.recipe.options.update(given)
+  with config.unlocked():
+    config.recipe.options.update(given)
   training.train(config, folder / "run", say=lambda line: None)
   model, params, state, _ = robust_mm.load(folder / "run")
   data = jax.tree.map(jnp.asarray, setup_lib.open_split(config, "test").batch())

@@ -17,9 +17,11 @@ inputs and consistency, but nothing else of the method); smoke.
 Models are selected by validation accuracy, MAE or mAP, averaged over
 availability sets. On mosi nothing is: its features have evidently seen the
 labels of the validation split. On utd_mhad nothing is either: the official
-training set is trained on, validation subject included. There, as on mosi,
-nothing is adapted but in published: meta-parameters would be learnt on what was
-trained on. fixed would change nothing and is refused.
+training set is trained on, validation subject included. Meta-parameters would
+be learnt on what was trained on, so they are not: on utd_mhad but in published,
+on mosi not at all. Nor would the controller see there what is still to be
+learnt: arms are alike on both, but in published. fixed and uniform would change
+nothing and are refused.
 """
 
 from robust_mm import config as base
@@ -60,11 +62,21 @@ CONTROLS = (
   "every_subset",
   "damage_alone",
 )
+# What a control does not have anyway, or only by name.
+_PARTS = (
+  "no_consistency",
+  "no_damage",
+  "no_gate",
+  "uniform",
+  "fixed",
+  "no_reconstruction",
+)
 APART = (
   ("published", *CONTROLS),
   ("published", "no_consistency"),
   ("published", "no_damage"),
   ("no_collapse", "no_spectral", "l2", *CONTROLS),
+  *((part, *CONTROLS) for part in _PARTS),
 )
 
 # No activation, and no normalisation, after the last layer of an adapter.
@@ -174,8 +186,10 @@ def get_config(argument: str = ""):
   dataset, variants = base.parse(
     argument, datasets=DATASETS, flags=VARIANTS, apart=APART
   )
-  if dataset == "utd_mhad":
+  if dataset in ("mosi", "utd_mhad"):
     base.refuse_idle(dataset, variants, ("fixed",))
+    if "published" not in variants:
+      base.refuse_idle(dataset, variants, ("uniform",))
   config = base.default()
   config.data.name = dataset
   config.data.batch_size = BATCH.get(dataset, 64)
@@ -239,3 +253,4 @@ def _official(config, *, published: bool) -> None:
   config.recipe.options.label_smoothing = 0.1
   if config.recipe.name == "modal_immune" and not published:
     config.recipe.options.adapt = False
+    config.recipe.options.controller = "uniform"

@@ -46,6 +46,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
     "smoothing",
     "spectrum",
     "training",
+    "visualization",
     "weights",
   ),
 )

@@ -155,6 +155,48 @@ class TokenParts:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Captions:
+  """What a model that spells captions offers beside its logits.
+
+  Attributes:
+    slots: the modalities, in the order in which a caption names them.
+    words: one a class.
+    none: the word for a modality that is absent.
+    vocabulary: what each token id stands for.
+    length: t, of the longest caption.
+    pad: the id of padding.
+    end: the id of the end.
+    spell: ``spell(classes {m: int[b]}, present) -> int[b, t]``.
+    texts: ``texts(ids) -> list of strings``, on the host.
+    ids: ``ids(text) -> int[t]``, on the host.
+    logits: ``logits(params, embeddings, present, ids, letters=None) -> [b, t,
+      V]`` of every letter given those before it (teacher forcing); ``letters``
+      [b, t, d] replaces the embedded ids.
+    generate: ``generate(params, embeddings, present, prompt=None, fixed=None)
+      -> int[b, t]``, greedy; ``prompt`` holds where ``fixed`` bool[b, t] is
+      True.
+    letters: ``letters(params) -> [V, d]``, the embedding of every token.
+    log_likelihood: ``log_likelihood(logits, ids) -> [b]``, log p of sentences,
+      padding left out.
+  """
+
+  slots: tuple[str, ...]
+  words: tuple[str, ...]
+  none: str
+  vocabulary: tuple[str, ...]
+  length: int
+  pad: int
+  end: int
+  spell: Callable[..., Any]
+  texts: Callable[..., Any]
+  ids: Callable[..., Any]
+  logits: Callable[..., Any]
+  generate: Callable[..., Any]
+  letters: Callable[..., Any]
+  log_likelihood: Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Model:
   """A multimodal model of a task, as pure functions over pytrees.
 
@@ -170,7 +212,8 @@ class Model:
     init: ``init(key) -> (params, state)``, plain dict pytrees.
     encode: ``encode(params, state, inputs, present, *, train=False, key=None)
       -> ({m: [b, d_m]}, state)``. Normalisation of raw inputs happens inside.
-      Of a token transformer the embeddings are tokens ``[b, N_m, d]``.
+      Of a token transformer the embeddings are tokens ``[b, N_m, d]``. An
+      embedding depends on the input and presence of its own modality alone.
     fuse: ``fuse(params, embeddings, present) -> Outputs``.
     geometry: ``geometry(params) -> Geometry``, or None where the logits are no
       sum of per-modality terms.
@@ -192,6 +235,7 @@ class Model:
       linear layer, ``params["fusion"]["last"]`` with ``kernel`` [d, k] and
       ``bias`` [k], sees; None where the head is another one.
     token_parts: of a token transformer, None of others.
+    captions: of a model that spells captions, None of others.
     embed: ``embed(params, state, inputs, present) -> {m: [b, N_m, d]}``: the
       tokens of the modalities whose encoder can be split there (``vit``), of
       zeros where absent; None where there is no such modality.
@@ -214,6 +258,7 @@ class Model:
   multi_label: bool = False
   features: Callable[..., Any] | None = None
   token_parts: TokenParts | None = None
+  captions: Captions | None = None
   embed: Callable[..., Any] | None = None
   encode_tokens: Callable[..., Any] | None = None
 

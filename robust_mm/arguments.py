@@ -253,6 +253,141 @@ def smoothing_options(options) -> dict:
   return {name: value for name, value in given.items() if value is not None}
 
 
+def labels(text: str) -> tuple[int, ...] | None:
+  """``3`` or ``0,3,7`` as classes; ``all`` as None."""
+  if text == "all":
+    return None
+  parts = text.split(",")
+  if not all(part.isdecimal() for part in parts):
+    raise argparse.ArgumentTypeError(
+      f"must be classes such as 3 or 0,3,7, or all; got {text}"
+    )
+  return tuple(map(int, parts))
+
+
+def others(text: str) -> str | int:
+  """``absent``, ``joint``, ``average``, or the number of an item."""
+  if text.isdecimal():
+    return int(text)
+  if text not in OTHERS:
+    raise argparse.ArgumentTypeError(
+      f"must be {', '.join(OTHERS)} or the number of an item, got {text}"
+    )
+  return text
+
+
+def scale(text: str) -> float | str:
+  """A positive number, or ``auto``."""
+  if text == "auto":
+    return text
+  try:
+    value = float(text)
+  except ValueError:
+    value = float("nan")
+  if not 0 < value < float("inf"):
+    raise argparse.ArgumentTypeError(
+      f"must be a positive number or auto, got {text}"
+    )
+  return value
+
+
+OTHERS = ("absent", "joint", "average")
+VISUAL = (
+  "modality",
+  "labels",
+  "others",
+  "mode",
+  "objective",
+  "objective_scale",
+  "parameterization",
+  "fidelity",
+  "transforms",
+  "seeds",
+  "num_steps",
+  "controls",
+  "seed",
+)
+
+
+def add_visual(command) -> None:
+  """The options of ``visualize`` that say what is synthesised."""
+  command.add_argument("--modality", required=True, help="what is synthesised")
+  command.add_argument(
+    "--label",
+    dest="labels",
+    type=labels,
+    metavar="C,C,...",
+    help="classes, such as 3 or 0,3,7, or all (default: the first ten)",
+  )
+  command.add_argument(
+    "--others",
+    type=others,
+    default="absent",
+    metavar="WHAT",
+    help="the other modalities: absent (default); the number of an item of the "
+    "split that is held fixed; average, over a few items; joint: all are "
+    "synthesised",
+  )
+  command.add_argument(
+    "--mode",
+    default="expectation",
+    choices=("expectation", "in_place"),
+    help="expectation: the objective is averaged over transformations "
+    "(default); in_place: the input itself is transformed as it goes",
+  )
+  command.add_argument(
+    "--objective",
+    choices=("margin", "logit", "log_prob"),
+    help="margin: the class and no other (default)",
+  )
+  command.add_argument(
+    "--objective-scale",
+    type=scale,
+    default="auto",
+    metavar="S",
+    help="the objective is divided by it; auto: by the mean margin of training "
+    "items (default), so that regularisers weigh the same in every network",
+  )
+  command.add_argument(
+    "--parameterization", default="pixels", choices=("pixels", "fourier")
+  )
+  command.add_argument(
+    "--fidelity",
+    default="corrected",
+    choices=("corrected", "published"),
+    help="published: our reconstruction of what was published (images)",
+  )
+  command.add_argument(
+    "--transforms",
+    choices=(
+      *("depth", "identity", "image", "inertial", "log_mel", "lucid"),
+      *("skeleton", "vector"),
+    ),
+    help="what keeps a class (default: by the modality)",
+  )
+  command.add_argument(
+    "--seeds", type=count, default=3, help="inputs of every class (default: 3)"
+  )
+  command.add_argument(
+    "--num-steps", type=count, help="of the ascent (default: 256; photos 512)"
+  )
+  command.add_argument(
+    "--no-controls",
+    dest="controls",
+    action="store_false",
+    help="leave out what is synthesised without transformations, with shifts "
+    "only and the like",
+  )
+  command.add_argument(
+    "--seed", type=whole, default=0, help="of all randomness"
+  )
+
+
+def visual_options(options) -> dict:
+  """What was given of them, ``{name: value}``."""
+  return {name: getattr(options, name) for name in VISUAL}
+
+
 def like(text: str, old):
   """``text`` as a value of the type of ``old``, a key of a configuration."""
   if isinstance(old, str):

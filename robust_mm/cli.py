@@ -68,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
       "certify": _certify,
       "shift": _shift,
       "interpolate": _interpolate,
+      "visualize": _visualize,
       "report": _report,
       "data list": _data_list,
       "data inspect": _data_inspect,
@@ -107,6 +108,8 @@ def _evaluate(options):
 
   preflight.check_attack(options.attack)
   preflight.check_run(options.workdir, options.split)
+  if options.surrogate is not None:
+    preflight.check_surrogate(options.workdir, options.surrogate)
   for name in ("attack", "radius"):
     if getattr(options, name) is not None:
       preflight.check_classes(options.workdir, f"--{name}")
@@ -119,6 +122,7 @@ def _evaluate(options):
     radii=options.radius,
     attack=options.attack,
     limit=options.limit,
+    surrogate=options.surrogate,
     device_count=options.device_count,
   )
 
@@ -180,6 +184,25 @@ def _interpolate(options):
     end=options.end,
     split=options.split,
     limit=options.limit,
+    device_count=options.device_count,
+  )
+
+
+def _visualize(options):
+  from robust_mm import preflight
+
+  asked = arguments.visual_options(options)
+  preflight.check_visualize(
+    options.workdir, options.split, options.output, **asked
+  )
+  from robust_mm import commands
+
+  return commands.visualize(
+    options.workdir,
+    question=asked,
+    split=options.split,
+    phase=options.phase,
+    output=options.output,
     device_count=options.device_count,
   )
 

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import math
 import os
 import pathlib
 import shutil
@@ -16,20 +15,19 @@ import jax
 import ml_collections
 import tqdm
 
-from robust_mm import _tasks
 from robust_mm import _validate
-from robust_mm import attacks
 from robust_mm import certificate_rows
 from robust_mm import config as config_lib
 from robust_mm import evaluation
+from robust_mm import protocols
 from robust_mm import shift_study
 from robust_mm import smoothed_rows
 from robust_mm import training
+from robust_mm import visualize_job
 from robust_mm import weight_paths
 from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
 from robust_mm.training import sharding
-from robust_mm.training import units as units_lib
 from robust_mm.training import writers
 
 QUICKSTART = {
@@ -125,6 +123,7 @@ def evaluate(
   radii: tuple[float, ...] | None = None,
   attack: str | None = None,
   limit: int | None = None,
+  surrogate: str | None = None,
   device_count: int | None = None,
 ) -> int:
   """Evaluates a run into its folder and prints the table."""
@@ -136,6 +135,7 @@ def evaluate(
     radii=radii,
     attack=attack,
     limit=limit,
+    surrogate=surrogate,
   )
   _print_table([report.results])
   print(f"\nreport: {pathlib.Path(workdir) / 'report.html'}")
@@ -214,6 +214,18 @@ def interpolate(
   return 0
 
 
+def visualize(
+  workdir: str, *, device_count: int | None = None, **asked: Any
+) -> int:
+  """Inputs that activate classes; ``asked`` as ``visualize_job.run``."""
+  _devices(device_count)
+  folder = pathlib.Path(workdir)
+  with _bar() as progress:
+    paths = visualize_job.run(folder, progress=progress, **asked)
+  print(visualize_job.summary(paths))
+  return 0
+
+
 def report(workdirs: list[str], *, output: str | None = None) -> int:
   """Draws the report of evaluated runs again, from their files."""
   folders = [pathlib.Path(workdir) for workdir in workdirs]
@@ -247,6 +259,10 @@ def _train_one(
 def _evaluate_one(folder: pathlib.Path, **asked: Any) -> evaluation.Report:
   """``_evaluated``, and written into the run's folder."""
   found = _evaluated(folder, **asked)
+  with _bar() as progress:
+    visualize_job.of_evaluation(
+      folder, split=asked["split"], phase=asked["phase"], progress=progress
+    )
   found.save(folder, history=writers.read(folder))
   return found
 
@@ -259,6 +275,7 @@ def _evaluated(
   radii: tuple[float, ...] | None = None,
   attack: str | None = None,
   limit: int | None = None,
+  surrogate: str | None = None,
   config=None,
   stop: threading.Event | None = None,
 ) -> evaluation.Report:
@@ -277,66 +294,18 @@ def _evaluated(
       params,
       source.batch(),
       state=state,
-      protocol=make_protocol(config, facts, radii, attack),
+      protocol=protocols.of_run(config, facts, radii, attack),
       seed=config.seed,
       reference=reference,
       dataset=config.data.name,
       recipe=facts["recipe"],
       progress=progress,
       sharding=sharding.batch_sharding(mesh),
+      surrogate=protocols.surrogate(
+        surrogate or config.evaluation.get("surrogate", "")
+      ),
     )
   return found
-
-
-def make_protocol(
-  config, facts: dict, radii=None, attack=None
-) -> evaluation.Protocol:
-  """The evaluation protocol a configuration asks for.
-
-  Args:
-    config: of the run.
-    facts: of the run, as ``runs.describe`` gives them.
-    radii: in place of those of the configuration.
-    attack: the name of one, likewise.
-  """
-  settings = config.evaluation
-  corruptions = settings.get("corruptions", "none")
-  shifts = {
-    "batch_size": settings.batch_size,
-    # Runs of earlier versions do not state it.
-    "missing_rates": tuple(settings.get("missing_rates", ())),
-    "missing_protocol": settings.get("missing_protocol", "per_sample"),
-    "corruptions": None if corruptions == "none" else corruptions,
-  }
-  if runs.task(facts) != _tasks.CLASSIFICATION:
-    return evaluation.standard(
-      radii=(), attack=None, certificate=None, tightness=(), **shifts
-    )
-  return evaluation.standard(
-    radii=radii or tuple(settings.radii),
-    norm=2 if settings.norm == "l2" else math.inf,
-    attack=_attack(attack or settings.attack, settings),
-    units=units_lib.of_evaluation(config, facts, settings.norm),
-    certificate=None
-    if settings.certificate == "none"
-    else settings.certificate,
-    smoothing=settings.smoothing.to_dict()
-    if settings.certificate == "smoothing"
-    else None,
-    valid_range=setup_lib.value_range(facts),
-    tightness=tuple(settings.tightness),
-    # Runs of earlier versions do not state it.
-    masking_examples=settings.get("masking_examples", 64),
-    **shifts,
-  )
-
-
-def _attack(name: str, settings) -> dict:
-  takes = attacks.arguments(name)
-  # A run of an earlier version does not state all of them.
-  options = ("loss", "num_steps", "num_restarts", "num_queries", "strength")
-  chosen = [key for key in options if key in takes and key in settings]
-  return {"name": name, **{key: settings[key] for key in chosen}}
 
 
 def _devices(count: int | None) -> None:

@@ -67,6 +67,17 @@ def default() -> ml_collections.ConfigDict:
   config.recipe.name = "joint"
   config.recipe.options = ml_collections.ConfigDict()
 
+  # A penalty of wrong logits beside the cross-entropy of any recipe that has
+  # one, by its name in robust_mm.losses; "" = none.
+  config.penalty = ml_collections.ConfigDict()
+  config.penalty.name = ""
+  config.penalty.weight = 1.0
+  config.penalty.on = "fused"  # or "scores", each modality's own
+  config.penalty.ramp = 0.05  # share of the updates in which the weight rises
+  config.penalty.fidelity = ""  # or "published"
+  # Of its factory, such as {"window": (0, 4), "space": "log_prob"}.
+  config.penalty.options = ml_collections.ConfigDict()
+
   config.optimizer = ml_collections.ConfigDict()
   config.optimizer.name = "adam"
   config.optimizer.lr = 1e-3
@@ -109,6 +120,10 @@ def default() -> ml_collections.ConfigDict:
   config.evaluation.strength = 1  # of "auto"
   # Examples on which it is checked that gradients do not mislead; 0 = no check.
   config.evaluation.masking_examples = 64
+  # With twenty more attacks: objectives, efforts, 5,000 queries; and points
+  # made for another finished run, such as one of plain cross-entropy.
+  config.evaluation.masking_thorough = False
+  config.evaluation.surrogate = ""
   # Shares of absent modalities, such as (0.1, 0.3, 0.5, 0.7); () = no curve.
   config.evaluation.missing_rates = ()
   # Or "one_kept", "per_batch", "frames": see robust_mm.missing.
@@ -130,6 +145,8 @@ def default() -> ml_collections.ConfigDict:
   # Multiples of each example's own radius at which it is attacked; () = none.
   config.evaluation.tightness = (1.0, 1.2, 1.5, 2.0, 3.0)
   config.evaluation.batch_size = 512
+  # Whether inputs are synthesised that activate each class; of classifiers.
+  config.evaluation.visualize = False
 
   config.mesh = ml_collections.ConfigDict()
   config.mesh.data = -1  # -1 = all devices that are left
@@ -402,6 +419,7 @@ _FREE = (
   "config.augmentation",
   "config.model.encoders",
   "config.model.fusion_options",
+  "config.penalty.options",
   "config.recipe.options",
   "config.evaluation.smoothing.keep",
 )

@@ -9,6 +9,7 @@ from robust_mm import _validate
 from robust_mm.augmentations import options as augmentation_options
 
 RECIPES = (
+  "captioning",
   "joint",
   "crmt",
   "certified_radius",
@@ -18,7 +19,15 @@ RECIPES = (
   "masd",
   "nullspace",
 )
-FUSIONS = ("concat", "masked", "orthogonal", "token", "transformer", "trunk")
+FUSIONS = (
+  "captioner",
+  "concat",
+  "masked",
+  "orthogonal",
+  "token",
+  "transformer",
+  "trunk",
+)
 ATTACKS = ("apgd", "auto", "fgm", "minimum_norm", "pgd", "square")
 ATTACK_LOSSES = ("margin", "cross_entropy", "dlr")
 MISSING_PROTOCOLS = ("per_sample", "one_kept", "per_batch", "frames")
@@ -154,6 +163,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   _check_unlabelled(config)
   _check_pretraining(config)
   _check_smoothing(settings.smoothing)
+  _check_penalty(config)
   _validate.positive(**{"config.optimizer.lr": config.optimizer.lr})
   _validate.non_negative(
     **{
@@ -247,6 +257,16 @@ def _check_pretraining(config: ml_collections.ConfigDict) -> None:
     )
 
 
+def _check_penalty(config: ml_collections.ConfigDict) -> None:
+  settings = config.penalty
+  _validate.non_negative(**{"config.penalty.weight": settings.weight})
+  _validate.in_unit_interval(**{"config.penalty.ramp": settings.ramp})
+  _validate.one_of(("fused", "scores"), **{"config.penalty.on": settings.on})
+  _validate.one_of(
+    ("", "published"), **{"config.penalty.fidelity": settings.fidelity}
+  )
+
+
 def _check_smoothing(settings: ml_collections.ConfigDict) -> None:
   path = "config.evaluation.smoothing"
   _validate.non_negative(**{f"{path}.sigma": settings.sigma})
@@ -293,4 +313,7 @@ def _check_shifts(settings: ml_collections.ConfigDict) -> None:
         f"{path}.missing_rates must be numbers such as 0.1,0.5; got {rate!r}."
       )
     _validate.in_unit_interval(**{f"{path}.missing_rates": rate})
+  _validate.one_of(
+    MISSING_PROTOCOLS, **{f"{path}.missing_protocol": settings.missing_protocol}
+  )
   _validate.one_of(CORRUPTIONS, **{f"{path}.corruptions": settings.corruptions})

@@ -12,6 +12,7 @@ seed alone, the same for every method that is compared. Each fits a batch:
 """
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -308,6 +309,53 @@ def achieved(present: Present) -> float:
   """The missing rate of ``{m: bool[n]}``."""
   cells = np.stack([np.asarray(present[m]) for m in modalities.names(present)])
   return float(np.sum(~cells) / cells.size)
+
+
+def digest(masks: Mapping[str, np.ndarray]) -> str:
+  """SHA-256 of masks, to see whether two results have lost the same.
+
+  >>> one = per_sample(scores(("a", "b"), 9, seed=0), 0.3).present
+  >>> digest(one) == digest(dict(reversed(one.items())))
+  True
+
+  Args:
+    masks: ``{m: bool[n]}``, or ``bool[n, t]`` of :func:`frames`.
+  """
+  found = hashlib.sha256()
+  for name in modalities.names(masks):
+    flag = np.asarray(masks[name], bool)
+    found.update(f"{name}{flag.shape}".encode())
+    found.update(np.packbits(flag).tobytes())
+  return found.hexdigest()
+
+
+def check_protocol(
+  protocol: str, names: Iterable[str], lengths: Mapping[str, int]
+) -> None:
+  """Refuses a protocol that the modalities do not fit.
+
+  Args:
+    protocol: the name of a function of this module.
+    names: of the modalities.
+    lengths: of those that have time (``corruptions.lengths``).
+
+  Raises:
+    ValueError: naming ``missing_protocol`` or ``missing_rates``.
+  """
+  names = modalities.names(names)
+  if protocol == "frames":
+    if not lengths:
+      raise ValueError(
+        "missing_protocol='frames' needs a modality with time: a sequence, a "
+        "video or tokens."
+      )
+  elif len(names) < 2:
+    raise ValueError("missing_rates needs at least two modalities.")
+  elif protocol == "per_batch" and len(names) != 3:
+    raise ValueError(
+      f"missing_protocol='per_batch' needs three modalities, got "
+      f"{', '.join(names)}."
+    )
 
 
 def _masks(names, there, seed) -> Masks:

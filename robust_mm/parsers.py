@@ -65,6 +65,7 @@ def build(handlers: Mapping[str, Callable]) -> argparse.ArgumentParser:
   _add_certify(commands, handlers["certify"])
   _add_shift(commands, handlers["shift"])
   _add_interpolate(commands, handlers["interpolate"])
+  _add_visualize(commands, handlers["visualize"])
   _add_report(commands, handlers["report"])
   _add_data(commands, handlers)
   return parser
@@ -146,6 +147,13 @@ def _add_evaluate(commands, run) -> None:
   )
   command.add_argument(
     "--limit", type=arguments.count, help="at most so many examples"
+  )
+  command.add_argument(
+    "--surrogate",
+    metavar="WORKDIR",
+    help="a finished run, such as one of plain cross-entropy from another "
+    "seed, whose adversarial points are tried as well (where the "
+    "configuration has evaluation.masking_thorough)",
   )
   _add_devices(command)
 
@@ -253,6 +261,32 @@ def _add_interpolate(commands, run) -> None:
   )
   command.add_argument(
     "--limit", type=arguments.count, help="at most so many examples"
+  )
+  _add_devices(command)
+
+
+def _add_visualize(commands, run) -> None:
+  command = _command(
+    commands,
+    "visualize",
+    "Synthesise inputs of one modality that activate classes of a finished "
+    "run, under transformations that keep a class; beside controls and real "
+    "items, with numbers. Into visualization/NAME.png, .json and .npz and "
+    "visualization.html in the work directory, and into the report of an "
+    "evaluated run.",
+    run,
+  )
+  command.add_argument("--workdir", required=True)
+  arguments.add_visual(command)
+  command.add_argument(
+    "--split",
+    default="test",
+    choices=("train", "validation", "test"),
+    help="of real items (default: test)",
+  )
+  command.add_argument("--phase", help="the phase whose model to take")
+  command.add_argument(
+    "--output", help="another .png file for the grid; reports do not show it"
   )
   _add_devices(command)
 

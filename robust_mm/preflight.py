@@ -90,6 +90,18 @@ def check_classes(workdir: str, what: str) -> None:
     )
 
 
+def check_surrogate(workdir: str, surrogate: str) -> None:
+  """Refuses one that is no finished run, or that nobody would look at."""
+  if not runs.read_config(pathlib.Path(workdir)).evaluation.get(
+    "masking_thorough", False
+  ):
+    raise _validate.UserError(
+      f"--surrogate needs a run with evaluation.masking_thorough; that in "
+      f"{workdir} was trained without."
+    )
+  check_run(surrogate)
+
+
 def check_attack(name: str | None) -> None:
   """Refuses an attack that does not exist; None is the configuration's."""
   if name is not None:
@@ -206,6 +218,43 @@ def _check_elements(budgets, keep) -> None:
           f"--budget: {name}={size:g} must be a whole number of elements, "
           "because --keep names it."
         )
+
+
+def check_visualize(
+  workdir: str,
+  split: str,
+  output: str | None,
+  *,
+  modality: str,
+  labels: Sequence[int] | None,
+  mode: str,
+  parameterization: str,
+  **_,
+) -> None:
+  """Refuses what cannot be synthesised of a run."""
+  check_run(workdir, split)
+  check_classes(workdir, "robust-mm visualize")
+  facts = runs.describe(pathlib.Path(workdir))
+  with _validate.user_errors():
+    _validate.known(sorted(facts["input_shapes"]), **{"--modality": [modality]})
+  if facts["kinds"][modality] != "float":
+    raise _validate.UserError(
+      f"--modality: {modality!r} holds token ids, which have no gradient; use "
+      "a modality of features."
+    )
+  for label in labels or ():
+    if label >= facts["num_classes"]:
+      raise _validate.UserError(
+        f"--label must lie in 0..{facts['num_classes'] - 1}, got {label}."
+      )
+  if parameterization == "fourier" and mode == "in_place":
+    raise _validate.UserError(
+      "--parameterization=fourier: leave --mode=in_place out."
+    )
+  if output and not output.endswith(".png"):
+    raise _validate.UserError(f"--output must end in .png, got {output}.")
+  if output:
+    check_output(output)
 
 
 def check_evaluated(workdir: str) -> None:

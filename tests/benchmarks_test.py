@@ -5,6 +5,8 @@ import pathlib
 import runpy
 import sys
 
+import pytest
+
 GRID = pathlib.Path(__file__).parents[1] / "benchmarks" / "immunity_grid.py"
 
 
@@ -36,3 +38,8 @@ def test_the_grid_measures_every_arm_once(tmp_path, monkeypatch, capsys):
   ]
   assert f"{both:.4f}" in row
   assert "zeros" in found["corrupted"]["all"]
+  # Other severities, or data, would be read from the same files.
+  with pytest.raises(SystemExit, match="holds a grid of"):
+    run(monkeypatch, *common[:-3], 5, *common[-2:], *arms)
+  with pytest.raises(SystemExit, match="give another folder"):
+    run(monkeypatch, *common, "--set", "optimizer.lr=0.1", *arms)

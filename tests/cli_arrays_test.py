@@ -12,8 +12,8 @@ from command_line import run
 
 import robust_mm
 from robust_mm import certification
-from robust_mm import commands
 from robust_mm import config as config_lib
+from robust_mm import protocols
 from robust_mm.training import runs
 from robust_mm.training import setup
 
@@ -157,7 +157,7 @@ def test_pixels_train_as_their_scaled_floats_and_keep_their_range(
   ):
     np.testing.assert_array_equal(a, b)
   facts = runs.describe(pixels / "run")
-  protocol = commands.make_protocol(runs.read_config(pixels / "run"), facts)
+  protocol = protocols.of_run(runs.read_config(pixels / "run"), facts)
   assert protocol.valid_range == {"left": (0.0, 1.0), "right": (0.0, 1.0)}
   # 36 pixels, each about 0.3 from the mean: hundreds if in grey levels.
   assert all(0.5 < size < 3 for size in facts["relative_units"].values())

@@ -7,8 +7,8 @@ import pytest
 from robust_mm import _validate
 from robust_mm import attacks
 from robust_mm import cli
-from robust_mm import commands
 from robust_mm import config as config_lib
+from robust_mm import protocols
 from robust_mm.training import runs
 
 
@@ -125,6 +125,11 @@ def test_override_keeps_the_type(override, expected):
     ),
     (
       "configs/joint.py",
+      ["--config.evaluation.missing_protocol=frame"],
+      "Did you mean 'frames'",
+    ),
+    (
+      "configs/joint.py",
       ["--config.evaluation.corruptions=sute"],
       "Did you mean 'suite'",
     ),
@@ -230,7 +235,7 @@ def test_every_attack_can_be_asked_for_and_takes_what_it_knows():
   config = config_lib.load("configs/joint.py:digits")
   facts = {"value_range": {}, "units": {}}
   for name in config_lib.ATTACKS:
-    (given,) = commands.make_protocol(config, facts, None, name).attacks
+    (given,) = protocols.of_run(config, facts, None, name).attacks
     known = attacks.arguments(name)
     assert set(given) - {"name"} <= known
     for key in ("loss", "num_steps", "num_restarts", "num_queries", "strength"):

@@ -46,6 +46,13 @@ def variants(file, *combined):
     "configs/joint.py:diabetes,noise,token",
     "configs/crmt.py:digits",
     *variants("crmt", "published,Mix"),
+    "configs/restrained_softmax.py:digits",
+    "configs/restrained_softmax.py:digits,prsl,published",
+    "configs/restrained_softmax.py:digits,prsl,scores",
+    "configs/restrained_softmax.py:digits,topk_margin",
+    "configs/restrained_softmax.py:digits,ce",
+    "configs/captioning.py:digits",
+    "configs/captioning.py:digits,prsl",
   ],
 )
 def test_every_variant_takes_its_steps(spec, tmp_path):
@@ -56,6 +63,28 @@ def test_every_variant_takes_its_steps(spec, tmp_path):
 @pytest.mark.parametrize("file", ["joint", "crmt"])
 def test_every_data_set_takes_its_steps(file, name, data_dir, tmp_path):
   smoke(f"configs/{file}.py:{name}", tmp_path, data_dir)
+
+
+@pytest.mark.parametrize(
+  "spec",
+  [
+    "restrained_softmax.py:av_digits",
+    "restrained_softmax.py:utd_mhad,complement_kl",
+    "captioning.py:av_digits,drsl",
+  ],
+)
+def test_penalties_take_their_steps_on_other_sets(spec, data_dir, tmp_path):
+  smoke(f"configs/{spec}", tmp_path, data_dir)
+
+
+def test_every_penalty_of_a_configuration_exists():
+  for file in ("restrained_softmax", "captioning"):
+    path, _ = config_lib.find(f"configs/{file}.py")
+    for variant, (name, _) in runpy.run_path(str(path))["PENALTIES"].items():
+      config = config_lib.load(f"configs/{file}.py:digits,{variant}")
+      assert config.penalty.name == name
+      if name:
+        assert setup_lib.restraint(config).penalty.name == name
 
 
 # Every variant is in one of them; the first has every part.
@@ -170,5 +199,13 @@ def test_published_schedule_is_the_published_one():
 def test_a_variant_that_changes_nothing_is_refused():
   with pytest.raises(_validate.UserError, match="fixed changes nothing"):
     config_lib.load("configs/modal_immune.py:utd_mhad,fixed")
+  for argument in ("mosi,fixed", "mosi,uniform", "utd_mhad,uniform"):
+    with pytest.raises(_validate.UserError, match="changes nothing on"):
+      config_lib.load(f"configs/modal_immune.py:{argument}")
+  # A control has none of the parts: it must not pass for a new arm, nor lose
+  # the one that it is named for.
+  for argument in ("damage_alone,no_damage", "joint,uniform"):
+    with pytest.raises(_validate.UserError, match="exclude each other"):
+      config_lib.load(f"configs/modal_immune.py:digits,{argument}")
   published = config_lib.load("configs/modal_immune.py:utd_mhad,published")
   assert "adapt" not in published.recipe.options

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from robust_mm import attacks
 from robust_mm import evaluation
+from robust_mm.attacks import base
 from robust_mm.evaluation import batches
-from robust_mm.evaluation import matrix
+from robust_mm.evaluation import forwards
 from robust_mm.evaluation import probes
 from robust_mm.evaluation import thorough
 
@@ -109,7 +111,7 @@ def test_copies_are_the_nearest_examples_of_another_label():
   units = {"left": 2.0, "right": 0.5}
   probe = probes.Probe(
     model,
-    matrix.Forward(model, device, size=30),
+    forwards.Forward(model, device, size=30),
     device,
     data,
     norm=2,
@@ -153,7 +155,7 @@ def test_noise_has_its_size_and_keeps_the_range():
   data = batches.host_data(model, toy.make_batch(20))
   device = batches.Device(params, state)
 
-  class Watched(matrix.Forward):
+  class Watched(forwards.Forward):
     def __call__(self, data, rows, subset):
       seen.append(data.inputs)
       return super().__call__(data, rows, subset)
@@ -354,3 +356,103 @@ def test_a_report_says_when_gradients_mislead():
 def test_bad_arguments_are_refused_by_name(arguments, message):
   with pytest.raises(ValueError, match=message):
     _report(toy.linear_model(), **arguments)
+
+
+# ---- restrained_softmax.md 14.11 and 14.12
+
+
+def _nearest(params, batch, norm):
+  """The exact distance of every example to its nearest wrong class."""
+  exact = toy.exact_radii if norm == 2 else toy.exact_linf_radii
+  return exact(params, batch["inputs"])
+
+
+@pytest.mark.parametrize("norm", [2, "linf"])
+@pytest.mark.parametrize("targets", ["rivals", "adaptive"])
+def test_aimed_pgd_reaches_the_boundary_of_a_linear_model(norm, targets):
+  """Broken at 1.001 of the exact distance, and never at 0.999 of it."""
+  model, batch = toy.linear_model(), toy.make_batch(40)
+  params, state = model.init(jax.random.key(0))
+  logits_fn = attacks.logits_fn(model, params, state, batch["present"])
+  label = jnp.argmax(logits_fn(batch["inputs"]), axis=-1)
+  distance = _nearest(params, batch, 2 if norm == 2 else "linf")
+  attack = attacks.pgd(
+    norm=norm, budget=1.0, num_steps=50, num_restarts=3, targets=targets
+  )
+  survives = jax.jit(
+    lambda budget: attacks.survives(
+      jax.random.key(0),
+      attack,
+      logits_fn,
+      batch["inputs"],
+      label,
+      budget=budget,
+    )
+  )
+  assert not np.any(survives(jnp.asarray(1.001 * distance, jnp.float32)))
+  assert np.all(survives(jnp.asarray(0.999 * distance, jnp.float32)))
+
+
+def test_adaptive_targets_are_the_best_and_the_nearest_class():
+  """Three rivals: the best one is far away, the nearest has a steep row."""
+  weight = np.array([[0.0, 0], [1, 0], [0, 50.0], [-1, -1]])
+  bias = np.array([3.0, 2.0, 0.0, -5.0])
+
+  def logits_fn(inputs):
+    rows = inputs["x"] @ jnp.asarray(weight.T, jnp.float32)
+    return rows + jnp.asarray(bias, jnp.float32)[None]
+
+  inputs = {"x": jnp.zeros((2, 2))}
+  label = jnp.zeros(2, int)
+  seen = []
+  real = base.Objective.nearest
+
+  def spy(self, number):
+    seen.append(np.asarray(real(self, number)))
+    return real(self, number)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(base.Objective, "nearest", spy)
+    attack = attacks.pgd(
+      norm=2, budget=0.1, num_restarts=4, num_steps=10, targets="adaptive"
+    )
+    moved = attack(jax.random.key(0), logits_fn, inputs, label)
+  # Distances of 1 (by slope 1), 3 / 50 and 8 / sqrt(2).
+  assert seen[0].tolist() == [[2, 2], [1, 1], [3, 3]]
+  assert np.all(np.argmax(logits_fn(moved), axis=-1) == 2)
+  plain = attacks.pgd(
+    norm=2, budget=0.1, num_restarts=2, num_steps=10, random_start=False
+  )
+  # Raising the best wrong class alone, as one without a first look does.
+  one = attacks.pgd(norm=2, budget=0.1, num_steps=10, targets="adaptive",
+                    num_restarts=1)  # fmt: skip
+  moved = one(jax.random.key(0), logits_fn, inputs, label)
+  assert np.all(np.argmax(logits_fn(moved), axis=-1) == 0)
+  assert plain.settings["targets"] == "rivals"
+
+
+def test_rounded_logits_fail_against_transfer_and_queries():
+  """No gradient at all: PGD wanders, others do not need one."""
+  found = _report(
+    _changed(
+      logits=lambda z: jnp.round(4 * z) / 4 + 1e-3 * jnp.arange(3)[None]
+    ),
+    thorough=True,
+    surrogate=_surrogate(),
+  )
+  assert {"gradients_beat_queries", "white_box_beats_transfer"} <= _failed(
+    found
+  )
+  # The worst case is no better than the best attack of all.
+  shares = [*found["objectives"].values(), found["transfer"]]
+  shares += [found["accuracy"][name] for name in ("white box", "queries")]
+  assert found["worst_case"] <= min(shares) + 1e-9
+  assert found["worst_case"] < found["accuracy"]["white box"] - 0.05
+
+
+def test_logits_times_a_thousand_saturate_cross_entropy_alone():
+  model = _changed(logits=lambda z: 1000 * z)
+  found = _report(model, loss="cross_entropy")
+  failed = _failed(found)
+  assert "cross_entropy_unsaturated" in failed
+  assert "margin_ignores_scale" not in failed

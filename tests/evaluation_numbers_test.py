@@ -14,6 +14,8 @@ from robust_mm import certification
 from robust_mm import evaluation
 from robust_mm.attacks import balls
 from robust_mm.evaluation import batches
+from robust_mm.evaluation import forwards
+from robust_mm.evaluation import matrix
 
 RADII = (0.2, 0.6)
 ATTACK = {"name": "pgd", "loss": "margin", "num_steps": 20, "num_restarts": 2}
@@ -388,3 +390,51 @@ def test_the_same_seed_gives_the_same_rows(full):
 def test_progress_counts_to_its_total(full, calls):
   assert [done for done, _ in calls] == list(range(1, len(calls) + 1))
   assert {total for _, total in calls} == {len(calls)}
+
+
+def test_what_is_not_attacked_is_encoded_once():
+  calls = []
+  plain = toy.linear_model()
+
+  @jax.custom_vjp
+  def seen(x):
+    """The same x, and a note that it was computed."""
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.pure_callback(lambda v: (calls.append(1), v)[1], shape, x)
+
+  seen.defvjp(lambda x: (seen(x), None), lambda _, cotangent: (cotangent,))
+
+  def encode(*arguments, **options):
+    embeddings, state = plain.encode(*arguments, **options)
+    return {**embeddings, "right": seen(embeddings["right"])}, state
+
+  params, state = plain.init(jax.random.key(0))
+  data = batches.host_data(plain, toy.make_batch(8))
+  units = dict.fromkeys(toy.DIMS, 1.0)
+  found = {}
+  for name, model in (
+    ("plain", plain),
+    ("counted", dataclasses.replace(plain, encode=encode)),
+  ):
+    device = batches.Device(params, state)
+    run = matrix.Attacker(
+      model,
+      device,
+      attacks.make(norm=2, budget=1.0, **ATTACK),
+      forwards.Forward(model, device, size=8),
+      units=units,
+      norm=2,
+      size=8,
+    )
+    for attacked in (("left",), ("right",), ("left", "right")):
+      calls.clear()
+      struck = run(jax.random.key(1), data, np.arange(8), attacked, 0.5)
+      found[name, attacked] = struck.broken, len(calls)
+  for attacked in (("left",), ("right",), ("left", "right")):
+    np.testing.assert_array_equal(
+      found["plain", attacked][0], found["counted", attacked][0]
+    )
+  steps = ATTACK["num_steps"] * ATTACK["num_restarts"]
+  assert found["counted", ("left",)][1] < 5
+  assert found["counted", ("right",)][1] >= steps
+  assert found["counted", ("left", "right")][1] >= steps

@@ -69,6 +69,27 @@ def test_runs_of_one_recipe_share_the_panels_of_its_phases():
   assert [line.get_color() for line in lines] == list(style.COLOURS[:2])
 
 
+def test_attacked_modalities_and_gates_have_panels(results):
+  rows = [
+    {
+      "step": step,
+      "phase": "modal_immune",
+      "probe_p_left": 0.25,
+      "probe_p_right": 0.75,
+      "probe_closed_left": 0.1 * step,
+      "validation_mean_over_subsets": 0.5,
+    }
+    for step in (1, 2)
+  ]
+  drawn = panels(plots.figures(results[:1], [rows])["training"])
+  (attacked,) = [p for name, p in drawn.items() if "Attacked" in name]
+  assert {line.get_ydata()[0] for line in attacked.lines} == {0.25, 0.75}
+  (gates,) = [p for name, p in drawn.items() if name.startswith("Gates")]
+  np.testing.assert_allclose(gates.lines[0].get_ydata(), [0.1, 0.2])
+  selected = drawn["Validation: accuracy"]
+  assert 0.5 in selected.lines[0].get_ydata()
+
+
 def test_phases_are_marked_by_name_where_they_start(results, histories):
   drawn = panels(plots.figures(results, histories)["training"])
   for title in ("Validation: accuracy", "Validation: cross-entropy"):

@@ -78,6 +78,7 @@ def make_result(name="crmt-JT", *, sound=True, norm=2, units=1.0, drop=0.4):
     "subsets": {label: share(value) for label, value in SUBSETS.items()},
     "contributions": {"values": {"left": 0.3, "right": 0.5}, "empty": 0.1},
     "missing": _missing(),
+    "captions": None,
     "corrupted": None,
     "attacked": attacked,
     "certified": certified if bounded else [],

@@ -14,10 +14,11 @@ from robust_mm import evaluation
 from robust_mm import missing
 from robust_mm import modalities
 from robust_mm.evaluation import batches
-from robust_mm.evaluation import matrix
+from robust_mm.evaluation import forwards
 from robust_mm.evaluation import metrics
 from robust_mm.evaluation import shifts
 from robust_mm.evaluation import texts
+from robust_mm.evaluation import wording
 
 RATES = (0.0, 0.25, 0.5)
 PLAIN = {"radii": (), "attack": None, "certificate": None}
@@ -70,15 +71,44 @@ def test_the_missing_curve_is_that_of_the_stored_seeds(report, batch):
   assert found["seeds"] == [0, 1, 2]
   assert [row["rate"] for row in found["rows"]] == list(RATES)
   for row in found["rows"]:
+    rates, digests = [], []
     for seed, accuracy in zip(found["seeds"], row["by_seed"]):
       scores = missing.scores(tuple(toy.DIMS), 60, seed=seed)
       masks = missing.per_sample(scores, row["rate"])
-      assert masks.rate == row["achieved"]
+      rates.append(masks.rate)
+      digests.append(missing.digest(masks.present))
       expected = _accuracy(batch, batch["inputs"], masks.present)
       assert accuracy == pytest.approx(expected)
     assert row["accuracy"] == pytest.approx(np.mean(row["by_seed"]))
+    assert row["achieved"] == pytest.approx(np.mean(rates))
+    assert row["digests"] == digests
+    assert len(set(digests)) == (3 if row["rate"] else 1)
   clean = report.results["clean"]["accuracy"]
   assert found["rows"][0]["accuracy"] == pytest.approx(clean)
+
+
+def test_the_settings_say_what_a_suite_had(report, batch):
+  assert _evaluate(batch).results["settings"]["corruptions"] is None
+  found = report.results["settings"]["corruptions"]
+  assert not found["together"]
+  assert set(found["kinds"]) == {
+    row["kind"] for row in report.results["corrupted"]["rows"]
+  }
+  for row in report.results["corrupted"]["rows"]:
+    strength = found["kinds"][row["kind"]][str(row["severity"])]
+    assert strength == row["strength"]
+
+
+def test_the_first_page_says_what_is_left_of_it(report):
+  results = [report.results]
+  table = {row["label"]: row["values"] for row in wording.table_rows(results)}
+  score = report.results["corrupted"]["score"]
+  assert table["corrupted, mean over kinds"] == [f"{score:.4f}"]
+  row = report.results["missing"]["rows"][-1]
+  label = f"clean, at missing rate {row['rate']:g}"
+  assert table[label] == [f"{row['accuracy']:.4f}"]
+  assert "corrupted, mean over kinds" in wording.headlines(results)["columns"]
+  assert "Corrupted, it is right on" in wording.summary(results)[0]
 
 
 def test_the_corruption_table_is_that_of_the_suite(report, batch):
@@ -258,7 +288,7 @@ def _lost(protocol, data, rate):
   """What a model would be shown, and the row."""
   shown = []
 
-  class Forward(matrix.Forward):
+  class Forward(forwards.Forward):
     def __init__(self):
       pass
 

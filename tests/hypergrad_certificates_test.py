@@ -224,6 +224,57 @@ def test_what_is_accepted_points_along_the_exact_gradient():
   assert np.any(along < 0.5 * square)
 
 
+@pytest.mark.parametrize("steps", [0, 4, 25])
+@pytest.mark.parametrize(
+  "make", [hypergrad.neumann, hypergrad.conjugate_gradient]
+)
+def test_the_bound_before_a_solve_covers_it_and_is_not_far_off(make, steps):
+  arrays = _stack(_random_problems(5, 60, condition=100))
+  solver = make(max(steps, int(make is hypergrad.conjugate_gradient)))
+  _, info, _ = _gradients(arrays, 0.01, solver=solver)
+  v = np.linalg.norm(arrays[2], axis=-1)
+  lower, upper = 0.01 + DELTA, 1 + DELTA
+  if make is hypergrad.neumann:
+    rate = 1 - lower / upper
+    wanted = rate ** (steps + 1) * v / lower
+    # The residual is one: after the solve nothing is known that is worse.
+    assert np.all(info.solve_error_bound <= info.prior_error_bound * RELAXED)
+  else:
+    root = np.sqrt(upper / lower)
+    rate = (root - 1) / (root + 1)
+    wanted = 2 * rate**solver.num_steps * v / lower
+  np.testing.assert_allclose(info.contraction, rate, rtol=1e-4)
+  np.testing.assert_allclose(info.prior_error_bound, wanted, rtol=1e-3)
+  H, _, side, _ = (np.asarray(a, np.float64) for a in arrays)
+  shifted = H + DELTA * np.eye(SIZE)
+  for matrix, b, said in zip(shifted, side, info.prior_error_bound):
+    found = _solve(
+      solver,
+      jnp.asarray(matrix, jnp.float32),
+      jnp.asarray(b, jnp.float32),
+      jnp.array(lower),
+      jnp.array(upper),
+    )
+    error = np.linalg.norm(np.linalg.solve(matrix, b) - found.x)
+    assert error <= said * RELAXED + 1e-5
+    assert error > said / 1e3 or steps == 25
+
+
+def test_nothing_known_before_a_solve_is_infinite():
+  inner, outer, theta, phi = problems.small_quadratic(low=-1.0)
+  for options in (
+    {"bounds": None, "solver": hypergrad.conjugate_gradient(5)},
+    {"solver": hypergrad.neumann(5)},
+    {"solver": lambda *a: hypergrad.conjugate_gradient(5)(*a)},
+  ):
+    fn = hypergrad.hypergradient(
+      inner, outer, operator=hypergrad.ift(), acceptance=None, **options
+    )
+    _, info = jax.jit(fn)(theta, phi, key=jax.random.key(0))
+    assert info.prior_error_bound == np.inf
+    assert not info.contraction < 1
+
+
 def test_certified_signs_are_right_and_some_are_not_certified():
   arrays = _stack(_random_problems(2, 100, condition=100))
   for steps in (2, 40):

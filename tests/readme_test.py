@@ -57,6 +57,6 @@ def test_readme_names_every_command_and_data_set():
     assert name.split("/")[0] in text
   for name in (
     *("quickstart", "train", "evaluate", "certify", "report", "data"),
-    *("shift", "interpolate"),
+    *("shift", "interpolate", "visualize"),
   ):
     assert f"robust-mm {name}" in text

@@ -317,6 +317,21 @@ def test_published_fidelity_differs_where_it_is_said_to(monkeypatch, model):
   assert again.name == "modal_immune-published"
 
 
+def test_solver_and_damping_of_the_outer_step_can_be_chosen(monkeypatch, model):
+  def chosen(**options):
+    with monkeypatch.context() as patch:
+      settings = settings_of(patch, model, **options)
+    return immune_jobs.outer_step(settings).update.args[0]
+
+  plain = chosen()
+  assert plain.solver == hypergrad.conjugate_gradient(10)
+  assert plain.operator == hypergrad.damped()
+  found = chosen(outer_solver="neumann", outer_steps=20, damping_ratio=0.2)
+  assert found.solver == hypergrad.neumann(20)
+  assert found.operator == hypergrad.damped(ratio=0.2)
+  assert chosen(outer_solver="identity").solver == hypergrad.identity()
+
+
 def test_published_form_takes_steps(model):
   phase = make(model, fidelity="published", warmup_steps=0, tx=optax.adam(1e-2))
   state, batch = begin(model, phase), make_batch()
@@ -350,6 +365,29 @@ def test_a_probe_is_one_round_of_the_controller(model):
   if gains.max() > 1e-6:
     assert order[-1] == gains.argmax()
   assert all(metrics[f"rank_{name}"] > 0 for name in NAMES)
+
+
+def test_verdicts_and_what_was_not_finite_are_logged(model, whole):
+  phase, _, _ = whole
+  state = begin(model, phase)
+
+  def marked(node):
+    if not isinstance(node, masking.CurvatureMaskState):
+      return node
+    return node._replace(
+      nonfinite_count={**node.nonfinite_count, "b": jnp.asarray(3, jnp.int32)},
+      verdicts={**node.verdicts, "c": jnp.asarray(masking.UNDECIDED, jnp.int8)},
+    )
+
+  is_mask = lambda n: isinstance(n, masking.CurvatureMaskState)  # noqa: E731
+  opt_state = jax.tree.map(marked, state.opt_state, is_leaf=is_mask)
+  state = dataclasses.replace(state, opt_state=opt_state)
+  batch = make_batch(missing=0.0)
+  probe = next(job for job in phase.jobs if job.name == "probe")
+  _, found = jax.jit(probe.run)(state, batch, jax.random.key(0))
+  assert [found[f"nonfinite_{name}"] for name in NAMES] == [0, 3, 0]
+  verdicts = [found[f"verdict_{name}"] for name in NAMES]
+  assert verdicts == [masking.OPEN, masking.OPEN, masking.UNDECIDED]
 
 
 def test_nothing_is_attacked_while_the_clean_loss_is_worse_than_it_was(
@@ -411,6 +449,27 @@ def test_decoders_see_neither_the_removed_nor_the_absent():
   assert np.any(grads["a"] != 0)
 
 
+def test_a_feature_that_hardly_varies_does_not_own_the_reconstruction():
+  """As the border of a picture once training moves it."""
+  batch = make_batch(missing=0.0)
+  embeddings = {name: jnp.ones((24, 4)) for name in NAMES}
+  made = decoders.init(jax.random.key(0), FEATURES, dict.fromkeys(SHAPES, 4))
+  made = jax.tree.map(jnp.zeros_like, made)  # says the mean of every feature
+
+  def loss(deviation):
+    scale = np.ones(6, np.float32)
+    scale[0] = deviation
+    features = {**FEATURES, "a": (FEATURES["a"][0], scale)}
+    return decoders.loss(made, features, embeddings, batch["present"], batch)
+
+  assert 0.8 < loss(1.0) < 1.2
+  assert loss(1e-5) < loss(1.0) + decoders.LARGEST**2 / 6 / 3
+  wanted = [
+    np.mean(np.square(np.clip(batch["inputs"][name], -3, 3))) for name in NAMES
+  ]
+  np.testing.assert_allclose(loss(1.0), np.mean(wanted), rtol=1e-5)
+
+
 def test_features_are_pooled_until_they_are_few():
   assert decoders.pooled(np.ones((2, 8, 4))).shape == (2, 32)
   assert decoders.pooled(np.ones((2, 40, 32))).shape == (2, 32)
@@ -439,6 +498,11 @@ def test_features_are_pooled_until_they_are_few():
     ({"damage_rate": 0.5, "noise_scale": -1.0}, "noise_scale"),
     ({"damage_rate": 0.5, "noise_scale": {"a": 1.0}}, "noise_scale"),
     ({"temperature": 0.0}, "temperature"),
+    ({"outer_solver": "newton"}, "outer_solver"),
+    ({"outer_steps": 3}, "outer_steps goes with"),
+    ({"outer_solver": "neumann", "outer_steps": 0}, "outer_steps"),
+    ({"outer_solver": "identity", "outer_steps": 3}, "outer_steps"),
+    ({"damping_ratio": 0.0}, "damping_ratio"),
     ({"consistency_weight": -1.0}, "consistency_weight"),
     ({"feedback_weight": -1.0}, "feedback_weight"),
     ({"collapse_weight": 0.0, "adapt": True}, "adapt must be False"),

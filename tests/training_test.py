@@ -212,6 +212,16 @@ def test_folder_of_another_run_is_refused(whole):
     train(config, whole)
 
 
+@pytest.mark.parametrize("protocol", ["frames", "per_batch"])
+def test_what_cannot_go_missing_is_refused_before_training(tmp_path, protocol):
+  config = load()
+  config.evaluation.missing_rates = (0.1,)
+  config.evaluation.missing_protocol = protocol
+  match = f"config.evaluation.missing_protocol='{protocol}' needs"
+  with pytest.raises(_validate.UserError, match=match):
+    train(config, tmp_path)
+
+
 def test_folder_in_use_is_refused(tmp_path):
   with (
     runs.lock(tmp_path),

@@ -36,6 +36,7 @@ from robust_mm.attacks.queries import square
 from robust_mm.attacks.registry import arguments
 from robust_mm.attacks.registry import make
 from robust_mm.attacks.registry import names
+from robust_mm.attacks.substitutions import substitute
 from robust_mm.attacks.survivors import Outcome
 from robust_mm.attacks.survivors import attack_survivors
 
@@ -56,5 +57,6 @@ __all__ = [
   "pgd",
   "robust_accuracy",
   "square",
+  "substitute",
   "survives",
 ]

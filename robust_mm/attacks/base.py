@@ -103,6 +103,42 @@ class Objective:
     ranked = jnp.argsort(jnp.where(label, -jnp.inf, logits), descending=True)
     return jnp.transpose(ranked)[np.arange(number) % (num_classes - 1)]
 
+  def nearest(self, number: int) -> Any:
+    r"""Wrong classes, the nearest to first order first: ``int[number, b]``.
+
+    By :math:`(z_y - z_j) / \|\nabla_x (z_y - z_j)\|` at the clean input, in
+    the dual norm of the ball and its units; one backward pass a class. With
+    fewer than ``number`` of them they come again from the first.
+    """
+    zeros = self.region.zeros()
+    otherwise = jax.tree.map(jnp.zeros_like, zeros)
+
+    def gap(inputs, target):
+      value = losses.margin(self.logits_fn(inputs), self.label, target)
+      return jnp.sum(value), value
+
+    def distance(target):
+      target = jnp.full_like(self.label, target)
+      slope, value = jax.grad(gap, has_aux=True)(
+        self.region.inputs(zeros), target
+      )
+      # How fast the best direction of size 1 raises that class.
+      best = self.region.steepest(zeros, slope, otherwise)
+      rate = sum(
+        jnp.sum(jnp.reshape(slope[m] * best[m], (len(target), -1)), axis=1)
+        for m in best
+      )
+      far = jnp.where(rate > 0, -value / jnp.where(rate > 0, rate, 1), jnp.inf)
+      return jnp.where(self.label == target, jnp.inf, far)
+
+    num_classes = self.num_rivals() + 1
+    far = jax.lax.map(distance, jnp.arange(num_classes))
+    own = self.label[None] == jnp.arange(num_classes)[:, None]
+    # The label comes last, whatever else is out of reach.
+    ranked = jnp.lexsort((far, own), axis=0)
+    ranked = ranked[np.arange(number) % (num_classes - 1)]
+    return jax.lax.stop_gradient(ranked).astype(self.label.dtype)
+
   def num_rivals(self) -> int:
     """How many wrong classes there are."""
     return jax.eval_shape(self.logits_fn, self.region.clean).shape[-1] - 1

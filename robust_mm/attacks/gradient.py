@@ -10,7 +10,7 @@ from robust_mm import _validate
 from robust_mm.attacks import base
 from robust_mm.attacks import losses
 
-TARGETS = ("rivals", "any")
+TARGETS = ("rivals", "any", "adaptive")
 
 
 def fgm(
@@ -118,8 +118,12 @@ def pgd(
     loss: ``"margin"``, ``"cross_entropy"`` or ``"dlr"``.
     random_start: False to start from the clean input always. True: a single
       restart starts at random, of several all but the first.
-    targets: ``"rivals"`` as above, or ``"any"``: every restart raises any
-      wrong class.
+    targets: ``"rivals"`` as above; ``"any"``: every restart raises any wrong
+      class; or ``"adaptive"``: the first raises the best wrong class of the
+      clean input, the next ones those that the clean gradient reaches first
+      (:meth:`base.Objective.nearest`; as many more gradients as there are
+      classes). For models whose wrong logits are alike, which tell nothing of
+      what is near.
     valid_range: ``(low, high)`` for all modalities or ``{m: (low, high)}``;
       ends broadcast to one modality's inputs.
     units: ``{m: size of one unit}``, 1 where not named: a perturbation's size
@@ -213,6 +217,11 @@ def _lengths(num_steps, step_size):
 
 def _aims(objective, num_restarts, targets):
   """Per restart, the class to raise, ``[b]``; None when always any."""
+  if targets == "adaptive":
+    first = objective.rivals(1)
+    if num_restarts == 1:
+      return first
+    return jnp.concatenate([first, objective.nearest(num_restarts - 1)])
   if targets == "any" or num_restarts == 1:
     return None
   return objective.rivals(num_restarts).at[0].set(losses.ANY)

@@ -33,6 +33,7 @@ from robust_mm.corruptions.factories import swap
 from robust_mm.corruptions.factories import token_drop
 from robust_mm.corruptions.factories import zeros
 from robust_mm.corruptions.forms import form
+from robust_mm.corruptions.forms import lengths
 from robust_mm.corruptions.mixtures import Mixture
 from robust_mm.corruptions.mixtures import mixture
 from robust_mm.corruptions.registry import deviations
@@ -54,6 +55,7 @@ __all__ = [
   "form",
   "frame_drop",
   "kinds",
+  "lengths",
   "mixture",
   "occlusion",
   "scalar_gaussian",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from robust_mm import _validate
 
 FORMS = ("image", "sequence", "token", "vector", "video")
+TIMED = ("sequence", "token", "video")
 _BY_RANK = {1: "vector", 2: "sequence", 3: "image", 4: "video"}
 
 
@@ -46,6 +47,22 @@ def form(shape: tuple[int, ...], dtype: Any = jnp.float32) -> str:
   if len(shape) == 1 and not jnp.issubdtype(dtype, jnp.floating):
     return "token"
   return _BY_RANK[len(shape)]
+
+
+def lengths(shapes: Mapping[str, Any]) -> dict[str, int]:
+  """``{m: frames, or tokens}`` of the modalities that have time.
+
+  Args:
+    shapes: ``{m: (shape, dtype)}`` of one input.
+
+  >>> lengths({"imu": ((128, 6), "float32"), "pose": ((20,), "float32")})
+  {'imu': 128}
+  """
+  return {
+    name: shape[0]
+    for name, (shape, dtype) in shapes.items()
+    if form(tuple(shape), jnp.dtype(dtype)) in TIMED
+  }
 
 
 def axes(form: str, rank: int) -> Axes:

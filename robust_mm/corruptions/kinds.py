@@ -13,7 +13,7 @@ from jaxtyping import PRNGKeyArray
 
 from robust_mm.corruptions import forms
 
-TIMED = ("sequence", "token", "video")
+TIMED = forms.TIMED
 NUMERIC = ("image", "sequence", "vector", "video")
 EVERY = forms.FORMS
 

@@ -17,6 +17,7 @@ from robust_mm.evaluation import plots
 from robust_mm.evaluation import protocol
 from robust_mm.evaluation import report
 from robust_mm.evaluation import shift_plots
+from robust_mm.evaluation import visuals
 from robust_mm.evaluation.masking import masking_report
 from robust_mm.evaluation.protocol import Protocol
 from robust_mm.evaluation.protocol import standard
@@ -27,6 +28,7 @@ from robust_mm.evaluation.runner import evaluate
 from robust_mm.evaluation.shift import ShiftReport
 from robust_mm.evaluation.shift import shift_report
 from robust_mm.evaluation.shift_scores import chance_level
+from robust_mm.evaluation.spelling import caption_report
 from robust_mm.evaluation.thorough import Surrogate
 
 SCHEMA = {
@@ -51,6 +53,8 @@ SCHEMA = {
     "the protocol (radii, modality_radii, norm, units as asked, subsets, "
     "valid_range, batch_size, max_examples, survivors_only); attacks {name: "
     "exact settings}; certificate {asked, source, sound, norm, reason}; "
+    "corruptions (null, or {kinds {kind: {severity: strength}}, together, "
+    "correlated, share}); "
     "modalities, num_classes, input_shapes, input_types, num_reference, "
     "matmul_precision, device, num_devices, versions"
   ),
@@ -64,9 +68,9 @@ SCHEMA = {
     "empty: the share of the commonest class, from which they count}"
   ),
   "missing": (
-    "null, or {protocol, seeds, rows [{rate, achieved, accuracy: mean over "
-    "seeds, by_seed, num_examples}]}: random cells absent, the same for every "
-    "model"
+    "null, or {protocol, seeds, rows [{rate, achieved (mean over seeds), "
+    "accuracy (likewise), by_seed, digests (SHA-256 of the masks, by seed), "
+    "num_examples}]}: random cells absent, the same for every model"
   ),
   "corrupted": (
     "null, or {rows [{kind, modalities, severity, strength, accuracy, "
@@ -104,6 +108,10 @@ SCHEMA = {
     "null, or {factors, flipped, num_examples, attack, sound, norm}: share of "
     "predictions flipped at multiples of each example's own joint radius"
   ),
+  "captions": (
+    "null, or of a model that spells captions what evaluation.caption_report "
+    "returns, at the radii of an linf protocol"
+  ),
   "masking": (
     "null, or what evaluation.masking_report returns, about the first attack "
     "(of an ensemble its first member) at the middle joint radius"
@@ -125,6 +133,7 @@ __all__ = [
   "Report",
   "ShiftReport",
   "Surrogate",
+  "caption_report",
   "chance_level",
   "evaluate",
   "masking_report",
@@ -137,4 +146,5 @@ __all__ = [
   "shift_report",
   "standard",
   "table",
+  "visuals",
 ]

@@ -224,7 +224,7 @@ class Device:
     size: int,
     *,
     extra: Callable[[int], tuple] = lambda number: (),
-    aligned: Mapping[str, np.ndarray] | None = None,
+    aligned: Mapping[str, Any] | None = None,
   ) -> Any:
     """``compiled(params, state, chunk, *extra(number))`` over the rows.
 
@@ -234,7 +234,8 @@ class Device:
       indices: rows to visit, at least one.
       size: rows a call, from :meth:`chunk_size`.
       extra: further arguments of chunk ``number``.
-      aligned: arrays along ``indices`` that join the chunk by their name.
+      aligned: arrays, or trees of them, along ``indices`` that join the chunk
+        by their name.
 
     Returns:
       The tree of results as NumPy arrays with leading axis ``len(indices)``.
@@ -245,7 +246,7 @@ class Device:
       where = np.arange(start, start + size).clip(max=len(indices) - 1)
       chunk = data.chunk(indices[where])
       for name, values in (aligned or {}).items():
-        chunk[name] = values[where]
+        chunk[name] = jax.tree.map(lambda x, where=where: x[where], values)
       if self._sharding is not None:
         chunk = jax.device_put(chunk, self._sharding)
       result = compiled(self._params, self._state, chunk, *extra(number))

@@ -49,6 +49,8 @@ def details(result: Mapping) -> dict:
     tables.append(_smoothed(result))
   if result["tightness"]:
     tables.append(_tightness(result))
+  if result.get("captions"):
+    tables.append(_captions(result["captions"]))
   if result.get("masking"):
     tables.append(_masking(result["masking"]))
   if result["vulnerability"]:
@@ -215,6 +217,44 @@ def _members(result: Mapping, name: str) -> dict:
         *(str(row["broken_by"][member]) for member in members),
       )
       for what, row in rows
+    ],
+  )
+
+
+def _captions(found: Mapping) -> dict:
+  first = found["rows"][0]
+  settings = found["settings"]
+  return table(
+    "Captions under attack",
+    f"{found['num_examples']} examples; PGD with {settings['num_steps']} steps "
+    f"and {settings['num_restarts']} restarts in linf, raw units; up to "
+    f"{settings['num_substitutions']} letters of a prompt. The target of the "
+    f"targeted one is {found['target']!r}.",
+    [
+      ("attack", False),
+      ("of", False),
+      ("size", True),
+      *((f"{m} word", True) for m in first["slots"]),
+      ("caption", True),
+      ("distinct words", True),
+      ("entropy, bits", True),
+      ("target reached", True),
+    ],
+    [
+      (
+        row["attack"],
+        row["modalities"],
+        "" if row["radius"] is None else f"{row['radius']:.3g}",
+        *(
+          wording.percent(row["slots"][m]) if m in row["slots"] else ""
+          for m in first["slots"]
+        ),
+        wording.percent(row["exact_match"]),
+        f"{row['distinct_1']:.3f}",
+        f"{row['entropy']:.2f}",
+        "" if row["success"] is None else wording.percent(row["success"]),
+      )
+      for row in found["rows"]
     ],
   )
 

@@ -43,14 +43,16 @@ def training(
   histories = [history or [] for history in histories]
   panels = [
     *_objectives(results, histories),
-    _validation(histories, "accuracy", "accuracy"),
+    _validation(histories, "accuracy", "accuracy", "mean_over_subsets"),
     _validation(histories, "mean absolute error", "mae", "mae_over_subsets"),
     _validation(histories, "correlation", "correlation"),
     _validation(histories, "mean average precision", "map", "map_over_subsets"),
     _validation(histories, "cross-entropy", "loss"),
+    *_probes(histories),
   ]
   if rows_lib.task(results) == _tasks.REGRESSION:
-    panels.pop()  # the loss is the MAE in deviations
+    # The loss is the MAE in deviations.
+    panels = [panel for panel in panels if panel.ylabel != "cross-entropy"]
   panels = [panel for panel in panels if panel.lines]
   if not panels:
     return None
@@ -95,19 +97,52 @@ def _phase_title(recipe: str, phase: str | None) -> str:
 
 
 def _validation(histories, kind: str, *endings: str) -> _Panel:
-  lines = []
-  for index, history in enumerate(histories):
-    names = dict.fromkeys(name for row in history for name in row)
-    for name in names:
-      metric = _validated(name)
-      if metric.endswith(endings):
-        steps, values = _series(history, name)
-        word = kind if metric == "loss" else metric.replace("_", " ")
-        lines.append(_Line(run=index, metric=word, steps=steps, values=values))
-  lines = [line for line in lines if line.steps]
+  def word(name):
+    metric = _validated(name)
+    return kind if metric == "loss" else metric.replace("_", " ")
+
+  lines = _lines(
+    histories, lambda name: _validated(name).endswith(endings), word
+  )
   return _Panel(
     title=f"Validation: {kind}", ylabel=kind, lines=lines, phases=True
   )
+
+
+def _probes(histories) -> list[_Panel]:
+  """What ModalImmune attacks, and what its gates close."""
+  return [
+    _Panel(
+      title=title,
+      ylabel=ylabel,
+      lines=_lines(
+        histories,
+        lambda name, prefix=prefix: name.startswith(prefix),
+        lambda name, prefix=prefix: name.removeprefix(prefix),
+      ),
+      phases=True,
+    )
+    for prefix, title, ylabel in (
+      ("probe_p_", "Attacked modality", "probability"),
+      (
+        "probe_closed_",
+        "Gates (under 5 % nothing is gated,\nover 95 % all of it)",
+        "share closed",
+      ),
+    )
+  ]
+
+
+def _lines(histories, wanted, word) -> list[_Line]:
+  """Lines of the metrics that are wanted, under their words."""
+  lines = []
+  for index, history in enumerate(histories):
+    for name in dict.fromkeys(name for row in history for name in row):
+      if wanted(name):
+        steps, values = _series(history, name)
+        line = _Line(run=index, metric=word(name), steps=steps, values=values)
+        lines.append(line)
+  return [line for line in lines if line.steps]
 
 
 def _validated(name: str) -> str:

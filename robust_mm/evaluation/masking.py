@@ -18,6 +18,7 @@ from robust_mm import _validate
 from robust_mm._types import Batch
 from robust_mm._types import Model
 from robust_mm.evaluation import batches
+from robust_mm.evaluation import forwards
 from robust_mm.evaluation import matrix
 from robust_mm.evaluation import probes
 from robust_mm.evaluation import protocol as protocol_lib
@@ -66,12 +67,13 @@ def masking_report(
   - ``cross_entropy_unsaturated``: and PGD on the cross-entropy at most 2 points
     less,
 
-  and with ``thorough`` also when
+  and with ``thorough`` (then 5,000 queries, 100 draws of noise) also when
 
   - ``more_effort_finds_no_more``: from 100 to 200 steps, from 10 to 20 restarts
     PGD breaks no more;
   - ``no_objective_is_stronger``: nor does PGD on the margin, the
-    cross-entropy, the logit ratio, or aimed at every wrong class in turn;
+    cross-entropy, the logit ratio, aimed at every wrong class in turn, or at
+    the best and the nearest one;
   - ``white_box_beats_transfer``: nor points made for ``surrogate``;
 
   each within one point or one example, whichever is more. None of them proves
@@ -104,7 +106,9 @@ def masking_report(
     share left]]}, "checks" [{name, passed, message}]}``; with ``thorough`` also
     ``"effort" [[steps, restarts, share left]], "objectives" {name: share left},
     "statistics" {"model": {"quantiles", "margin", "logit_norm",
-    "gradient_norm"}}``, and with a surrogate ``"transfer"`` and its statistics.
+    "gradient_norm"}}, "worst_case"`` (the share that no attack at that radius
+    broke, example by example: the number to quote), and with a surrogate
+    ``"transfer"`` and its statistics.
 
   Raises:
     ValueError: bad data or a bad argument, naming it.
@@ -118,13 +122,7 @@ def masking_report(
   _validate.at_least(1, max_examples=max_examples)
   if surrogate is not None and not thorough:
     raise ValueError("surrogate goes with thorough=True.")
-  if surrogate is not None:
-    for name in ("modalities", "num_classes"):
-      mine, other = (getattr(m, name) for m in (model, surrogate.model))
-      if mine != other:
-        raise ValueError(
-          f"surrogate must have the {name} of the model, {mine}; got {other}."
-        )
+  thorough_lib.check_surrogate(model, surrogate)
   if isinstance(units, str):
     raise ValueError(
       f"units must map modalities to sizes, got {units!r}; "
@@ -144,22 +142,9 @@ def masking_report(
     raise ValueError("batch has no example with a modality present.")
   data = some(data, max_examples)
   device = batches.Device(params, {} if state is None else state)
-  forward = matrix.Forward(model, device, size=data.size)
+  forward = forwards.Forward(model, device, size=data.size)
   units = {m: float((units or {}).get(m, 1.0)) for m in data.names}
-  attackers = {
-    name: matrix.Attacker(
-      model,
-      device,
-      matrix.make_attack(
-        {"name": "pgd", "loss": name, **STEPS}, protocol, units=units
-      ),
-      forward,
-      units=units,
-      norm=protocol.norm,
-      size=data.size,
-    )
-    for name in dict.fromkeys((loss, "margin", "cross_entropy"))
-  }
+  tried = attackers(model, device, forward, protocol, units, data.size, loss)
   probe = probes.Probe(
     model,
     forward,
@@ -170,15 +155,37 @@ def masking_report(
     valid_range=valid_range,
     key=jax.random.key(seed),
   )
-  found = measure(probe, attackers, radius=radius)
   if not thorough:
-    return found
+    return measure(probe, tried, radius=radius)
+  return measure_thoroughly(
+    probe, tried, data, device, model, radius=radius, surrogate=surrogate
+  )
+
+
+def measure_thoroughly(
+  probe: probes.Probe,
+  tried: Mapping[str, matrix.Attacker],
+  data: batches.Data,
+  device: batches.Device,
+  model: Model,
+  *,
+  radius: float,
+  surrogate: thorough_lib.Surrogate | None = None,
+) -> dict[str, Any]:
+  """:func:`measure` with more queries and draws, and what ``thorough`` adds."""
+  found = measure(
+    probe,
+    tried,
+    radius=radius,
+    num_queries=thorough_lib.NUM_QUERIES,
+    num_draws=thorough_lib.NUM_DRAWS,
+  )
   more, checks = thorough_lib.measure(
     probe,
     data,
     device,
     model,
-    loss=loss,
+    loss=found["loss"],
     radius=radius,
     white=found["accuracy"]["white box"],
     least=_least(probe),
@@ -186,8 +193,40 @@ def masking_report(
     check=_check,
   )
   checks = [*found["checks"], *checks]
-  passed = all(check["passed"] for check in checks)
-  return {**found, **more, "checks": checks, "passed": passed}
+  return {
+    **found,
+    **more,
+    "worst_case": probe.worst(radius),
+    "checks": checks,
+    "passed": all(check["passed"] for check in checks),
+  }
+
+
+def attackers(
+  model, device, forward, protocol, units, size, judged
+) -> dict[str, matrix.Attacker]:
+  """``{loss: attack}`` of this report: the judged one first, then PGD.
+
+  ``judged`` is that attack, ``{loss: attack}``, or the name of its loss.
+  """
+  found = {} if isinstance(judged, str) else dict(judged)
+  first = (judged,) if isinstance(judged, str) else ()
+  for loss in (*first, "margin", "cross_entropy"):
+    if loss in found:
+      continue
+    attack = matrix.make_attack(
+      {"name": "pgd", "loss": loss, **STEPS}, protocol, units=units
+    )
+    found[loss] = matrix.Attacker(
+      model,
+      device,
+      attack,
+      forward,
+      units=units,
+      norm=protocol.norm,
+      size=size,
+    )
+  return found
 
 
 def some(data: batches.Data, number: int) -> batches.Data:
@@ -204,6 +243,8 @@ def measure(
   *,
   radius: float,
   one_step: bool = True,
+  num_queries: int = NUM_QUERIES,
+  num_draws: int = NUM_DRAWS,
 ) -> dict[str, Any]:
   """The report.
 
@@ -213,6 +254,8 @@ def measure(
       all.
     radius: in units.
     one_step: compare with one step as well, a program of its own.
+    num_queries: of random search.
+    num_draws: of noise.
   """
   loss = next(iter(attackers))
 
@@ -223,8 +266,8 @@ def measure(
   attacked = {
     "clean": float(np.mean(probe.right())),
     "white box": left(loss, radius),
-    "queries": probe.left(radius, name="square", num_queries=NUM_QUERIES),
-    "noise": probe.left_by_noise(radius, num_draws=NUM_DRAWS),
+    "queries": probe.left(radius, name="square", num_queries=num_queries),
+    "noise": probe.left_by_noise(radius, num_draws=num_draws),
   }
   if one_step:
     attacked["one step"] = probe.left(radius, name="fgm", loss=loss)

@@ -1,4 +1,4 @@
-"""The measurements: clean, subsets of modalities, attacked."""
+"""The measurements: attacked, by the cells of a plan."""
 
 import copy
 import dataclasses
@@ -14,9 +14,9 @@ import numpy as np
 
 from robust_mm import attacks as attacks_lib
 from robust_mm import modalities
-from robust_mm._types import Model
 from robust_mm.evaluation import batches
 from robust_mm.evaluation import bounds as bounds_lib
+from robust_mm.evaluation import forwards
 from robust_mm.evaluation import protocol as protocol_lib
 
 Tick = Callable[[str], None]
@@ -55,77 +55,6 @@ class Struck(NamedTuple):
   broken: np.ndarray
   ratio: float
   broken_by: dict[str, int] | None = None
-
-
-class Forward:
-  """The predictions of one model, one compilation for all subsets."""
-
-  def __init__(self, model: Model, device: batches.Device, *, size: int):
-    self._device, self._size = device, size
-    self.compiled = device.compile(_forward_fn(model))
-
-  def __call__(self, data, rows, subset) -> np.ndarray:
-    """``[len(rows)]`` predictions with only the modalities of ``subset``."""
-    extra = (keep_only(data.names, subset),)
-    return self._device.map(
-      self.compiled, data, rows, self._size, extra=lambda number: extra
-    )
-
-
-def logits_fn(model: Model) -> Callable:
-  """``logits(params, state, chunk, keep)``: of what ``keep`` leaves, [b, k]."""
-
-  def logits(params, state, chunk, keep):
-    present = {
-      name: flag & keep[name] for name, flag in chunk["present"].items()
-    }
-    inputs = modalities.mask(chunk["inputs"], present)
-    outputs, _ = model.apply(params, state, inputs, present)
-    return outputs.logits
-
-  return logits
-
-
-def _forward_fn(model):
-  logits = logits_fn(model)
-
-  def forward(params, state, chunk, keep):
-    found = logits(params, state, chunk, keep)
-    return decide(found) if model.classifies else model.said(found)
-
-  return forward
-
-
-def keep_only(names, subset) -> dict[str, np.ndarray]:
-  """``{m: whether it is in the subset}``, arrays, so that jit sees data."""
-  return {name: np.asarray(name in subset) for name in names}
-
-
-def predictions(
-  forward: Forward, data: batches.Data, subsets
-) -> dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]]:
-  """Predictions with only some modalities left.
-
-  Returns:
-    ``{subset: (prediction [n], counted bool[n])}``; an example is counted where
-    the subset leaves it something. A non-finite logit predicts -1; what is no
-    class stays as it is, logits ``[n, k]`` of several labels.
-  """
-  result = {}
-  for subset in subsets:
-    counted = np.any([data.present[name] for name in subset], axis=0)
-    prediction = np.full_like(data.label, -1)
-    rows = np.flatnonzero(counted)
-    if len(rows):
-      prediction[rows] = forward(data, rows, subset)
-    result[subset] = (prediction, counted)
-  return result
-
-
-def decide(logits: jax.Array) -> jax.Array:
-  """The argmax, or -1 where a logit is not finite."""
-  finite = jnp.all(jnp.isfinite(logits), axis=-1)
-  return jnp.where(finite, jnp.argmax(logits, axis=-1), -1).astype(jnp.int32)
 
 
 def make_attack(
@@ -177,7 +106,7 @@ class Attacker:
       inputs, ratio = search(self._params, state, chunk, key, chosen, scale)
       attacked = {**chunk, "inputs": inputs}
       del attacked["radius"]
-      every = keep_only(inputs, inputs)
+      every = forwards.keep_only(inputs, inputs)
       # The clean pass is compiled already, and judges clean and attacked alike.
       compiled = self._forward.compiled
       return compiled(params, state, attacked, every), ratio
@@ -217,7 +146,7 @@ class Attacker:
     return Struck(broken, ratio, counts if self._ensemble else None)
 
   def _struck(self, run, key, data, rows, names, radii, scale):
-    chosen = keep_only(data.names, names)
+    chosen = forwards.keep_only(data.names, names)
     few = self._ensemble and len(rows) <= self._size // 2
     prediction, ratio = self._device.map(
       run,
@@ -236,12 +165,17 @@ def _attack_fn(model, attack, units, norm):
     # To the attack, what it may not touch is absent; the model still reads it.
     open_to = {m: flag & chosen[m] for m, flag in present.items()}
 
+    still, _ = model.encode(params, state, inputs, present)
+
     def logits_fn(changed):
       seen = {
         m: jnp.where(_like(open_to[m], x), changed[m], x)
         for m, x in inputs.items()
       }
-      return model.apply(params, state, seen, present)[0].logits / scale
+      embeddings = forwards.embed(
+        model, params, state, chunk, seen, still, chosen
+      )
+      return model.fuse(params, embeddings, present).logits / scale
 
     adversarial = attack(
       key,

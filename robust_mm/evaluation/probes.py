@@ -36,6 +36,8 @@ class Probe:
     self._range, self._key = valid_range, key
     self._rows = np.arange(data.size)
     self.clean = self.right()
+    # {radius: who has survived every attack at that radius so far}.
+    self._standing = {}
 
   def right(self, inputs: Mapping[str, Any] | None = None) -> np.ndarray:
     """Which examples are right, with these inputs instead of their own."""
@@ -51,13 +53,29 @@ class Probe:
     rows = np.flatnonzero(self.clean)
     names = self._data.names
     struck = attacker(self._key, self._data, rows, names, radius, scale=scale)
+    left = self.clean.copy()
+    left[rows[struck.broken]] = False
+    self._survived(radius, left)
     return float((len(rows) - struck.broken.sum()) / self._data.size)
 
   def left(self, radius: float, **given: Any) -> float:
     """The share left by an attack of a few calls; ``attacks.make`` makes it."""
     attack = self._make(radius, **given)
     moved = self._moved(attack, self._model, self._device)
-    return float(np.mean(self.clean & self.right(moved)))
+    return self.left_at(radius, moved)
+
+  def left_at(self, radius: float, moved: Mapping[str, Any]) -> float:
+    """The share left at points that an attack of that size has found."""
+    left = self.clean & self.right(moved)
+    self._survived(radius, left)
+    return float(np.mean(left))
+
+  def worst(self, radius: float) -> float:
+    """The share left by all attacks so far together, example by example."""
+    return float(np.mean(self._standing.get(radius, self.clean)))
+
+  def _survived(self, radius, left):
+    self._standing[radius] = self._standing.get(radius, self.clean) & left
 
   def moved_by(
     self, model, device, radius: float, **given: Any

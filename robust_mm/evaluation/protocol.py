@@ -81,6 +81,7 @@ class Protocol:
       perturbation has broken it; it counts as broken from there on.
     tightness: multiples of each example's own joint radius to attack at.
     masking_examples: so many examples for :func:`evaluation.masking_report`.
+    masking_thorough: that report with its costly checks.
     missing_rates: of the missing-rate curve, ascending.
     missing_seeds: masks a rate.
     corruptions: arguments of ``corruptions.suite``, or None for no table.
@@ -100,6 +101,7 @@ class Protocol:
   survivors_only: bool
   tightness: tuple[float, ...]
   masking_examples: int
+  masking_thorough: bool
   missing_rates: tuple[float, ...]
   missing_protocol: str
   missing_seeds: int
@@ -164,6 +166,7 @@ def standard(
   survivors_only: bool = True,
   tightness: Sequence[float] = DEFAULT_TIGHTNESS,
   masking_examples: int = 64,
+  masking_thorough: bool = False,
   missing_rates: Sequence[float] = (),
   missing_protocol: str = "per_sample",
   missing_seeds: int = 5,
@@ -208,6 +211,8 @@ def standard(
       examples that gradients do not mislead the first attack, at the middle one
       of the radii: :func:`masking_report` without its single step. 0 for no
       check.
+    masking_thorough: with all of that report, ``thorough=True``: some twenty
+      more attacks on these examples.
     missing_rates: shares of what is lost, at which accuracy is measured. Empty
       for none.
     missing_protocol: of ``robust_mm.missing``: ``"per_sample"`` (cells at an
@@ -264,6 +269,7 @@ def standard(
     survivors_only=bool(survivors_only),
     tightness=_radii(tightness, "tightness"),
     masking_examples=int(masking_examples),
+    masking_thorough=bool(masking_thorough),
     missing_rates=_rates(missing_rates, missing_protocol),
     missing_protocol=missing_protocol,
     missing_seeds=int(missing_seeds),

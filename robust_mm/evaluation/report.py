@@ -17,6 +17,7 @@ from robust_mm.evaluation import rows as rows_lib
 from robust_mm.evaluation import style
 from robust_mm.evaluation import templating
 from robust_mm.evaluation import texts
+from robust_mm.evaluation import visuals
 from robust_mm.evaluation import wording
 
 SCHEMA_VERSION = 1
@@ -81,7 +82,8 @@ def render(
     results: dictionaries of ``evaluation.SCHEMA``, as in ``results.json``.
     histories: for each result the rows of its ``metrics.jsonl``, or None.
     folders: for each result the folder of its ``results.json`` and
-      ``examples.csv``, which the page then names as seen from itself.
+      ``examples.csv``, which the page then names as seen from itself; what
+      ``robust-mm visualize`` has left there is shown.
     path: ends in ``.html`` for one self-contained file, else a folder for
       ``report.html`` and ``plots/*.png``.
     title: a heading; made from the names otherwise.
@@ -108,7 +110,9 @@ def render(
   }
   page = _page(results, histories, title or wording.title(results), drawn)
   page = templating.template("report.html.j2").render(
-    **page, files=_places(results, folders, path)
+    **page,
+    files=_places(results, folders, path),
+    pictures=visuals.read([r["name"] for r in results], folders),
   )
   page = page.encode()
   if path.suffix == ".html":

@@ -16,6 +16,7 @@ from robust_mm._types import Model
 from robust_mm.evaluation import batches
 from robust_mm.evaluation import bounds as bounds_lib
 from robust_mm.evaluation import circumstances
+from robust_mm.evaluation import forwards
 from robust_mm.evaluation import masking as masking_lib
 from robust_mm.evaluation import matrix
 from robust_mm.evaluation import multi_label
@@ -26,7 +27,9 @@ from robust_mm.evaluation import regression
 from robust_mm.evaluation import report as report_lib
 from robust_mm.evaluation import shifts as shifts_lib
 from robust_mm.evaluation import smoothed as smoothed_lib
+from robust_mm.evaluation import spelling
 from robust_mm.evaluation import summary
+from robust_mm.evaluation import thorough as thorough_lib
 from robust_mm.evaluation import unattacked
 
 _TASKS = {task.name: task for task in (regression.TASK, multi_label.TASK)}
@@ -47,6 +50,7 @@ def evaluate(
   dataset: str | None = None,
   progress: Any = None,
   sharding: Any = None,
+  surrogate: thorough_lib.Surrogate | None = None,
 ) -> report_lib.Report:
   r"""Clean, subset, attacked and certified accuracy of one model.
 
@@ -80,6 +84,8 @@ def evaluate(
     progress: True for a progress bar (quiet when not at a terminal), or
       ``progress(done, total, what)``.
     sharding: of the leading axis of batches, for several devices.
+    surrogate: a model whose adversarial points are tried on this one, where
+      the protocol has ``masking_thorough``.
 
   Returns:
     A :class:`Report`; its ``results`` are described by ``evaluation.SCHEMA``.
@@ -104,6 +110,7 @@ def evaluate(
       progress=progress,
       sharding=sharding,
     )
+  thorough_lib.check_surrogate(model, surrogate)
   started = time.perf_counter()
   protocol = protocol_lib.standard() if protocol is None else protocol
   state = {} if state is None else state
@@ -124,6 +131,7 @@ def evaluate(
   )
   key = jax.random.key(seed) if key is None else key
   session = _Session(model, params, state, data, protocol, units, sharding)
+  session.surrogate = surrogate
   session.prepare_smoothing(key)
   session.prepare_corruptions(reference)
   with progress_lib.Ticker(progress, session.num_ticks(source)) as tick:
@@ -134,6 +142,7 @@ def evaluate(
     bounds, reason = session.certify(source, reason, reference, tick)
     tightness = session.tightness(key, bounds, tick)
     masking = session.masking(key, tick)
+    spelled = spelling.of_protocol(model, params, state, batch, protocol, tick)
     smoothed = session.smooth(tick)
     shifted = session.shift(key, tick)
   session.timing["total_seconds"] = time.perf_counter() - started
@@ -156,6 +165,7 @@ def evaluate(
       *summary.tightness_checks(tightness),
       *([masking_lib.summary_check(masking)] if masking else []),
     ],
+    "captions": spelled,
     "masking": masking,
     "examples": summary.example_entry(data, columns),
     "timing": session.timing,
@@ -165,6 +175,7 @@ def evaluate(
     **protocol.settings,
     "attacks": session.attack_settings,
     "certificate": circumstances.certificate_settings(protocol, bounds, reason),
+    "corruptions": session.corruption_settings,
     **circumstances.settings(model, data, reference, sharding),
   }
   labels = {
@@ -199,9 +210,9 @@ class _Session:
     self._size = self._device.chunk_size(size)
     self._subsets = protocol.subset_names(data.names)
     self._factors = protocol.tightness if protocol.attacks else ()
-    self.timing = {}
+    self.timing, self.surrogate = {}, None
     self.attack_settings, self._attackers = {}, {}
-    self._forward = matrix.Forward(model, self._device, size=self._size)
+    self._forward = forwards.Forward(model, self._device, size=self._size)
     self._make_attackers()
     self._counter, self._corruptions = None, {}
 
@@ -210,6 +221,7 @@ class _Session:
     plan = matrix.attack_plan(self._protocol, self._data.names)
     ticks = 1 + len(self._protocol.attacks) * len(plan)
     ticks += self._protocol.checks_masking
+    ticks += self._model.captions is not None
     ticks += len(self._protocol.missing_rates) + len(self._corruptions)
     if self._counter is not None:
       ticks += self._counter.num_blocks
@@ -220,7 +232,7 @@ class _Session:
     start = time.perf_counter()
     every = self._data.names
     subsets = dict.fromkeys([*self._subsets, every])
-    predictions = matrix.predictions(self._forward, self._data, subsets)
+    predictions = forwards.predictions(self._forward, self._data, subsets)
     clean = predictions[every][0]
     tick("clean and missing modalities")
     self.timing["predict_seconds"] = time.perf_counter() - start
@@ -297,23 +309,38 @@ class _Session:
       return None
     start = time.perf_counter()
     judged = next(iter(self._attackers.values())).first()
+    data = masking_lib.some(self._data, protocol.masking_examples)
     probe = probes.Probe(
       self._model,
       self._forward,
       self._device,
-      masking_lib.some(self._data, protocol.masking_examples),
+      data,
       norm=protocol.norm,
       units=self._units,
       valid_range=protocol.valid_range,
       key=jax.random.fold_in(key, len(protocol.attacks) + 1),
     )
-    # What a first step does costs another program for a known answer.
-    found = masking_lib.measure(
-      probe,
-      {judged.loss: judged},
-      radius=protocol.middle_radius,
-      one_step=False,
-    )
+    if protocol.masking_thorough:
+      rest = (self._forward, protocol, self._units, self._size)
+      found = masking_lib.measure_thoroughly(
+        probe,
+        masking_lib.attackers(
+          self._model, self._device, *rest, {judged.loss: judged}
+        ),
+        data,
+        self._device,
+        self._model,
+        radius=protocol.middle_radius,
+        surrogate=self.surrogate,
+      )
+    else:
+      # What a first step does costs another program for a known answer.
+      found = masking_lib.measure(
+        probe,
+        {judged.loss: judged},
+        radius=protocol.middle_radius,
+        one_step=False,
+      )
     tick("masked gradients")
     self.timing["masking_seconds"] = time.perf_counter() - start
     return found
@@ -350,6 +377,7 @@ class _Session:
     """Refuses what cannot be made before anything is measured."""
     shifts_lib.check(self._protocol, self._data)
     self._corruptions = shifts_lib.suite(self._protocol, self._data, reference)
+    self.corruption_settings = shifts_lib.described(self._corruptions)
 
   def shift(self, key, tick) -> dict:
     """Accuracy by missing rate and under corruption, None where not asked."""

@@ -8,7 +8,7 @@ import numpy as np
 from robust_mm import modalities
 from robust_mm._types import Model
 from robust_mm.evaluation import batches
-from robust_mm.evaluation import matrix
+from robust_mm.evaluation import forwards
 
 
 def logits_by_set(
@@ -45,7 +45,7 @@ def logits_by_set(
   data = batches.host_data(model, batch)
   device = batches.Device(params, state, sharding=sharding)
   size = device.chunk_size(min(batch_size, data.size))
-  forward = device.compile(matrix.logits_fn(model))
+  forward = device.compile(forwards.logits_fn(model))
   chosen = modalities.subsets(data.names) if sets is None else sets
   found = {}
   for subset in chosen:
@@ -54,7 +54,7 @@ def logits_by_set(
     rows = np.flatnonzero(left)
     logits = np.full((data.size, model.num_classes), np.nan, np.float32)
     if len(rows):
-      keep = matrix.keep_only(data.names, subset)
+      keep = forwards.keep_only(data.names, subset)
       logits[rows] = device.map(
         forward, data, rows, size, extra=lambda number, keep=keep: (keep,)
       )

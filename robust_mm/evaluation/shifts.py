@@ -14,7 +14,7 @@ from robust_mm import missing as missing_lib
 from robust_mm import modalities
 from robust_mm._types import Batch
 from robust_mm.evaluation import batches
-from robust_mm.evaluation import matrix
+from robust_mm.evaluation import forwards
 from robust_mm.evaluation import metrics
 from robust_mm.evaluation import protocol as protocol_lib
 from robust_mm.evaluation import rows as rows_lib
@@ -23,7 +23,6 @@ from robust_mm.evaluation import summary
 # Swapped samples come from so many evenly spaced examples.
 MAX_DONORS = 512
 LEGACY_BATCH = 32  # rows that lose the same in the protocol per_batch
-_TIMED = ("sequence", "token", "video")
 
 Tick = Callable[[str], None]
 
@@ -40,7 +39,7 @@ class Bench(NamedTuple):
       first one is what rows are compared by.
   """
 
-  forward: matrix.Forward
+  forward: forwards.Forward
   device: batches.Device
   data: batches.Data
   size: int
@@ -74,19 +73,35 @@ def suite(
   return corruptions_lib.suite(shapes, scale=scale, **chosen)
 
 
+def described(suite: Mapping[str, corruptions_lib.Corruption]) -> dict | None:
+  """What a suite has, for the settings of a report; None of an empty one.
+
+  Returns:
+    ``{"kinds" {kind: {severity: strength}}, "together" (whether several
+    modalities are corrupted at once), "correlated" (whether these share who,
+    when and how much), "share" (chance of an example to be touched)}``.
+  """
+  if not suite:
+    return None
+  kinds = {}
+  for one in suite.values():
+    kinds.setdefault(one.kind, {})[str(one.severity)] = one.strength
+  some = next(iter(suite.values()))
+  return {
+    "kinds": kinds,
+    "together": any(len(one.modalities) > 1 for one in suite.values()),
+    "correlated": some.correlated,
+    "share": some.share,
+  }
+
+
 def check(protocol: protocol_lib.Protocol, data: batches.Data) -> None:
   """ValueError where the data do not fit what is to be lost of them."""
   if not protocol.missing_rates:
     return
-  if protocol.missing_protocol == "frames":
-    _lengths(data)
-  elif len(data.names) < 2:
-    raise ValueError("missing_rates needs at least two modalities.")
-  elif protocol.missing_protocol == "per_batch" and len(data.names) != 3:
-    raise ValueError(
-      "missing_protocol='per_batch' needs three modalities, got "
-      f"{', '.join(data.names)}."
-    )
+  missing_lib.check_protocol(
+    protocol.missing_protocol, data.names, _lengths(data)
+  )
 
 
 def missing(
@@ -99,18 +114,21 @@ def missing(
   seeds = list(range(protocol.missing_seeds))
   rows = []
   for rate in protocol.missing_rates:
-    found = []
+    found, rates, digests = [], [], []
     for seed in seeds:
-      seen, achieved = _seen(protocol.missing_protocol, data, rate, seed)
+      seen, masks = _seen(protocol.missing_protocol, data, rate, seed)
+      rates.append(_lost_share(masks, data))
+      digests.append(missing_lib.digest(masks))
       said = bench.forward(seen, np.arange(data.size), data.names)
       found.append(bench.measure(seen, said, seen.counted))
     names = [n for n in found[0] if n not in ("interval", "num_examples")]
     rows.append(
       {
         "rate": rate,
-        "achieved": achieved,
+        "achieved": float(np.mean(rates)),
         **{n: float(np.mean([row[n] for row in found])) for n in names},
         "by_seed": [row[names[0]] for row in found],
+        "digests": digests,
         "num_examples": min(row["num_examples"] for row in found),
       }
     )
@@ -123,7 +141,7 @@ def missing(
 
 
 def _seen(kind: str, data: batches.Data, rate: float, seed: int):
-  """(the data without what is lost, the rate achieved)."""
+  """(the data without what is lost, ``{m: bool[n]}`` or ``[n, t]`` kept)."""
   if kind == "frames":
     return _without_frames(data, rate, seed)
   if kind == "per_sample":
@@ -141,20 +159,27 @@ def _seen(kind: str, data: batches.Data, rate: float, seed: int):
     present = {n: flag & data.present[n] for n, flag in masks.present.items()}
   left = np.any(list(present.values()), axis=0)
   seen = dataclasses.replace(data, present=present, counted=left)
-  return seen, missing_lib.achieved(present)
+  return seen, present
 
 
 def _without_frames(data: batches.Data, rate: float, seed: int):
   """Every frame, or token, of every modality that has time, by chance."""
   kept = missing_lib.frames(_lengths(data), data.size, rate, seed=seed)
   inputs = missing_lib.drop_frames(data.inputs, kept)
-  there = {name: data.present[name][:, None] for name in kept}
-  lost = sum(np.sum(~flag & there[name]) for name, flag in kept.items())
-  had = sum(flag.shape[1] * np.sum(there[name]) for name, flag in kept.items())
   seen = dataclasses.replace(
     data, inputs={name: np.asarray(x) for name, x in inputs.items()}
   )
-  return seen, float(lost / max(had, 1))
+  return seen, kept
+
+
+def _lost_share(masks, data: batches.Data) -> float:
+  """The missing rate; of frames that of those an example had."""
+  if next(iter(masks.values())).ndim == 1:
+    return missing_lib.achieved(masks)
+  there = {name: data.present[name][:, None] for name in masks}
+  lost = sum(np.sum(~flag & there[name]) for name, flag in masks.items())
+  had = sum(flag.shape[1] * np.sum(there[name]) for name, flag in masks.items())
+  return float(lost / max(had, 1))
 
 
 def corrupted(
@@ -172,11 +197,18 @@ def corrupted(
   donors = bench.device.replicate(_donors(data))
   counted = np.flatnonzero(data.counted)
   prediction = np.full_like(data.label, -1)
+  embeddings = bench.forward.embeddings(data, counted)
   for name, corruption in suite.items():
     given = donors if corruption.kind == "swap" else None
-    extra = (corruption, key, given)
+    chosen = forwards.keep_only(data.names, corruption.targets(data.inputs))
+    extra = (corruption, key, given, chosen)
     prediction[counted] = bench.device.map(
-      run, data, counted, bench.size, extra=lambda number, extra=extra: extra
+      run,
+      data,
+      counted,
+      bench.size,
+      extra=lambda number, extra=extra: extra,
+      aligned={"embeddings": embeddings},
     )
     rows.append(
       {
@@ -205,12 +237,12 @@ def _run_fn(bench):
 
   # A program for each kind and modality, run at few severities.
   changed = bench.device.compile(change, moved=True, once=True)
+  # That after it is one for all, and encodes again what has changed.
+  forward = bench.forward.of_changed()
 
-  def run(params, state, chunk, corruption, key, donors):
+  def run(params, state, chunk, corruption, key, donors, chosen):
     moved, _ = changed(params, state, chunk, corruption, key, donors)
-    every = matrix.keep_only(moved["inputs"], moved["inputs"])
-    # The clean pass is compiled already.
-    return bench.forward.compiled(params, state, moved, every)
+    return forward(params, state, moved, chosen)
 
   return run
 
@@ -266,15 +298,6 @@ def contributions(predictions: Mapping, data: batches.Data) -> dict | None:
 
 
 def _lengths(data: batches.Data) -> dict[str, int]:
-  """Frames of the modalities that have time."""
-  found = {
-    name: x.shape[1]
-    for name, x in data.inputs.items()
-    if corruptions_lib.form(x.shape[1:], x.dtype) in _TIMED
-  }
-  if not found:
-    raise ValueError(
-      "missing_protocol='frames' needs a modality with time: a sequence, a "
-      "video or tokens."
-    )
-  return found
+  return corruptions_lib.lengths(
+    {name: (x.shape[1:], x.dtype) for name, x in data.inputs.items()}
+  )

@@ -114,8 +114,8 @@ _RECIPES = {
     "cross-entropy on noisy inputs, the base model of randomised smoothing"
   ),
   "modal_immune": (
-    "cross-entropy with and without one modality, whose embeddings are "
-    "collapsed"
+    "cross-entropy on sets of modalities, one of which is attacked on purpose: "
+    "removed, damaged or its embeddings collapsed, as configured"
   ),
   "certified_radius": "trained for a large certified radius",
   **OF_TOKENS,

@@ -20,6 +20,8 @@ EFFORTS = ((10, 1), (50, 1), (100, 1), (200, 1), (50, 5), (50, 10), (50, 20))
 DOUBLED = (((100, 1), (200, 1)), ((50, 10), (50, 20)))
 OBJECTIVES = ("margin", "cross_entropy", "dlr")
 STEPS = 50
+NUM_QUERIES = 5000
+NUM_DRAWS = 100
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -39,6 +41,18 @@ class Surrogate:
   model: Model
   params: Any
   state: Any = None
+
+
+def check_surrogate(model: Model, surrogate: Surrogate | None) -> None:
+  """ValueError where its points would be no attack on the model."""
+  if surrogate is None:
+    return
+  for name in ("modalities", "num_classes"):
+    mine, other = (getattr(m, name) for m in (model, surrogate.model))
+    if mine != other:
+      raise ValueError(
+        f"surrogate must have the {name} of the model, {mine}; got {other}."
+      )
 
 
 def measure(
@@ -89,6 +103,15 @@ def measure(
     num_steps=STEPS,
     num_restarts=probe.num_classes,
   )
+  # Where wrong logits are alike none is a better target than another by itself.
+  objectives["margin, adaptive targets"] = probe.left(
+    radius,
+    name="pgd",
+    loss="margin",
+    num_steps=STEPS,
+    num_restarts=2,
+    targets="adaptive",
+  )
   found = {
     "effort": [[*key, share] for key, share in effort.items()],
     "objectives": objectives,
@@ -115,7 +138,7 @@ def measure(
     moved = probe.moved_by(
       surrogate.model, other, radius, loss=loss, num_steps=STEPS
     )
-    left = float(np.mean(probe.clean & probe.right(moved)))
+    left = probe.left_at(radius, moved)
     found["transfer"] = left
     found["statistics"]["surrogate"] = statistics(surrogate.model, data, other)
     checks.append(

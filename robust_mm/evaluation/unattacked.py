@@ -16,7 +16,7 @@ from robust_mm import _tasks
 from robust_mm import modalities
 from robust_mm.evaluation import batches
 from robust_mm.evaluation import circumstances
-from robust_mm.evaluation import matrix
+from robust_mm.evaluation import forwards
 from robust_mm.evaluation import progress as progress_lib
 from robust_mm.evaluation import protocol as protocol_lib
 from robust_mm.evaluation import report as report_lib
@@ -30,6 +30,7 @@ _ABOUT_CLASSES = {
   "vulnerability": None,
   "smoothed": None,
   "tightness": None,
+  "captions": None,
   "masking": None,
 }
 _COLUMNS = {
@@ -97,7 +98,7 @@ def evaluate(
   suite = shifts_lib.suite(protocol, data, reference)
   device = batches.Device(params, state, sharding=sharding)
   size = device.chunk_size(min(protocol.batch_size, data.size))
-  forward = matrix.Forward(model, device, size=size)
+  forward = forwards.Forward(model, device, size=size)
   bench = shifts_lib.Bench(forward, device, data, size, task.make_measure(data))
   subsets = protocol.subset_names(data.names)
   key = jax.random.key(seed) if key is None else key
@@ -105,7 +106,7 @@ def evaluate(
   total = 1 + len(protocol.missing_rates) + len(suite)
   with progress_lib.Ticker(progress, total) as tick:
     every = data.names
-    said = matrix.predictions(forward, data, dict.fromkeys([*subsets, every]))
+    said = forwards.predictions(forward, data, dict.fromkeys([*subsets, every]))
     tick("clean and missing modalities")
     timing["predict_seconds"] = time.perf_counter() - started
     shifted = {

@@ -199,7 +199,8 @@ _NUMBERS = Vocabulary(
     "joint-dropout": "L1, with a random subset of modalities for each example",
     "joint-noise": "L1 on noisy inputs",
     "modal_immune": (
-      "L1 with and without one modality, whose embeddings are collapsed"
+      "L1 on sets of modalities, one of which is attacked on purpose: removed, "
+      "damaged or its embeddings collapsed, as configured"
     ),
   },
 )
@@ -267,8 +268,8 @@ _SEVERAL = Vocabulary(
     ),
     "joint-noise": "sigmoid cross-entropy on noisy inputs",
     "modal_immune": (
-      "sigmoid cross-entropy with and without one modality, whose embeddings "
-      "are collapsed"
+      "sigmoid cross-entropy on sets of modalities, one of which is attacked "
+      "on purpose: removed, damaged or its embeddings collapsed, as configured"
     ),
   },
 )

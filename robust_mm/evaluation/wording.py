@@ -13,6 +13,7 @@ from robust_mm.evaluation import texts
 GROUPS = (
   "clean",
   "missing",
+  "corrupted",
   "attacked all",
   "certified all",
   "estimated all",
@@ -126,6 +127,12 @@ def _cells(result: Mapping):
   for name, row in result["subsets"].items():
     if name != every:
       yield ("missing", "clean", f"only {name} present", ""), row["accuracy"]
+  for row in (result.get("missing") or {"rows": ()})["rows"]:
+    rate = f"at missing rate {row['rate']:g}"
+    yield ("missing", "clean", rate, ""), row["accuracy"]
+  if result.get("corrupted"):
+    first = ("corrupted", "corrupted", "mean over kinds", "")
+    yield first, result["corrupted"]["score"]
   for row in [*result["attacked"], *result["certified"]]:
     if row["radius"] not in shown(result, row["modalities"]):
       continue
@@ -168,7 +175,7 @@ def headlines(results: Sequence[dict]) -> dict:
     ``{"columns": [text], "rows": [[text]]}``; a dash where there is no such
     number, and no column that is empty in every row.
   """
-  columns = ("clean", "size of change", *_COLUMNS.values(), _ONE)
+  columns = ("clean", "size of change", *_COLUMNS.values(), _ONE, _CORRUPTED)
   rows = []
   for result in results:
     found = rows_lib.headline(result)
@@ -180,7 +187,10 @@ def headlines(results: Sequence[dict]) -> dict:
       values[kind_word(bound)] = percent(bound["accuracy"])
     size = "-" if radius is None else f"l{_norm(result)} {radius:g}"
     clean = percent(result["clean"]["accuracy"])
-    rows.append([clean, size, *values.values(), _worst_alone(result)])
+    score = "-"
+    if result.get("corrupted"):
+      score = percent(result["corrupted"]["score"])
+    rows.append([clean, size, *values.values(), _worst_alone(result), score])
   kept = [i for i in range(len(columns)) if any(row[i] != "-" for row in rows)]
   return {
     "columns": [columns[i] for i in kept],
@@ -195,6 +205,7 @@ _COLUMNS = {
 }
 
 _ONE = "one modality only, at worst"
+_CORRUPTED = "corrupted, mean over kinds"
 
 
 def _norm(result: Mapping):
@@ -251,6 +262,11 @@ def _sentence(result: Mapping) -> str:
     text += (
       f" With one modality only it is right on {_named_share(alone, min)} to "
       f"{_named_share(alone, max)}."
+    )
+  if result.get("corrupted"):
+    text += (
+      f" Corrupted, it is right on {percent(result['corrupted']['score'])} in "
+      f"the mean over kinds of corruption."
     )
   return text
 

@@ -33,6 +33,11 @@ class HypergradientInfo(NamedTuple):
     sign_certified: like phi: the sign of this coordinate is that of the
       exactly solved system.
     solve_error_bound: of ``||A^-1 v - x||``.
+    prior_error_bound: the same before the solve, from the number of steps and
+      the bounds alone; infinite where they say nothing, or the solver is not
+      one of this package. With ``max_steps`` that of the first round.
+    contraction: at most so much of the error is left by one more step of the
+      solver; 1 or more promises nothing.
     gradient_error_bound: E, of ``||ghat - (d - B^T A^-1 v)||``.
     relative_residual: ``||v - A x|| / ||v||``.
     num_matvecs: products with H that were spent, Lanczos included.
@@ -52,6 +57,8 @@ class HypergradientInfo(NamedTuple):
   certified: Bool[Array, ""]
   sign_certified: PyTree
   solve_error_bound: Float[Array, ""]
+  prior_error_bound: Float[Array, ""]
+  contraction: Float[Array, ""]
   gradient_error_bound: Float[Array, ""]
   relative_residual: Float[Array, ""]
   num_matvecs: Int[Array, ""]
@@ -193,6 +200,7 @@ def _info(setting, situation, result, age) -> tuple[Array, HypergradientInfo]:
   step_size = getattr(setting.solver, "step_size", None)
   if step_size is None:
     step_size = system.interval.step_size
+  contraction, prior = _prior(setting.solver, system.interval, size)
   failure = spectrum.failure_probability
   failure = failure + situation.sensitivity.failure_probability
   return finite, HypergradientInfo(
@@ -202,6 +210,8 @@ def _info(setting, situation, result, age) -> tuple[Array, HypergradientInfo]:
       lambda g, e: certified & (jnp.abs(g) > e), result.gradient, result.errors
     ),
     solve_error_bound=result.solve_error,
+    prior_error_bound=prior,
+    contraction=contraction,
     gradient_error_bound=result.total,
     relative_residual=trees.norm(found.residual)
     / jnp.where(size == 0, 1, size),
@@ -215,6 +225,21 @@ def _info(setting, situation, result, age) -> tuple[Array, HypergradientInfo]:
     negative_curvature=found.negative_curvature,
     inner_gradient_norm=trees.norm(situation.point.gradient),
     bounds_age=age,
+  )
+
+
+def _prior(solver, interval, size) -> tuple[Array, Array]:
+  """(contraction, bound of the error) that are known before the solve."""
+  nothing = jnp.full_like(size, jnp.inf)
+  if not hasattr(solver, "prior_share"):
+    return nothing, nothing
+  share = solver.prior_share(interval)
+  # Infinite bounds of an unknown spectrum are nothing, not a number.
+  known = jnp.isfinite(share) & jnp.isfinite(interval.upper)
+  bound = certificates.a_posteriori_error(share * size, interval.lower)
+  return (
+    jnp.where(known, solver.contraction(interval), nothing),
+    jnp.where(known, bound, nothing),
   )
 
 

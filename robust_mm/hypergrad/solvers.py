@@ -31,6 +31,14 @@ class Neumann:
   def needs_bounds(self) -> bool:
     return self.step_size is None
 
+  def contraction(self, bounds: Any) -> Array:
+    """At most so much of the error is left by one more step."""
+    return iterations.contraction(_interval(bounds, self.step_size, "neumann"))
+
+  def prior_share(self, bounds: Any) -> Array:
+    """The error is at most so many times ``||v|| / mu``, before it runs."""
+    return self.contraction(bounds) ** (self.num_steps + 1)
+
   def __call__(
     self,
     matvec: iterations.Matvec,
@@ -114,6 +122,22 @@ class ConjugateGradient:
 
   needs_bounds = False
 
+  def contraction(self, bounds: Any) -> Array:
+    r"""``(sqrt(c) - 1) / (sqrt(c) + 1)`` of the condition number c, or inf."""
+    safe = jnp.where(bounds.lower > 0, bounds.lower, 1)
+    root = jnp.sqrt(jnp.maximum(bounds.upper / safe, 1))
+    return jnp.where(bounds.lower > 0, (root - 1) / (root + 1), jnp.inf)
+
+  def prior_share(self, bounds: Any) -> Array:
+    """See :meth:`Neumann.prior_share`; Chebyshev's, or where it stops early."""
+    left = 2 * self.contraction(bounds) ** self.num_steps
+    return jnp.maximum(left, self._relative(left.dtype))
+
+  def _relative(self, dtype) -> float:
+    if self.tolerance is not None:
+      return self.tolerance
+    return float(jnp.finfo(dtype).eps)
+
   def __call__(
     self,
     matvec: iterations.Matvec,
@@ -126,10 +150,7 @@ class ConjugateGradient:
     rhs = trees.upcast(rhs)
     interval = _interval(bounds, 1.0, "conjugate_gradient")
     squared = trees.dot(rhs, rhs)
-    relative = self.tolerance
-    if relative is None:
-      relative = float(jnp.finfo(squared.dtype).eps)
-    stop = relative**2 * squared
+    stop = self._relative(squared.dtype) ** 2 * squared
     no = jnp.zeros((), bool)
     begin = iterations.Conjugate(
       trees.zeros_like(rhs), rhs, rhs, squared, squared > 0, no, no

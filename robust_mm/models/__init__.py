@@ -5,6 +5,7 @@ flax lives here and nowhere else.
 
 from robust_mm._types import Target
 from robust_mm._types import TokenParts
+from robust_mm.models import captioning
 from robust_mm.models import decoding
 from robust_mm.models import encoders
 from robust_mm.models import functional
@@ -28,6 +29,7 @@ from robust_mm.models.fusion import head_defect
 from robust_mm.models.labels import multi_label
 from robust_mm.models.masked import MaskedFusion
 from robust_mm.models.multimodal import build
+from robust_mm.models.multimodal import captioner
 from robust_mm.models.multimodal import concat_fusion
 from robust_mm.models.multimodal import from_parts
 from robust_mm.models.multimodal import late_fusion
@@ -56,6 +58,8 @@ __all__ = [
   "TrunkFusion",
   "VisionTransformer",
   "build",
+  "captioner",
+  "captioning",
   "concat_fusion",
   "custom",
   "decoding",

@@ -27,6 +27,7 @@ from robust_mm.models import lipschitz
 from robust_mm.models import networks
 from robust_mm.models import patches as patches_lib
 from robust_mm.models import residual
+from robust_mm.models import token_encoders
 from robust_mm.models import vit_encoders
 from robust_mm.models.functional import Encoder
 
@@ -36,6 +37,7 @@ lipschitz_temporal_cnn = lipschitz.lipschitz_temporal_cnn
 patches = patches_lib.patches
 vit = vit_encoders.vit
 from_vit = vit_encoders.encoder
+vit_tokens = token_encoders.vit_tokens
 
 
 def make(name: str, **options) -> Encoder:
@@ -384,4 +386,5 @@ FACTORIES = {
   "transformer": transformer,
   "video_resnet": video_resnet,
   "vit": vit,
+  "vit_tokens": vit_tokens,
 }

@@ -24,6 +24,7 @@ from robust_mm import _validate
 from robust_mm import modalities
 from robust_mm._types import Model
 from robust_mm._types import Target
+from robust_mm.models import captioning
 from robust_mm.models import encoders as encoders_lib
 from robust_mm.models import functional
 from robust_mm.models import fusion as fusion_lib
@@ -134,7 +135,26 @@ def masked_fusion(
   )
 
 
+def captioner(
+  encoders: Mapping[str, Encoder],
+  num_classes: int,
+  *,
+  input_shapes: Mapping[str, Sequence[int]],
+  normalization: Mapping[str, Normalization] | None = None,
+  **fusion_options,
+) -> Model:
+  """Encoders and a causal transformer that spells what each modality shows.
+
+  ``fusion_options`` are those of :class:`captioning.CaptionFusion`.
+  """
+  head = captioning.CaptionFusion(num_classes, **fusion_options)
+  return from_parts(
+    encoders, head, input_shapes=input_shapes, normalization=normalization
+  )
+
+
 FUSIONS = {
+  "captioner": captioning.CaptionFusion,
   "concat": fusion_lib.ConcatFusion,
   "masked": masked.MaskedFusion,
   "orthogonal": fusion_lib.OrthogonalFusion,
@@ -157,8 +177,8 @@ def build(
   """The model a configuration describes.
 
   Args:
-    fusion: "orthogonal", "concat", "masked", "token", "transformer" or
-      "trunk".
+    fusion: "orthogonal", "concat", "masked", "token", "transformer", "trunk"
+      or "captioner".
     encoders: ``{m: {"name": factory, **options}}``, see ``encoders.make``;
       ``embedding_radius`` is an option of all of them.
     num_classes: k; 1 with a target.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from robust_mm import modalities
 from robust_mm._types import TokenParts
+from robust_mm.models import captioning
 from robust_mm.models import transformer
 from robust_mm.models.functional import Encoder
 
@@ -17,6 +18,8 @@ def check(encoders: Mapping[str, Encoder], fusion: Any) -> None:
   Raises:
     ValueError: naming the modality.
   """
+  if isinstance(fusion, captioning.CaptionFusion):
+    return  # takes embeddings and tokens alike
   takes = isinstance(_inner(fusion), transformer.TransformerFusion)
   for name, encoder in encoders.items():
     if takes and encoder.tokenizer is None:
@@ -32,8 +35,10 @@ def check(encoders: Mapping[str, Encoder], fusion: Any) -> None:
 
 
 def functions(fusion, encoders, normalizers, shapes) -> dict[str, Any]:
-  """``features`` and ``token_parts`` of a model; empty without tokens."""
+  """``features``, ``token_parts`` or ``captions`` of a model that has them."""
   head = _inner(fusion)
+  if isinstance(head, captioning.CaptionFusion):
+    return {"captions": head.captions(shapes)}
   if not isinstance(head, transformer.TransformerFusion):
     return {}
   layouts = {

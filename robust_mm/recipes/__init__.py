@@ -1,5 +1,6 @@
 """Training recipes: ordered phases that one loop runs."""
 
+from robust_mm.recipes.captioning import captioning
 from robust_mm.recipes.crmt import certified_radius
 from robust_mm.recipes.crmt import crmt
 from robust_mm.recipes.decoders import statistics as feature_statistics
@@ -12,11 +13,14 @@ from robust_mm.recipes.phases import Phase
 from robust_mm.recipes.phases import Recipe
 from robust_mm.recipes.pretraining import pretrain
 from robust_mm.recipes.probing import finetune
+from robust_mm.recipes.restraints import Restraint
 
 __all__ = [
   "Job",
   "Phase",
   "Recipe",
+  "Restraint",
+  "captioning",
   "certified_radius",
   "crmt",
   "feature_statistics",

@@ -26,6 +26,7 @@ from robust_mm.recipes import integration
 from robust_mm.recipes import interventions
 from robust_mm.recipes import objectives
 from robust_mm.recipes import phases
+from robust_mm.recipes import restraints
 
 VARIANTS = ("JT", "AT", "Mix")
 FIDELITIES = ("corrected", "published")
@@ -54,6 +55,7 @@ def crmt(
   mixup_alpha: float = 1.0,
   noise: float = 0.0,
   spectral_penalty: float = 0.0,
+  restraint: restraints.Restraint | None = None,
   lipschitz=None,
   valid_range=None,
   units=None,
@@ -96,6 +98,8 @@ def crmt(
       their own units.
     spectral_penalty: weight of the sum of all layers' spectral norms in step 1,
       for ordinary encoders; 0 for none.
+    restraint: a penalty of wrong logits beside the cross-entropy of step 1
+      (``fidelity="published"`` only: the corrected one has none), or None.
     lipschitz: ``{modality: constant}`` that step 2 fits to, and is judged by,
       instead of the model's own, for a changed threat. None where
       ``published``: estimated from data, and never called certified.
@@ -124,8 +128,13 @@ def crmt(
       fidelity, budget, attack_steps, attack_loss, valid_range, units
     )
   if fidelity == "published":
-    loss = published_loss(model, rho=rho, floor=floor)
+    loss = published_loss(model, rho=rho, floor=floor, restraint=restraint)
   else:
+    if restraint is not None:
+      raise ValueError(
+        "penalty must be left out of recipe 'crmt' unless fidelity is "
+        "'published': it trains for radii, not on cross-entropy."
+      )
     _validate.positive(temperature=temperature)
     loss = corrected_loss(
       model, rho=rho, r0=r0, temperature=temperature, units=units
@@ -139,6 +148,7 @@ def crmt(
     interventions=_before(
       model, variant, attack, clean_weight, mixup_alpha, noise
     ),
+    progress=restraint is not None,
   )
   steps = [step_1]
   if integration_steps != 0:
@@ -194,13 +204,19 @@ def certified_radius(
 
 
 def published_loss(
-  model: Model, *, rho: float, floor: float | None
+  model: Model,
+  *,
+  rho: float,
+  floor: float | None,
+  restraint: restraints.Restraint | None = None,
 ) -> Callable:
   """Cross-entropy plus ``rho`` times the raw uni-modal margin term.
 
   Mixed batches have one ``mix`` [] for all of their examples.
   """
   integration.need_scores(integration.abstract_geometry(model))
+  if restraint is not None:
+    restraint.check(model)
 
   def loss_fn(params, state, batch, *, key):
     outputs, state = model.apply(
@@ -226,7 +242,11 @@ def published_loss(
       "unimodal_margin": margin,
       **_head_metrics(model.geometry(params)),
     }
-    return fused + rho * margin, (state, metrics)
+    loss = fused + rho * margin
+    if restraint is not None:
+      added, seen = restraint.term(outputs.logits, batch, outputs.scores)
+      loss, metrics = loss + added, {**metrics, **seen}
+    return loss, (state, metrics)
 
   return loss_fn
 

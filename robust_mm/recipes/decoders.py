@@ -17,6 +17,9 @@ from robust_mm.models import masked
 WIDTH = 64
 MOST_FEATURES = 256
 _SMALLEST = 1e-6
+# Targets end here, in deviations: what hardly varies in the training set (the
+# border of a picture) varies by hundreds of them once inputs are augmented.
+LARGEST = 3.0
 
 
 def pooled(x):
@@ -59,8 +62,9 @@ def loss(decoders, features: Mapping, embeddings, present, batch):
 
   .. math:: \frac1M \sum_m \operatorname{mean}_{i, d} (D_m(u) - h_m)_{id}^2
 
-  over rows that have m in the data, standardised features, removed modalities
-  too. Per feature (the sum over features would grow with their number).
+  over rows that have m in the data, standardised features cut to three
+  deviations, removed modalities too. Per feature (the sum over features would
+  grow with their number).
   """
   ordered = modalities.names(embeddings)
   kept = modalities.mask(embeddings, present)
@@ -72,6 +76,7 @@ def loss(decoders, features: Mapping, embeddings, present, batch):
   for name, decoder in decoders.items():
     mean, deviation = (jnp.asarray(a)[None] for a in features[name])
     target = (pooled(inputs[name].astype(u.dtype)) - mean) / deviation
+    target = jnp.clip(target, -LARGEST, LARGEST)
     hidden = jax.nn.gelu(masked.apply(decoder["hidden"], u))
     error = jnp.mean(
       jnp.square(masked.apply(decoder["last"], hidden) - target), axis=-1

@@ -279,14 +279,20 @@ def make_task(settings: immunity.Settings) -> Callable:
 
   def loss_fn(params, embeddings, decoders, available, intact, batch):
     model, present, label = settings.model, batch["present"], batch["label"]
-    smoothing = settings.label_smoothing
+    smoothing, restraint = settings.label_smoothing, settings.restraint
+    if restraint is not None:
+      restraint = restraint.at(batch)
 
     def predict(present):
       return immunity.logits_of(model, params, embeddings, present)
 
     def task_loss(batch):
       return objectives.task_loss(
-        model, logits, batch, label_smoothing=smoothing
+        model,
+        logits,
+        batch,
+        label_smoothing=smoothing,
+        restraint=restraint,
       )
 
     logits = teacher = predict(present)
@@ -303,7 +309,9 @@ def make_task(settings: immunity.Settings) -> Callable:
       said, left = jax.tree.map(
         lambda x: x[None], (predict(available), available)
       )
-    attacked = immunity.loss_over_sets(model, said, left, label, smoothing)
+    attacked = immunity.loss_over_sets(
+      model, said, left, label, smoothing, restraint
+    )
     total = settings.attack_weight * attacked
     total = total + settings.clean_weight * task_loss(batch)
     metric = objectives.score_name(model)
@@ -313,6 +321,8 @@ def make_task(settings: immunity.Settings) -> Callable:
       "clean_loss": task_loss(clean),
       "attacked_loss": attacked,
     }
+    if restraint is not None:
+      parts.update(restraint.term(logits, clean)[1])
     if settings.consistency_weight:
       said, left = every
       taught = jnp.any(modalities.stack(intact), axis=0)

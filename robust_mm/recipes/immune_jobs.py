@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import optax
 
+from robust_mm import _validate
 from robust_mm import controllers
 from robust_mm import hypergrad
 from robust_mm import masking
@@ -14,6 +15,7 @@ from robust_mm import spectrum
 from robust_mm.recipes import immunity
 from robust_mm.recipes import objectives
 
+SOLVERS = ("conjugate_gradient", "identity", "neumann")
 _OUTER_LR = 0.05
 _OUTER_CLIP = 0.1
 
@@ -61,6 +63,9 @@ def make_probe(settings: immunity.Settings) -> Callable:
     if settings.gates:
       for name, line in masking.gate_report(state.opt_state).items():
         metrics[f"closed_{name}"] = line["rate"]
+        metrics[f"verdict_{name}"] = line["verdict"].astype(jnp.float32)
+        # Of the destructive part, left out of its block: counted, not hidden.
+        metrics[f"nonfinite_{name}"] = line["nonfinite"].astype(jnp.float32)
         for word in ("rho_min", "rho_max", "cosine"):
           if word in line:
             metrics[f"{word}_{name}"] = line[word]
@@ -77,14 +82,40 @@ def _relative_rank(embeddings, present):
   return rank / jnp.maximum(alike, 1e-6)
 
 
+def make_solver(name: str | None, num_steps: int | None) -> Callable | None:
+  """The solver of a configuration; None for that of the fidelity.
+
+  Raises:
+    ValueError: naming ``outer_solver`` or ``outer_steps``.
+  """
+  if name is None:
+    if num_steps is not None:
+      raise ValueError("outer_steps goes with an outer_solver.")
+    return None
+  _validate.one_of(SOLVERS, outer_solver=name)
+  if name == "identity":
+    if num_steps is not None:
+      raise ValueError("outer_steps must be left out: 'identity' takes none.")
+    return hypergrad.identity()
+  num_steps = 10 if num_steps is None else num_steps
+  _validate.at_least(1, outer_steps=num_steps)
+  return getattr(hypergrad, name)(num_steps)
+
+
 def outer_step(settings: immunity.Settings) -> hypergrad.OuterStep:
   """The step on the meta-parameters; skipped where it is not accepted."""
+  given = {}
+  if settings.outer_solver is not None:
+    given["solver"] = settings.outer_solver
+  if settings.damping_ratio is not None:
+    given["operator"] = hypergrad.damped(ratio=settings.damping_ratio)
   fn = hypergrad.hypergradient(
     lambda theta, phi, batch: immunity.expected_loss(
       settings, theta, phi, batch
     ),
     lambda theta, phi, batch: immunity.outer_loss(settings, theta, phi, batch),
     fidelity=settings.fidelity,
+    **given,
   )
   return hypergrad.outer_step(fn, optax.adam(_OUTER_LR), step_clip=_OUTER_CLIP)
 

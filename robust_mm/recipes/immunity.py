@@ -6,6 +6,7 @@ parameters and a batch.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from robust_mm._types import Model
 from robust_mm.recipes import decoders as decoders_lib
 from robust_mm.recipes import objectives
 from robust_mm.recipes import probes as probes_lib
+from robust_mm.recipes import restraints
 
 REMOVALS = ("arm", "subset", "every")
 COLLAPSED = ("arm", "all")
@@ -41,6 +43,7 @@ class Settings:
   clean_weight: float
   attack_weight: float
   label_smoothing: float
+  restraint: restraints.Restraint | None
   reconstruction_weight: float
   feedback_weight: float
   damage: corruptions.Mixture | None
@@ -56,6 +59,8 @@ class Settings:
   gates: bool
   adapt: bool
   outer_period: int
+  outer_solver: Callable | None
+  damping_ratio: float | None
   guard_tolerance: float | None
   batch_size: int
 
@@ -97,6 +102,7 @@ def task_loss(settings: Settings, params, embeddings, present, label):
     logits_of(settings.model, params, embeddings, present),
     {"label": label, "present": present},
     label_smoothing=settings.label_smoothing,
+    restraint=settings.restraint,
   )
 
 
@@ -183,7 +189,12 @@ def expected_loss(settings: Settings, params, phi, batch):
   attacked = jnp.sum(p * attacked)
   if settings.removal != "arm":
     attacked = mean_over_sets(
-      model, params, embeddings, data, settings.label_smoothing
+      model,
+      params,
+      embeddings,
+      data,
+      settings.label_smoothing,
+      settings.restraint,
     )
   if settings.consistency_weight:
     every = over_sets(model, params, embeddings, present)
@@ -224,11 +235,18 @@ def outer_loss(settings: Settings, params, phi, batch):
 
 
 def mean_over_sets(
-  model: Model, params, embeddings, batch, label_smoothing: float = 0.0
+  model: Model,
+  params,
+  embeddings,
+  batch,
+  label_smoothing: float = 0.0,
+  restraint: restraints.Restraint | None = None,
 ):
   """Task loss, averaged over availability sets; one pass of the encoders."""
   logits, left = over_sets(model, params, embeddings, batch["present"])
-  return loss_over_sets(model, logits, left, batch["label"], label_smoothing)
+  return loss_over_sets(
+    model, logits, left, batch["label"], label_smoothing, restraint
+  )
 
 
 def over_sets(model: Model, params, embeddings, present):
@@ -239,10 +257,17 @@ def over_sets(model: Model, params, embeddings, present):
 
 
 def loss_over_sets(
-  model: Model, logits, left, label, label_smoothing: float = 0.0
+  model: Model,
+  logits,
+  left,
+  label,
+  label_smoothing: float = 0.0,
+  restraint: restraints.Restraint | None = None,
 ):
   """Mean over sets of the mean task loss of those who have something left."""
-  fn = functools.partial(objectives.task_loss, label_smoothing=label_smoothing)
+  fn = functools.partial(
+    objectives.task_loss, label_smoothing=label_smoothing, restraint=restraint
+  )
   return _mean_of_sets(fn, model, logits, left, label)
 
 

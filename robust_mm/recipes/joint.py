@@ -12,6 +12,7 @@ from robust_mm.certification import tables
 from robust_mm.recipes import interventions
 from robust_mm.recipes import objectives
 from robust_mm.recipes import phases
+from robust_mm.recipes import restraints
 
 VARIANTS = ("plain", "dropout", "adversarial", "mixup", "noise")
 
@@ -31,6 +32,7 @@ def joint(
   sigma: float | Mapping = 0.25,
   keep: Mapping | None = None,
   label_smoothing: float = 0.0,
+  restraint: restraints.Restraint | None = None,
   spectral_penalty: float = 0.0,
   valid_range=None,
   units=None,
@@ -63,6 +65,7 @@ def joint(
       is dropped at random (``smoothing.subsample``).
     label_smoothing: share of every label, in [0, 1), that the loss spreads over
       all classes alike; 0 for other tasks.
+    restraint: a penalty of wrong logits (``recipes.Restraint``), or None.
     spectral_penalty: weight of the sum of all layers' spectral norms, which
       makes ordinary encoders certifiable; 0 for none.
     valid_range: ``{modality: (low, high)}`` the attack stays in.
@@ -106,7 +109,10 @@ def joint(
   else:
     before = ()
   loss = objectives.cross_entropy_loss(
-    model, clean_weight=clean_weight, label_smoothing=label_smoothing
+    model,
+    clean_weight=clean_weight,
+    label_smoothing=label_smoothing,
+    restraint=restraint,
   )
   phase = phases.Phase(
     name="joint",
@@ -114,6 +120,7 @@ def joint(
     loss=objectives.with_spectral_penalty(loss, model, spectral_penalty),
     tx=tx,
     interventions=before,
+    progress=restraint is not None,
   )
   suffix = "" if variant == "plain" else f"-{variant}"
   return phases.Recipe(name=f"joint{suffix}", phases=(phase,))

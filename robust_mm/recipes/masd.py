@@ -25,6 +25,7 @@ from robust_mm._types import Model
 from robust_mm.recipes import objectives
 from robust_mm.recipes import phases
 from robust_mm.recipes import probing
+from robust_mm.recipes import restraints
 
 METHODS = ("lp_ft", "finetune")
 # Of ``distillation.divergence``, by the task of the model.
@@ -51,6 +52,7 @@ class Settings:
   distribution: str
   include_labelled: bool
   label_smoothing: float
+  restraint: restraints.Restraint | None
 
 
 def masd(
@@ -69,6 +71,7 @@ def masd(
   distribution: str = "uniform",
   include_labelled: bool = False,
   label_smoothing: float = 0.0,
+  restraint: restraints.Restraint | None = None,
   probe_steps: int = 1000,
   probe_lr: float = 1e-2,
   probe_decay: float = 0.05,
@@ -107,6 +110,8 @@ def masd(
     distribution: of S, see ``modalities.sample_subsets``.
     include_labelled: lets S be T.
     label_smoothing: share of every label that is spread over all classes.
+    restraint: a penalty of the wrong logits of rows that have a label, in all
+      phases (``recipes.Restraint``), or None.
     probe_steps: updates of the probe, each on all training examples.
     probe_lr: of the probe.
     probe_decay: weight decay of the probe.
@@ -123,6 +128,8 @@ def masd(
   _validate.in_unit_interval(ramp=ramp)
   _validate.below_one(ema_decay=ema_decay, label_smoothing=label_smoothing)
   objectives.check_off(model, label_smoothing=label_smoothing)
+  if restraint is not None:
+    restraint.check(model, scores=False)
   _validate.known(model.modalities, labelled=labelled)
   if len(model.modalities) < 2:
     raise ValueError(
@@ -142,6 +149,7 @@ def masd(
     distribution=distribution,
     include_labelled=include_labelled,
     label_smoothing=label_smoothing,
+    restraint=restraint,
   )
   before = []
   if method == "lp_ft":
@@ -151,6 +159,7 @@ def masd(
       tx=tx,
       method="probe",
       label_smoothing=label_smoothing,
+      restraint=restraint,
       probe_steps=probe_steps,
       probe_lr=probe_lr,
       probe_decay=probe_decay,
@@ -158,7 +167,11 @@ def masd(
   if teacher == "frozen":
     before.append(
       phases.Phase(
-        name="teacher", num_steps=num_steps, tx=tx, loss=_taught(settings)
+        name="teacher",
+        num_steps=num_steps,
+        tx=tx,
+        loss=_taught(settings),
+        progress=restraint is not None,
       )
     )
   phase = phases.Phase(
@@ -167,6 +180,7 @@ def masd(
     tx=tx,
     extra=make_extra(settings),
     update=make_update(settings, tx),
+    progress=restraint is not None,
   )
   return phases.Recipe(name=f"masd-{teacher}", phases=(*before, phase))
 
@@ -329,7 +343,11 @@ def _of_labels(settings: Settings, logits, batch):
     present = {m: there & flag for m, there in batch["present"].items()}
     batch = {**batch, "present": present}
   loss = objectives.task_loss(
-    settings.model, logits, batch, label_smoothing=settings.label_smoothing
+    settings.model,
+    logits,
+    batch,
+    label_smoothing=settings.label_smoothing,
+    restraint=settings.restraint,
   )
   return loss, objectives.score(settings.model, logits, batch)
 

@@ -30,6 +30,7 @@ from robust_mm.recipes import immune_jobs
 from robust_mm.recipes import immunity
 from robust_mm.recipes import objectives
 from robust_mm.recipes import phases
+from robust_mm.recipes import restraints
 
 FIDELITIES = ("default", "published")
 CONTROLLERS = ("hedge", "exp3", "exp3s", "uniform")
@@ -66,6 +67,7 @@ def modal_immune(
   consistency_weight: float = 0.0,
   temperature: float = 2.0,
   label_smoothing: float = 0.0,
+  restraint: restraints.Restraint | None = None,
   reconstruction_weight: float | None = None,
   damage_rate: float = 0.0,
   damage_kinds: Sequence[str] = DAMAGE,
@@ -80,6 +82,9 @@ def modal_immune(
   tau: float | None = None,
   adapt: bool | None = None,
   outer_period: int | None = None,
+  outer_solver: str | None = None,
+  outer_steps: int | None = None,
+  damping_ratio: float | None = None,
   warmup_steps: int | None = None,
   steps_per_epoch: int | None = None,
   guard_tolerance: float | None = 0.05,
@@ -139,6 +144,9 @@ def modal_immune(
     label_smoothing: share of every label, in [0, 1), that the training losses
       spread over all classes alike; those on validation batches stay plain. 0
       for other tasks.
+    restraint: a penalty of wrong logits (``recipes.Restraint``), or None: in
+      all training losses, as ``label_smoothing`` is; without its ramp in the
+      inner loss of the hyper-gradient.
     reconstruction_weight: of decoders that tell the features of every modality
       from what is left; 0 for none. 0.1 where ``features`` are given.
     damage_rate: share of the examples whose input of the arm is corrupted, by a
@@ -166,6 +174,11 @@ def modal_immune(
     outer_period: updates between two such steps, each of which costs some sixty
       gradients; by default a thirtieth of all, but at least 200, or a third of
       all where that is less.
+    outer_solver: ``conjugate_gradient``, ``neumann`` or ``identity``; that of
+      the fidelity by default.
+    outer_steps: of that solver, 10 by default.
+    damping_ratio: of ``hypergrad.damped``; the operator of the fidelity by
+      default.
     warmup_steps: without collapse, arms alike; two epochs by default where
       ``steps_per_epoch`` says how long one is (a tenth of all at most), else a
       tenth.
@@ -210,10 +223,14 @@ def modal_immune(
     consistency_weight=consistency_weight,
   )
   _validate.positive(temperature=temperature)
+  if damping_ratio is not None:
+    _validate.positive(damping_ratio=damping_ratio)
   _validate.below_one(label_smoothing=label_smoothing)
   objectives.check_off(
     model, label_smoothing=label_smoothing, feedback_weight=feedback_weight
   )
+  if restraint is not None:
+    restraint.check(model, scores=False)
   if reconstruction_weight and not features:
     raise ValueError("reconstruction_weight must be 0 without features.")
   if guard_tolerance is not None:
@@ -246,6 +263,7 @@ def modal_immune(
     consistency_weight=consistency_weight,
     temperature=temperature,
     label_smoothing=label_smoothing,
+    restraint=restraint,
     collapse_on=collapse_on,
     gaussian_target=chosen["gaussian_target"],
     adaptive=adaptive,
@@ -253,6 +271,8 @@ def modal_immune(
     gates=destroys and chosen["gate"] not in ("none", "published"),
     adapt=bool(collapse_weight) if adapt is None else adapt,
     outer_period=outer_period or _period(num_steps),
+    outer_solver=immune_jobs.make_solver(outer_solver, outer_steps),
+    damping_ratio=damping_ratio,
     guard_tolerance=guard_tolerance,
     batch_size=batch_size,
   )
@@ -264,6 +284,7 @@ def modal_immune(
     extra=destruction.make_extra(settings),
     update=destruction.make_update(settings, tx),
     jobs=_jobs(settings),
+    progress=restraint is not None,
   )
   suffix = "-published" if fidelity == "published" else ""
   return phases.Recipe(name=f"modal_immune{suffix}", phases=(phase,))

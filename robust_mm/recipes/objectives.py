@@ -12,20 +12,30 @@ from robust_mm import losses
 from robust_mm import modalities
 from robust_mm._types import Model
 from robust_mm.certification import tables
+from robust_mm.recipes import restraints
 
 
 def cross_entropy_loss(
-  model: Model, *, clean_weight: float = 0.0, label_smoothing: float = 0.0
+  model: Model,
+  *,
+  clean_weight: float = 0.0,
+  label_smoothing: float = 0.0,
+  restraint: restraints.Restraint | None = None,
 ) -> Callable:
   """Cross-entropy, mixed labels and a clean term where the batch has them.
+
+  And a penalty of wrong logits, where there is one.
 
   Of another task its :func:`task_loss`.
 
   Raises:
-    ValueError: ``label_smoothing`` is not in [0, 1), or not 0 for another task.
+    ValueError: ``label_smoothing`` is not in [0, 1), or not 0 for another task;
+      a ``restraint`` that does not fit the model.
   """
   _validate.below_one(label_smoothing=label_smoothing)
   check_off(model, label_smoothing=label_smoothing)
+  if restraint is not None:
+    restraint.check(model)
   metric = score_name(model)
 
   def loss_fn(params, state, batch, *, key):
@@ -35,7 +45,11 @@ def cross_entropy_loss(
     loss = task_loss(
       model, outputs.logits, batch, label_smoothing=label_smoothing
     )
-    return loss, (new_state, {metric: score(model, outputs.logits, batch)})
+    metrics = {metric: score(model, outputs.logits, batch)}
+    if restraint is not None:
+      added, seen = restraint.term(outputs.logits, batch, outputs.scores)
+      loss, metrics = loss + added, {**metrics, **seen}
+    return loss, (new_state, metrics)
 
   return with_clean_term(loss_fn, clean_weight)
 
@@ -109,10 +123,23 @@ def check_off(model: Model, **weights: float) -> None:
       )
 
 
-def task_loss(model: Model, logits, batch, *, label_smoothing: float = 0.0):
-  """What a recipe minimises: cross-entropy of classes, else `each_loss`."""
+def task_loss(
+  model: Model,
+  logits,
+  batch,
+  *,
+  label_smoothing: float = 0.0,
+  restraint: restraints.Restraint | None = None,
+):
+  """What a recipe minimises: cross-entropy of classes, else `each_loss`.
+
+  With a ``restraint`` of the fused logits.
+  """
   if model.classifies:
-    return classification(logits, batch, label_smoothing=label_smoothing)
+    loss = classification(logits, batch, label_smoothing=label_smoothing)
+    return (
+      loss if restraint is None else loss + restraint.term(logits, batch)[0]
+    )
   each = each_loss(model, logits, batch["label"])
   return counted_mean(each, batch["present"])
 

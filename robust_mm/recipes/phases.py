@@ -113,6 +113,8 @@ class Phase:
     binding: whether a judgement is obeyed: the phase's last model is judged,
       and the one before it taken back where the answer is no. Not binding, it
       is only reported, and selection chooses the model.
+    progress: whether batches get ``progress`` [], the share of the phase's
+      updates that are done.
     views: how many independently augmented views of its inputs a batch has; the
       second one is ``batch["second_inputs"]``. Without augmentation there is
       one whatever this says.
@@ -135,6 +137,7 @@ class Phase:
   jobs: tuple[Job, ...] = ()
   evaluate: Callable[..., Any] | None = None
   averaged: bool = True
+  progress: bool = False
 
   def __post_init__(self):
     _validate.at_least(1, num_steps=self.num_steps)

@@ -19,6 +19,7 @@ from robust_mm._types import Model
 from robust_mm.recipes import interventions
 from robust_mm.recipes import objectives
 from robust_mm.recipes import phases
+from robust_mm.recipes import restraints
 
 METHODS = ("lp_ft", "probe", "finetune")
 _SMALLEST = 1e-6
@@ -33,6 +34,7 @@ def finetune(
   trainable: str = ".*",
   dropout_rate: float = 0.0,
   label_smoothing: float = 0.0,
+  restraint: restraints.Restraint | None = None,
   l2_sp: float = 0.0,
   probe_steps: int = 1000,
   probe_lr: float = 1e-2,
@@ -65,6 +67,8 @@ def finetune(
     dropout_rate: share of the examples of which fine-tuning sees a random
       non-empty subset of the modalities they have; 0 for none.
     label_smoothing: share of every label that is spread over all classes.
+    restraint: a penalty of wrong logits, in both phases
+      (``recipes.Restraint``), or None.
     l2_sp: weight of half the squared distance to where fine-tuning began
       (L2-SP); 0 for none.
     probe_steps: updates of the probe, each on all training examples.
@@ -83,6 +87,8 @@ def finetune(
   _validate.in_unit_interval(dropout_rate=dropout_rate)
   _validate.below_one(label_smoothing=label_smoothing)
   objectives.check_off(model, label_smoothing=label_smoothing)
+  if restraint is not None:
+    restraint.check(model, scores=False)
   _validate.at_least(1, probe_steps=probe_steps)
   _validate.positive(probe_lr=probe_lr)
   _validate.non_negative(probe_decay=probe_decay, l2_sp=l2_sp)
@@ -94,6 +100,7 @@ def finetune(
       weight_decay=probe_decay,
     ),
     label_smoothing=label_smoothing,
+    restraint=restraint,
   )
   if method == "probe":
     return phases.Recipe(name="probe", phases=(probe,))
@@ -102,7 +109,10 @@ def finetune(
     num_steps=num_steps,
     tx=optax.chain(pull_to_start(l2_sp), tx) if l2_sp else tx,
     trainable=trainable,
-    loss=objectives.cross_entropy_loss(model, label_smoothing=label_smoothing),
+    loss=objectives.cross_entropy_loss(
+      model, label_smoothing=label_smoothing, restraint=restraint
+    ),
+    progress=restraint is not None,
     interventions=(interventions.modality_dropout(rate=dropout_rate),)
     if dropout_rate
     else (),
@@ -145,6 +155,7 @@ def _probe(
   num_steps: int,
   tx: optax.GradientTransformation,
   label_smoothing: float,
+  restraint: restraints.Restraint | None,
 ) -> phases.Phase:
   """The phase that fits the head, on features that are computed once."""
 
@@ -159,7 +170,11 @@ def _probe(
     def loss_fn(head):
       logits = _predict(model, head, batch["features"])
       loss = objectives.task_loss(
-        model, logits, batch, label_smoothing=label_smoothing
+        model,
+        logits,
+        batch,
+        label_smoothing=label_smoothing,
+        restraint=restraint,
       )
       return loss, objectives.score(model, logits, batch)
 
@@ -187,6 +202,7 @@ def _probe(
     extra=extra,
     update=update,
     averaged=False,
+    progress=restraint is not None,
   )
 
 

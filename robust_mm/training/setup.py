@@ -1,6 +1,7 @@
 """The door: a configuration becomes a data source, a model and a recipe."""
 
 import dataclasses
+import inspect
 import pathlib
 from typing import Any
 
@@ -13,6 +14,8 @@ from robust_mm import augmentations
 from robust_mm import config_checks
 from robust_mm import corruptions
 from robust_mm import data
+from robust_mm import losses
+from robust_mm import missing as missing_lib
 from robust_mm import models
 from robust_mm import recipes
 from robust_mm._types import Model
@@ -58,6 +61,7 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
   earlier = starts.check(config)
   train = open_split(config, "train")
   config_checks.check_task(config, train.task)
+  check_missing(config, train)
   validation = open_split(config, "validation")
   reference = reference_batch(train)
   normalization = {
@@ -186,6 +190,19 @@ def open_split(
     )
     source = source.with_transforms((missing,))
   return source
+
+
+def check_missing(config: ml_collections.ConfigDict, source) -> None:
+  """UserError where the data have not what is to be lost in an evaluation."""
+  settings = config.evaluation
+  if settings.missing_rates:
+    lengths = corruptions.lengths(source.spec)
+    try:
+      missing_lib.check_protocol(
+        settings.missing_protocol, source.spec, lengths
+      )
+    except ValueError as error:
+      raise _validate.UserError(f"config.evaluation.{error}") from error
 
 
 def check_same_data(source, facts: dict) -> None:
@@ -341,11 +358,38 @@ def make_recipe(
     options.setdefault("steps_per_epoch", epoch)
     options.setdefault("features", _features(facts, setup.reference))
     options.setdefault("noise_scale", corruptions.deviations(setup.reference))
+  if config.penalty.name:
+    if "restraint" not in inspect.signature(factory).parameters:
+      raise _validate.UserError(
+        f"config.penalty.name must be empty for recipe {config.recipe.name!r}, "
+        f"which has no cross-entropy to add it to; got "
+        f"{config.penalty.name!r}."
+      )
+    options["restraint"] = restraint(config)
   try:
     recipe = factory(setup.model, num_steps=num_steps, tx=tx, **options)
   except TypeError as error:
     raise _validate.UserError(f"config.recipe.options: {error}.") from error
   return _augmented(recipe, config.augmentation.to_dict(), setup.train.spec)
+
+
+def restraint(config: ml_collections.ConfigDict) -> recipes.Restraint:
+  """The penalty of wrong logits that ``config.penalty`` names.
+
+  Raises:
+    UserError: an unknown name, option or value.
+  """
+  settings = config.penalty
+  try:
+    return recipes.Restraint(
+      penalty=losses.penalty(settings.name, **settings.options.to_dict()),
+      weight=settings.weight,
+      on=settings.on,
+      ramp=settings.ramp,
+      fidelity=settings.fidelity or None,
+    )
+  except ValueError as error:
+    raise _validate.UserError(f"config.penalty: {error}") from error
 
 
 def _augmented(recipe: recipes.Recipe, settings: dict, spec) -> recipes.Recipe:

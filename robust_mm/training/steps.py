@@ -78,6 +78,9 @@ def make_train_step(
     loss_key, *keys = jax.random.split(key, 1 + len(phase.interventions))
     for intervention, subkey in zip(phase.interventions, keys):
       batch = intervention(subkey, state.params, state.model_state, batch)
+    if phase.progress:
+      done = (state.step - start).astype(jnp.float32)
+      batch = {**batch, "progress": done / phase.num_steps}
     state, metrics = advance(state, batch, loss_key)
     params = state.params
     if project is not None:

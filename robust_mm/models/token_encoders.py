@@ -1,0 +1,90 @@
+"""Encoders that say something of every part of an input."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from robust_mm import _validate
+from robust_mm.models import vit as vit_lib
+from robust_mm.models.functional import Encoder
+
+
+def vit_tokens(
+  *,
+  size: str | None = "tiny",
+  patch_size: int | Sequence[int] = 7,
+  embedding_dim: int = 64,
+  width: int | None = None,
+  depth: int | None = None,
+  num_heads: int | None = None,
+  mlp_dim: int | None = None,
+  preprocess: Sequence[Any] | None = None,
+  dtype: Any = None,
+  remat: str = "none",
+  dropout: float = 0.0,
+  pad: bool = False,
+) -> Encoder:
+  """All tokens of a vision transformer, ``[b, 1 + N, d]``, the class's first.
+
+  For ``fusion="captioner"``, which attends to them.
+
+  Args:
+    size: "tiny", "small", "base" or "large"; None where width, depth and
+      num_heads are given.
+    patch_size: of a square patch, or its (rows, columns).
+    embedding_dim: d, by a linear layer.
+    width: in place of the size's, as are depth, num_heads and mlp_dim.
+    depth: blocks.
+    num_heads: divides the width.
+    mlp_dim: 4 widths by default.
+    preprocess: (mean, std) inside the encoder, for images in [0, 1].
+    dtype: of the products, "bfloat16" or "float32".
+    remat: "none", "blocks" or "dots".
+    dropout: rate, in training alone.
+    pad: whether sides that a patch does not divide are filled up with zeros.
+
+  Raises:
+    ValueError: naming the argument.
+  """
+  _validate.at_least(1, embedding_dim=embedding_dim)
+  net = vit_lib.vision_transformer(
+    size,
+    width=width,
+    depth=depth,
+    num_heads=num_heads,
+    mlp_dim=mlp_dim,
+    patch_size=patch_size,
+    num_classes=None,
+    preprocess=preprocess,
+    dtype=dtype,
+    remat=remat,
+    dropout=dropout,
+    pad=pad,
+  )
+  return Encoder(
+    name="vit_tokens",
+    embedding_dim=embedding_dim,
+    build=lambda shape, rngs: _Tokens(net, shape, embedding_dim, rngs),
+    normalizes=net.preprocess is not None,
+  )
+
+
+class _Tokens(nnx.Module):
+  def __init__(self, net, input_shape, embedding_dim, rngs):
+    self.net = net
+    self.trunk = _variables(net.init(rngs.params(), input_shape))
+    self.leave = nnx.Linear(net.width, embedding_dim, rngs=rngs)
+
+  def __call__(self, x, train=False, key=None):
+    _, state = nnx.split(self.trunk)
+    params = jax.tree.map(lambda leaf: leaf, nnx.to_pure_dict(state))
+    tokens = self.net.embed(params, x)
+    return self.leave(self.net.sequence(params, tokens, train=train, key=key))
+
+
+def _variables(tree):
+  if not isinstance(tree, dict):
+    return nnx.Param(tree)
+  return nnx.Dict({name: _variables(value) for name, value in tree.items()})

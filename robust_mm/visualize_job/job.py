@@ -1,0 +1,146 @@
+"""``robust-mm visualize``: what it writes."""
+
+import io
+import pathlib
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from robust_mm import _files
+from robust_mm import _tasks
+from robust_mm import _validate
+from robust_mm import evaluation
+from robust_mm import visualization
+from robust_mm.evaluation import visuals
+from robust_mm.training import runs
+from robust_mm.training import writers
+from robust_mm.visualize_job import asking
+from robust_mm.visualize_job import grids
+
+PAGE = "visualization.html"
+
+
+def run(
+  folder: pathlib.Path,
+  *,
+  question: Mapping[str, Any],
+  split: str = "test",
+  phase: str | None = None,
+  output: str | None = None,
+  progress: Callable[..., None] = lambda done, total, text: None,
+) -> list[pathlib.Path]:
+  """Synthesises, measures, draws and writes; one grid a modality.
+
+  Each grid is ``NAME.png``, ``NAME.json`` (settings, numbers, range of values)
+  and ``NAME.npz`` (the inputs) in ``visualization/`` of the run's folder, where
+  the report of the run finds them; ``visualization.html`` shows them all, and
+  the report of an evaluated run is drawn again.
+
+  Args:
+    folder: of the run.
+    question: what is asked, the attributes of ``Question`` by name.
+    split: of the real items, and of an item that is held fixed.
+    phase: whose model; the last by default.
+    output: another ``.png`` file for the grid; reports do not find it there.
+    progress: ``progress(done, total, text)``.
+
+  Returns:
+    The PNG files.
+
+  Raises:
+    UserError: a sentence.
+  """
+  question = asking.Question(**question)
+  opened = asking.open_run(folder, split, phase)
+  with _validate.user_errors():
+    made = grids.make(opened, question, progress)
+  home = folder / visuals.FOLDER
+  written = []
+  for name, (array, told, arrays) in made.items():
+    path = home / f"{_name(name, question)}.png"
+    if output is not None:
+      path = pathlib.Path(output)
+      if len(made) > 1:
+        path = path.with_stem(f"{path.stem}-{name}")
+    visualization.write_png(
+      path, array, value_range=told.pop("value_range"), settings=told
+    )
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    _files.write_bytes(path.with_suffix(".npz"), buffer.getvalue())
+    written.append(path)
+  if output is None:
+    _draw_pages(folder, opened.dataset)
+  return written
+
+
+def of_evaluation(
+  folder: pathlib.Path, *, split: str, phase: str | None, progress: Callable
+) -> None:
+  """Where the run asks for it, a grid of every modality that can have one."""
+  config, facts = runs.read_config(folder), runs.describe(folder)
+  # Runs of earlier versions do not state it.
+  asked = config.evaluation.get("visualize", False)
+  if not asked or runs.task(facts) != _tasks.CLASSIFICATION:
+    return
+  dataset = config.data.name
+  for name in facts["input_shapes"]:
+    if facts["kinds"][name] == "float" and asking.kind(facts, dataset, name):
+      run(
+        folder,
+        question={"modality": name, "controls": False},
+        split=split,
+        phase=phase,
+        progress=progress,
+      )
+
+
+def summary(paths: list[pathlib.Path]) -> str:
+  """The numbers of the grids as text."""
+  lines = []
+  for path in paths:
+    told = runs.read_json(path.with_suffix(".json"))
+    lines.append(told["title"])
+    lines.append(f"  {'':20s}{'near':>8s}{'far':>8s}{'distance':>10s}")
+    for row, values in told["numbers"].items():
+      cells = [values.get(n) for n in ("near", "far", "feature_distance")]
+      shown = ["-" if c is None else f"{c:.3f}" for c in cells]
+      lines.append(f"  {row:20s}{shown[0]:>8s}{shown[1]:>8s}{shown[2]:>10s}")
+    lines += [f"  note: {note}" for note in told["notes"]]
+    lines.append(f"  {visuals.section(path.with_suffix('.json'))['settings']}")
+    lines.append(f"  grid: {path}")
+  return "\n".join(lines)
+
+
+def _draw_pages(folder: pathlib.Path, dataset: str) -> None:
+  home = folder / visuals.FOLDER
+  sections = [visuals.section(path) for path in sorted(home.glob("*.json"))]
+  page = visuals.page(f"What activates the classes of {dataset}", sections)
+  _files.write_bytes(folder / PAGE, page.encode())
+  results = folder / "results.json"
+  if results.is_file():
+    evaluation.render(
+      [runs.read_json(results)],
+      histories=[writers.read(folder)],
+      folders=[folder],
+      path=folder,
+    )
+
+
+def _name(modality: str, question: asking.Question) -> str:
+  """A file for each question, so that none hides another."""
+  parts = [modality]
+  if question.others != "absent":
+    prefix = "" if isinstance(question.others, str) else "item"
+    parts.append(f"{prefix}{question.others}")
+  if question.mode != "expectation":
+    parts.append(question.mode)
+  if question.parameterization != "pixels":
+    parts.append(question.parameterization)
+  if question.fidelity != "corrected":
+    parts.append(question.fidelity)
+  if question.objective is not None:
+    parts.append(question.objective)
+  return "-".join(parts)
