@@ -50,7 +50,7 @@ FLOORS = {
   "certificate_rows": 8,
   "parsers": 1,
   "shift_derived": 6,
-  "shift_methods": 6,
+  "shift_methods": 7,
   "shift_study": 8,
   "visualize_job": 8,
   "weight_paths": 8,
