@@ -19,7 +19,7 @@ Subset = tuple[str, ...]
 
 RESULTS = "shift.json"
 _MOST = 4  # modalities of which all sets are trained on
-_SCORES = {_tasks.CLASSIFICATION: "accuracy", _tasks.MULTI_LABEL: "map"}
+_SCORES = {_tasks.CLASSIFICATION: "accuracy"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
