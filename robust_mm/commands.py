@@ -192,7 +192,7 @@ def shift(
   _devices(device_count)
   folder = pathlib.Path(workdir)
   with _bar() as progress:
-    found = shift_study.run(config, folder, progress=progress)
+    found = shift_study.run(config, folder, progress=progress, say=_say)
   if found is None:
     _say("stopped; the same command goes on")
     return 0

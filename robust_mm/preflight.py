@@ -26,6 +26,16 @@ def check(config: ml_collections.ConfigDict, workdir: str) -> None:
       damaged, a folder in use or with another run.
   """
   workdir = pathlib.Path(workdir)
+  _check_data(config, workdir)
+  starts.check(config)
+  runs.check_config(workdir, config)
+  runs.check_free(workdir)
+
+
+def _check_data(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> None:
+  """Refuses data that is not there, or not for the recipe."""
   if workdir.exists() and not workdir.is_dir():
     raise _validate.UserError(f"--workdir={workdir} is a file.")
   info = data.registry.get(config.data.name)
@@ -40,9 +50,6 @@ def check(config: ml_collections.ConfigDict, workdir: str) -> None:
     if info.kind == "prepared":
       data.prepared.check_prepared(info, config.data.path or None)
   config_checks.check_task(config, task)
-  starts.check(config)
-  runs.check_config(workdir, config)
-  runs.check_free(workdir)
 
 
 def check_study(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -56,12 +63,20 @@ def check_study(config: ml_collections.ConfigDict, workdir: str) -> None:
       "--config must have the group study (configs/shift.py): robust-mm train "
       "takes single runs."
     )
-  study = config.study
-  shift_methods.check(tuple(study.methods), pretrained=bool(study.pretraining))
-  if study.pretraining:
-    config_lib.load(study.pretraining)
-  # The runs lie further down; of this folder it must be clear that it can be.
-  check(config, workdir)
+  workdir = pathlib.Path(workdir)
+  shift_methods.check(config)
+  if config.study.pretraining:
+    before = shift_methods.pretraining(config)
+    difference = starts.difference(before, config)
+    if difference:
+      raise _validate.UserError(
+        f"config.study.pretraining: {config.study.pretraining} has another "
+        f"model: {difference}."
+      )
+  _check_data(config, workdir)
+  starts.check(config)
+  runs.check_no_run(workdir)
+  runs.check_free(workdir)
 
 
 def check_run(workdir: str, split: str | None = None) -> None:

@@ -12,15 +12,19 @@ _SMALLEST = 1e-12
 Subset = tuple[str, ...]
 
 
-def log_prior(counts: np.ndarray) -> np.ndarray:
-  """Log-frequencies ``[k]`` of classes that were seen so often."""
-  return np.log(np.maximum(counts / counts.sum(), _SMALLEST))
+def log_prior(label: np.ndarray, num_classes: int) -> np.ndarray:
+  """Log-frequencies ``[k]`` of the classes in labels ``[n]`` or ``[n, k]``."""
+  if label.ndim == 1:
+    label = label[:, None] == np.arange(num_classes)
+  return np.log(np.maximum(np.mean(label, axis=0), _SMALLEST))
 
 
 def ensemble(
   single: Mapping[Subset, np.ndarray],
   test_sets: Iterable[Subset],
   prior: np.ndarray,
+  *,
+  multi_label: bool = False,
 ) -> dict[Subset, np.ndarray]:
   """Late fusion of models of one modality: the mean of log-probabilities.
 
@@ -29,11 +33,13 @@ def ensemble(
     test_sets: E.
     prior: log-frequencies of the classes, said where an item has none of the
       modalities of T and E.
+    multi_label: whether every class is there or not, apart from the others.
 
   Returns:
     ``{E: [n, k]}``.
   """
-  said = {name: _log_softmax(x) for (name,), x in single.items()}
+  log = _log_sigmoid if multi_label else _log_softmax
+  said = {name: log(x) for (name,), x in single.items()}
   found = {}
   for subset in test_sets:
     parts = [x for name, x in said.items() if name in subset]
@@ -99,9 +105,9 @@ def class_means(
   centre = given.mean(axis=0)
   units = _unit(given - centre)
   label = train["label"]
-  sums = np.zeros((model.num_classes, units.shape[1]))
-  np.add.at(sums, label, units)
-  means = _unit(sums)
+  if label.ndim == 1:
+    label = label[:, None] == np.arange(model.num_classes)
+  means = _unit(label.astype(units.dtype).T @ units)
   return {
     subset: (_unit(features(test, subset) - centre) @ means.T).astype("f4")
     for subset in test_sets
@@ -115,3 +121,7 @@ def _unit(x: np.ndarray) -> np.ndarray:
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
   shifted = logits - logits.max(axis=-1, keepdims=True)
   return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def _log_sigmoid(logits: np.ndarray) -> np.ndarray:
+  return -np.logaddexp(0, -logits)

@@ -12,6 +12,7 @@ from typing import Any
 import ml_collections
 
 from robust_mm import _validate
+from robust_mm import config as config_lib
 
 # An update of MASD passes 2 rows for one of fine-tuning, forward and backward
 # (3 units each), and both once more without gradient (1 unit).
@@ -23,6 +24,7 @@ class Trained:
   """A run of its own for every T and seed.
 
   Attributes:
+    about: what it is, for who reads the page.
     options: ``config.recipe.options`` that change.
     keys: other keys that change.
     share: of the epochs, for an equal number of passes.
@@ -30,6 +32,7 @@ class Trained:
       not have: an upper reference, trained once for all T.
   """
 
+  about: str
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   keys: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   share: float = 1.0
@@ -55,29 +58,33 @@ class Trained:
     return config
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Between:
   """The model between two phases of a trained method's run (WiSE-FT)."""
 
+  about: str
   of: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Ensemble:
   """Mean log-probability of the models of T's single modalities in E.
 
   The class prior of the training set where E has none of T.
   """
 
+  about: str
   of: str = "finetune"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassMean:
   """The nearest class mean, by cosine, in the pretrained pooled features.
 
   Means of labelled x_T, queries x_E; no training.
   """
+
+  about: str
 
 
 _MASD = {
@@ -86,60 +93,148 @@ _MASD = {
 }
 METHODS = MappingProxyType(
   {
-    "finetune": Trained(),
-    "probe": Trained(options={"method": "probe"}),
-    "dropout": Trained(options={"dropout_rate": 1.0}),
-    "masd": Trained(keys=_MASD, share=_MASD_SHARE),
+    "finetune": Trained(
+      about="plain fine-tuning on labels of T: a linear probe, then all "
+      "parameters; what others are measured against"
+    ),
+    "probe": Trained(
+      about="a linear head on frozen features", options={"method": "probe"}
+    ),
+    "dropout": Trained(
+      about="fine-tuning that sees a random part of T at every step",
+      options={"dropout_rate": 1.0},
+    ),
+    "masd": Trained(
+      about="what the model says of T teaches it about other modalities, on "
+      "examples without a label",
+      keys=_MASD,
+      share=_MASD_SHARE,
+    ),
     "masd_supersets": Trained(
-      options={"teacher_subset": "supersets"}, keys=_MASD, share=_MASD_SHARE
+      about="masd, taught by the mean over T and all sets that contain it",
+      options={"teacher_subset": "supersets"},
+      keys=_MASD,
+      share=_MASD_SHARE,
     ),
     "masd_ema": Trained(
-      options={"teacher": "ema"}, keys=_MASD, share=_MASD_SHARE
+      about="masd, taught by a moving average of its parameters",
+      options={"teacher": "ema"},
+      keys=_MASD,
+      share=_MASD_SHARE,
     ),
     "masd_published": Trained(
-      options={"ramp": 0.0}, keys=_MASD, share=_MASD_SHARE
+      about="masd at its full weight from the first step on, as published",
+      options={"ramp": 0.0},
+      keys=_MASD,
+      share=_MASD_SHARE,
     ),
-    "ema": Trained(keys={"training.average_decay": 0.999}),
-    "l2_sp": Trained(options={"l2_sp": 0.01}),
-    "oracle": Trained(options={"dropout_rate": 1.0}, oracle=True),
-    "wise_ft": Between("finetune"),
-    "masd_wise_ft": Between("masd"),
-    "ensemble": Ensemble(),
-    "class_mean": ClassMean(),
+    "ema": Trained(
+      about="fine-tuning; the model is a moving average of its parameters",
+      keys={"training.average_decay": 0.999},
+    ),
+    "l2_sp": Trained(
+      about="fine-tuning with a pull towards where it started",
+      options={"l2_sp": 0.01},
+    ),
+    "oracle": Trained(
+      about="one model for every T, with labels of all modalities and a random "
+      "part of them shown at every step: what T does not have, so an upper "
+      "reference; its matched score can lie below that of a model of T alone",
+      options={"dropout_rate": 1.0},
+      oracle=True,
+    ),
+    "wise_ft": Between(
+      about="the weights between the probe and the fine-tuned model of "
+      "finetune",
+      of="finetune",
+    ),
+    "masd_wise_ft": Between(
+      about="the weights between the probe and the last model of masd",
+      of="masd",
+    ),
+    "ensemble": Ensemble(
+      about="the mean log-probability of finetune's models of the single "
+      "modalities of T that E has; the class frequencies where it has none"
+    ),
+    "class_mean": ClassMean(
+      about="the nearest class mean in pretrained features; trains nothing"
+    ),
   }
 )
 REFERENCE = "finetune"
 
 
-def check(names: tuple[str, ...], *, pretrained: bool) -> None:
-  """Refuses unknown methods, and those that lack what they are made of.
+def is_derived(name: str) -> bool:
+  """Whether a method is made of what others left."""
+  return not isinstance(METHODS[name], Trained)
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Refuses a study by key: unknown methods, and what they are not made of.
 
   Raises:
     UserError: naming the key.
   """
-  for name in names:
+  study = config.study
+  with _validate.user_errors():
+    _validate.at_least(1, **{"config.study.seeds": study.seeds})
+    # One replicate has no spread.
+    _validate.at_least(2, **{"config.study.num_samples": study.num_samples})
+    _validate.in_unit_interval(**{"config.study.alpha": study.alpha})
+  names = tuple(study.methods)
+  for place, name in enumerate(names):
     if name not in METHODS:
       raise _validate.UserError(
         f"config.study.methods: {name!r} is none of {', '.join(METHODS)}."
         f"{_validate.suggestion(name, METHODS)}"
       )
-    method = METHODS[name]
-    needed = getattr(method, "of", None)
-    if needed is not None and needed not in names:
-      raise _validate.UserError(
-        f"config.study.methods must have {needed!r} beside {name!r}, which is "
-        "made of its runs."
-      )
-    if isinstance(method, ClassMean) and not pretrained:
-      raise _validate.UserError(
-        f"config.study.pretraining must be set for {name!r}, which works in "
-        "pretrained features."
-      )
+    if name in names[:place]:
+      raise _validate.UserError(f"config.study.methods names {name!r} twice.")
+    _check_made_of(config, name)
   if REFERENCE not in names:
     raise _validate.UserError(
       f"config.study.methods must have {REFERENCE!r}: it is what others are "
       "measured against."
     )
+
+
+def _check_made_of(config: ml_collections.ConfigDict, name: str) -> None:
+  method, study = METHODS[name], config.study
+  needed = getattr(method, "of", None)
+  if needed is not None and needed not in study.methods:
+    raise _validate.UserError(
+      f"config.study.methods must have {needed!r} beside {name!r}, which is "
+      "made of its runs."
+    )
+  probed = config.recipe.options.get("method", "lp_ft") == "lp_ft"
+  if isinstance(method, Between) and not probed:
+    raise _validate.UserError(
+      f"config.recipe.options.method must be 'lp_ft' for {name!r}, which lies "
+      "between a probe and what follows it."
+    )
+  if isinstance(method, ClassMean) and not study.pretraining:
+    raise _validate.UserError(
+      f"config.study.pretraining must be set for {name!r}, which works in "
+      "pretrained features."
+    )
+
+
+def pretraining(
+  config: ml_collections.ConfigDict, seed: int = 0
+) -> ml_collections.ConfigDict:
+  """The configuration that ``config.study.pretraining`` names.
+
+  Raises:
+    UserError: naming that key.
+  """
+  try:
+    found = config_lib.load(config.study.pretraining, [f"--config.seed={seed}"])
+  except _validate.UserError as error:
+    said = str(error).removeprefix("--config").lstrip(": ")
+    raise _validate.UserError(f"config.study.pretraining: {said}") from error
+  with found.unlocked():
+    found.data.path = config.data.path
+  return found
 
 
 def budgets(config: ml_collections.ConfigDict) -> dict[str, dict[str, float]]:
@@ -166,12 +261,16 @@ def budgets(config: ml_collections.ConfigDict) -> dict[str, dict[str, float]]:
 
 def budget_lines(config: ml_collections.ConfigDict) -> list[str]:
   """The same as sentences."""
-  return [
-    f"{name}: {cost['epochs'] or cost['steps']} "
-    f"{'epochs' if cost['epochs'] else 'steps'} of {cost['relative_cost']:.2f} "
-    "times the passes of fine-tuning"
-    for name, cost in budgets(config).items()
-  ]
+  found = []
+  for name, cost in budgets(config).items():
+    unit = "epoch" if cost["epochs"] else "step"
+    number = cost["epochs"] or cost["steps"]
+    line = f"{name}: {number} {unit}{'' if number == 1 else 's'}"
+    times = cost["relative_cost"]
+    if times != 1:
+      line += f"; each costs {times:.2f} times one of {REFERENCE}"
+    found.append(f"{line}.")
+  return found
 
 
 def _at_least_one(share: float, number: int) -> int:

@@ -51,7 +51,7 @@ FLOORS = {
   "parsers": 1,
   "protocols": 8,
   "shift_derived": 6,
-  "shift_methods": 6,
+  "shift_methods": 7,
   "shift_study": 8,
   "visualize_job": 8,
   "weight_paths": 8,

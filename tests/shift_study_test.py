@@ -1,6 +1,7 @@
 """robust-mm shift and robust-mm interpolate, from the command line."""
 
 import dataclasses
+import html
 import json
 import types
 
@@ -18,6 +19,9 @@ from robust_mm import shift_derived
 from robust_mm import shift_methods
 from robust_mm import shift_study
 from robust_mm import training
+from robust_mm.shift_study import job
+from robust_mm.shift_study import plan
+from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
 
 SPEC = "configs/shift.py:digits,smoke"
@@ -46,9 +50,14 @@ def _study(tmp_path_factory):
     shift_study.run(config, folder, progress=progress)
   first = {p: p.stat().st_mtime_ns for p in folder.glob("runs/*/*/*/*.npz")}
   assert first
-  report = shift_study.run(config, folder, progress=progress)
+  said = []
+  report = shift_study.run(config, folder, progress=progress, say=said.append)
   for path, made in first.items():
     assert path.stat().st_mtime_ns == made  # not done again
+  # A line for every model that was made, and none for those that were there.
+  assert [line.split()[0] for line in said] == [
+    f"{i + 1}/{len(set(calls))}" for i in range(2, len(set(calls)))
+  ]
   return folder, report, config
 
 
@@ -104,6 +113,113 @@ def test_what_was_written_is_what_was_found(study):
   assert "times plain fine-tuning" in (folder / "shift.txt").read_text()
   for method in report.methods:
     assert (folder / "plots" / f"shift_{method}.png").is_file()
+
+
+def test_the_page_says_what_it_shows(study):
+  folder, report, config = study
+  page = html.unescape((folder / "shift.html").read_text())
+  for method in report.methods:
+    assert shift_methods.METHODS[method].about in page
+  assert "at alpha 0.5" in page
+  assert "undefined: finetune is within two standard errors" in page
+  for said in (
+    "shift.json",
+    config.study.pretraining,
+    f"robust_mm {robust_mm.__version__}",
+    jax.devices()[0].platform,
+    "warmup_steps",
+  ):
+    assert said in page
+  stored = json.loads((folder / "shift.json").read_text())
+  assert stored["config"]["study"]["pretraining"] == config.study.pretraining
+  assert stored["versions"]["jax"] == jax.__version__
+  assert "oracle" not in stored["about"]
+  text = (folder / "shift.txt").read_text()
+  assert "nan" not in text
+  assert "1 seed;" in text
+  assert "finetune: 4 steps." in text
+
+
+def test_the_matrix_of_the_console_is_that_of_the_figure(study):
+  _, report, _ = study
+  lines = report.table().splitlines()
+  at = next(i for i, line in enumerate(lines) if "trained on \\" in line)
+  for row, numbers in zip(lines[at + 1 :], report.matrix("finetune")):
+    assert row.split()[1:] == [f"{value:.3f}" for value in numbers]
+
+
+@pytest.mark.parametrize(
+  "words, said",
+  [
+    (["train", "--config=configs/joint.py:digits,smoke"], "holds a study"),
+    (["evaluate"], "shift.html"),
+    (["interpolate"], "shift.html"),
+    (["report"], "shift.html"),
+  ],
+)
+def test_a_study_is_no_run(study, words, said, capsys):
+  folder, _, _ = study
+  before = sorted(folder.iterdir())
+  assert run(*words, f"--workdir={folder}") == 2
+  assert said in capsys.readouterr().err
+  assert sorted(folder.iterdir()) == before
+  config = config_lib.load("configs/joint.py:digits,smoke")
+  with pytest.raises(ValueError, match="holds a study"):
+    training.train(config, folder)
+  assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+  "override, said",
+  [
+    ("methods=finetune,wise_ft", "leaves out ensemble, class_mean"),
+    ("train_sets=left", "train_sets leaves out right, left.right"),
+  ],
+)
+def test_a_page_of_fewer_is_refused(study, override, said):
+  folder, _, _ = study
+  before = (folder / "shift.json").read_bytes()
+  config = config_lib.load(SPEC, [QUICK, f"--config.study.{override}"])
+  with pytest.raises(ValueError, match=said):
+    shift_study.run(config, folder)
+  assert (folder / "shift.json").read_bytes() == before
+
+
+def test_a_study_in_use_is_refused(study):
+  folder, _, config = study
+  with runs.lock(folder):
+    assert run("shift", f"--config={SPEC}", QUICK, f"--workdir={folder}") == 2
+    with pytest.raises(ValueError, match="in use by another process"):
+      shift_study.run(config, folder)
+
+
+def test_the_reference_is_trained_on_what_is_only_evaluated(tmp_path):
+  config = config_lib.load(
+    "configs/shift.py:digits,smoke,scratch",
+    [
+      "--config.study.methods=finetune",
+      "--config.study.train_sets=left,right",
+      "--config.study.test_sets=left,right,left+right",
+    ],
+  )
+  study = shift_study.prepare(config, tmp_path)
+  assert study.jobs() == [
+    ("finetune", 0, train)
+    for train in (("left",), ("right",), ("left", "right"))
+  ]
+  rng = np.random.default_rng(0)
+  number, k = len(study.test["label"]), len(study.prior)
+  logits = {
+    key: rng.normal(size=(len(study.test_sets), number, k))
+    for key in study.jobs()
+  }
+  report = job._report(study, logits)
+  assert report.matrix("finetune").shape == (2, 3)
+  own = logits["finetune", 0, ("left", "right")][2]
+  right = np.mean(np.argmax(own, axis=1) == study.test["label"])
+  np.testing.assert_allclose(report.matched["finetune"][2], right)
+  assert "trained on left+right too" in shift_study.summary(study, report)
+  assert "times plain" not in shift_study.summary(study, report)
 
 
 def test_a_study_of_other_settings_is_refused(study):
@@ -164,6 +280,17 @@ def test_a_path_that_cannot_be_is_refused(study, words, said, capsys):
     ("study.methods=finetune,masd_wise_ft", "'masd' beside"),
     ("study.methods=masd", "'finetune'"),
     ("study.train_sets=left+top", "config.study.train_sets"),
+    ("study.methods=finetune,finetune", "methods names 'finetune' twice"),
+    ("study.train_sets=left,left", "train_sets names 'left' twice"),
+    ("study.test_sets=left,left", "test_sets names 'left' twice"),
+    ("study.test_sets=left,right", "test_sets must have 'left+right'"),
+    ("study.num_samples=1", "config.study.num_samples"),
+    ("study.pretraining=configs/pre.py", "config.study.pretraining: names"),
+    (
+      "study.pretraining=configs/joint.py:digits",
+      "config.study.pretraining: configs/joint.py:digits has another model",
+    ),
+    ("recipe.options.method=probe", "must be 'lp_ft' for 'wise_ft'"),
     ("study.seeds=0", "config.study.seeds"),
     ("study.alpha=2.0", "config.study.alpha"),
     ("study.nothing=1", "study.nothing"),
@@ -179,6 +306,18 @@ def test_bad_studies_are_refused(override, said, tmp_path, capsys):
   assert code == 2
   assert said in capsys.readouterr().err
   assert not folder.exists()
+
+
+def test_an_ensemble_without_its_parts_is_refused(tmp_path):
+  config = config_lib.load(
+    SPEC,
+    [
+      "--config.study.train_sets=left+right,left",
+      "--config.study.test_sets=left+right,left",
+    ],
+  )
+  with pytest.raises(ValueError, match="must have 'right' alone"):
+    shift_study.prepare(config, tmp_path)
 
 
 def test_runs_and_studies_are_not_mistaken(tmp_path, capsys):
@@ -229,11 +368,9 @@ def test_clusters_of_a_study_are_drawn_together(tmp_path):
   }
   speaker = np.arange(number) // 8
   source = types.SimpleNamespace(name="x", metadata={"speaker": speaker})
-  clusters = shift_study._clusters(source, "speaker")
-  together = shift_study._report(
-    dataclasses.replace(study, clusters=clusters), logits
-  )
-  apart = shift_study._report(study, logits)
+  clusters = plan._clusters(source, "speaker")
+  together = job._report(dataclasses.replace(study, clusters=clusters), logits)
+  apart = job._report(study, logits)
   assert apart.num_clusters == number
   assert together.num_clusters == number // 8
   assert config_lib.load("configs/shift.py:utd_mhad").study.cluster == "subject"

@@ -16,7 +16,9 @@ from robust_mm import modalities
 from robust_mm import preflight
 from robust_mm import training
 from robust_mm.training import context
+from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
+from robust_mm.training import starts
 from robust_mm.training import steps
 
 
@@ -132,7 +134,7 @@ def test_a_model_that_does_not_fit_is_refused(pretrained, tmp_path):
   with pytest.raises(_validate.UserError, match="must be one of pretrain; got"):
     start("init_phase=margins")
   with pytest.raises(
-    _validate.UserError, match=r"fusion_options\.num_heads is None"
+    _validate.UserError, match=r"fusion_options\.num_heads is not set"
   ):
     start("model.fusion_options.num_heads=8")
   with pytest.raises(_validate.UserError, match="was trained on input_shapes"):
@@ -198,3 +200,10 @@ def test_contrasts_of_tokens_and_numbers_take_their_steps(data_dir, tmp_path):
   result = train(config, tmp_path)
   assert result.finished
   assert np.isfinite(result.metrics["loss"])
+
+
+def test_a_start_of_another_recipe_is_told_what_makes_one(tmp_path):
+  runs.save_config(tmp_path, load("configs/joint.py:digits"))
+  runs.save_facts(tmp_path, {"finished": {"train": {}}})
+  with pytest.raises(_validate.UserError, match=r"'joint'; configs/pretrain"):
+    starts.check(load("configs/finetune.py:digits", f"init_from={tmp_path}"))

@@ -44,7 +44,6 @@ def settings(model, data, reference, sharding) -> dict:
   num_reference = None
   if reference is not None:
     num_reference = len(reference["present"][data.names[0]])
-  device = jax.devices()[0]
   return {
     "modalities": list(data.names),
     "num_classes": model.num_classes,
@@ -52,8 +51,16 @@ def settings(model, data, reference, sharding) -> dict:
     "input_types": {m: str(x.dtype) for m, x in data.inputs.items()},
     "num_reference": num_reference,
     "matmul_precision": batches.PRECISION,
-    "device": f"{device.platform} ({device.device_kind})",
     "num_devices": 1 if sharding is None else len(sharding.device_set),
+    **where(),
+  }
+
+
+def where() -> dict:
+  """The device, and the versions of what the numbers were made with."""
+  device = jax.devices()[0]
+  return {
+    "device": f"{device.platform} ({device.device_kind})",
     "versions": {
       "robust_mm": __version__,
       "jax": jax.__version__,

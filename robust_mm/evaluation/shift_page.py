@@ -1,12 +1,15 @@
 """The page of a study of modality shift."""
 
 import base64
+import json
 from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from robust_mm.evaluation import shift as shift_lib
+from robust_mm.evaluation import shift_texts
 from robust_mm.evaluation import templating
 
 _STATISTICS = {
@@ -22,6 +25,9 @@ def render(
   title: str,
   drawn: Mapping[str, bytes],
   notes: Sequence[str] = (),
+  about: Mapping[str, str] | None = None,
+  made: Mapping[str, str] | None = None,
+  settings: Mapping[str, Any] | None = None,
 ) -> str:
   """HTML, complete in itself.
 
@@ -30,6 +36,9 @@ def render(
     title: of the page.
     drawn: ``{method: PNG}`` heat-maps.
     notes: sentences that come first.
+    about: ``{method: what it is}``.
+    made: ``{what: how}``, facts of how the numbers were made.
+    settings: the configuration, nested.
   """
   kinds = [kind for kind in report.categories if report.num_pairs[kind]]
   tables = [
@@ -43,23 +52,24 @@ def render(
     }
     for name, what in _STATISTICS.items()
   ]
-  tables.append(
-    {
-      "title": f"times {report.reference} (pooled)",
-      "head": ["method", *kinds],
-      "rows": [
-        [
-          method,
-          *(
-            _cell(report.improvement(method, report.reference, k))
-            for k in kinds
-          ),
-        ]
-        for method in report.methods
-        if method != report.reference
-      ],
-    }
-  )
+  others = [m for m in report.methods if m != report.reference]
+  if others:
+    tables.append(
+      {
+        "title": f"times {report.reference} (pooled)",
+        "head": ["method", *kinds],
+        "rows": [
+          [
+            method,
+            *(
+              _cell(report.improvement(method, report.reference, k))
+              for k in kinds
+            ),
+          ]
+          for method in others
+        ],
+      }
+    )
   figures = [
     {
       "alt": f"scores of {method}, trained on T and evaluated on E",
@@ -72,6 +82,10 @@ def render(
     reference=report.reference,
     notes=[_about(report), *notes],
     tables=tables,
+    undefined=shift_texts.undefined(report),
+    about=about or {},
+    made=made or {},
+    settings=json.dumps(settings, indent=2) if settings else "",
     figures=figures,
   )
 
@@ -80,10 +94,11 @@ def _about(report) -> str:
   drawn = "clusters and seeds" if report.seeds_drawn else "clusters"
   return (
     f"{report.score.replace('_', ' ')}, chance {report.chance:.3f}; "
-    f"{report.num_items} test items in {report.num_clusters} clusters, "
-    f"{report.num_seeds} seeds; {report.level:.0%} intervals of a paired "
-    f"bootstrap over {drawn}. Measured on absence: nothing here bounds a "
-    "perturbation."
+    f"{shift_texts.counted(report.num_items, 'test item')} in "
+    f"{shift_texts.counted(report.num_clusters, 'cluster')}, "
+    f"{shift_texts.counted(report.num_seeds, 'seed')}; "
+    f"{report.level:.0%} intervals of a paired bootstrap over {drawn}. "
+    "Measured on absence: nothing here bounds a perturbation."
   )
 
 

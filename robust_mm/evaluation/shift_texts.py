@@ -50,15 +50,17 @@ def as_dict(report) -> dict[str, Any]:
       if report.reference in methods and m != report.reference
     },
   }
-  return _plain(found)
+  return plain(found)
 
 
 def table(report) -> str:
   """Aggregates by kind of every method, what they rest on, and the matrix."""
   intro = (
-    f"{report.score}, chance {report.chance:.3g}; {report.num_items} items in "
-    f"{report.num_clusters} clusters, {report.num_seeds} seeds; reference "
-    f"{report.reference}; fidelity {report.fidelity}; {report.level:.0%} "
+    f"{report.score}, chance {report.chance:.3g}; "
+    f"{counted(report.num_items, 'item')} in "
+    f"{counted(report.num_clusters, 'cluster')}, "
+    f"{counted(report.num_seeds, 'seed')}; reference {report.reference}; "
+    f"fidelity {report.fidelity}; {report.level:.0%} "
     "intervals of a paired bootstrap over clusters"
     f"{' and seeds' if report.seeds_drawn else ''}."
   )
@@ -76,6 +78,19 @@ def table(report) -> str:
     for subset, count in report.num_empty.items()
   ]
   return "\n\n".join(blocks + (["\n".join(notes)] if notes else [])) + "\n"
+
+
+def undefined(report) -> str:
+  """What "undefined" stands for, a sentence without its point."""
+  return (
+    f"undefined: {report.reference} is within two standard errors of chance "
+    "there, too close to divide by"
+  )
+
+
+def counted(number: int, word: str) -> str:
+  """``1 seed``, ``3 seeds``."""
+  return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def _aggregates(report, method: str) -> str:
@@ -106,12 +121,11 @@ def _cell(estimate: shift_statistics.Estimate, report) -> str:
 
 
 def _matrix(report, method: str) -> str:
-  """Evaluated on the rows, trained on the columns: these are few."""
-  matrix = report.matrix(method)
-  heads = ["evaluated on \\ trained on", *_named(report.train_sets)]
+  """T down, E across, as in the figure and in JSON."""
+  heads = ["trained on \\ evaluated on", *_named(report.test_sets)]
   rows = [
-    [name, *[f"{value:.3f}" for value in column]]
-    for name, column in zip(_named(report.test_sets), matrix.T)
+    [name, *[f"{value:.3f}" for value in row]]
+    for name, row in zip(_named(report.train_sets), report.matrix(method))
   ]
   return _aligned([heads, *rows])
 
@@ -169,13 +183,14 @@ def _named(subsets) -> list[str]:
   return [modalities.subset_name(subset) for subset in subsets]
 
 
-def _plain(value):
+def plain(value):
+  """For strict JSON: arrays as lists, NaN and infinity as None."""
   if isinstance(value, dict):
-    return {name: _plain(part) for name, part in value.items()}
+    return {name: plain(part) for name, part in value.items()}
   if isinstance(value, np.ndarray):
-    return _plain(value.tolist())
+    return plain(value.tolist())
   if isinstance(value, list):
-    return [_plain(part) for part in value]
+    return [plain(part) for part in value]
   if isinstance(value, float) and not math.isfinite(value):
     return None
   return value

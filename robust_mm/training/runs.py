@@ -14,6 +14,7 @@ from robust_mm import config as config_lib
 
 CONFIG_FILE = "config.json"
 RUN_FILE = "run.json"
+STUDY_FILE = "study.json"
 LOCK_FILE = "lock"
 
 
@@ -56,7 +57,12 @@ def check_free(workdir: pathlib.Path) -> None:
 def check_config(
   workdir: pathlib.Path, config: ml_collections.ConfigDict
 ) -> None:
-  """UserError when the folder holds a run of another configuration."""
+  """UserError when the folder holds a study, or a run of another config."""
+  if (workdir / STUDY_FILE).is_file():
+    raise _validate.UserError(
+      f"the work directory {workdir} holds a study, which robust-mm shift goes "
+      "on with; choose another --workdir."
+    )
   path = workdir / CONFIG_FILE
   if not path.is_file():
     return
@@ -79,6 +85,15 @@ def check_config(
         f"config.{key} is {stored.get(key)!r} there and {given.get(key)!r} "
         f"here; choose another --workdir."
       )
+
+
+def check_no_run(workdir: pathlib.Path) -> None:
+  """UserError when the folder holds a single run, where a study would lie."""
+  if (workdir / CONFIG_FILE).is_file():
+    raise _validate.UserError(
+      f"the work directory {workdir} holds a single run, and a study needs a "
+      "folder of its own; choose another --workdir."
+    )
 
 
 def save_config(
@@ -137,6 +152,12 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   """The configuration of a run; UserError when there is none."""
   path = workdir / CONFIG_FILE
+  if (workdir / STUDY_FILE).is_file():
+    raise _validate.UserError(
+      f"{workdir} holds a study of robust-mm shift, no single run: its results "
+      f"are in {workdir / 'shift.html'}, its runs are the folders "
+      f"{workdir / 'runs' / 'METHOD' / 'TRAINED_ON' / 'SEED'}."
+    )
   if not path.is_file():
     inside = sorted(p.parent.name for p in workdir.glob(f"*/{CONFIG_FILE}"))
     hint = f" Did you mean {workdir / inside[0]}?" if inside else ""

@@ -38,17 +38,34 @@ def check(config) -> dict | None:
     )
   if config.init_phase:
     _validate_phase(config.init_phase, facts)
+  differs = difference(stored, config)
+  if differs:
+    recipe = stored.recipe.name
+    hint = ""
+    if recipe != "pretrain":
+      hint = (
+        f" It is a run of the recipe {recipe!r}; configs/pretraining.py makes "
+        "one to start from."
+      )
+    raise _validate.UserError(
+      f"config.init_from: the run in {folder} has another model: {differs}."
+      f"{hint}"
+    )
+  return facts
+
+
+def difference(stored, config) -> str | None:
+  """The first key in which the models of two configurations differ, said."""
   there, here = (
     runs.flatten(json.loads(c.model.to_json())) for c in (stored, config)
   )
   for key in sorted(there.keys() | here.keys()):
     if there.get(key) != here.get(key):
-      raise _validate.UserError(
-        f"config.init_from: the run in {folder} has another model: "
-        f"config.model.{key} is {there.get(key)!r} there and "
-        f"{here.get(key)!r} here."
-      )
-  return facts
+      said = [
+        f"{tree[key]!r}" if key in tree else "not set" for tree in (there, here)
+      ]
+      return f"config.model.{key} is {said[0]} there and {said[1]} here"
+  return None
 
 
 def _validate_phase(phase: str, facts: dict) -> None:

@@ -1,0 +1,117 @@
+"""The whole study: every model that is not there yet, then the page."""
+
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+
+from robust_mm import modalities
+from robust_mm import shift_methods
+from robust_mm.evaluation import shift
+from robust_mm.evaluation import shift_scores
+from robust_mm.shift_study import making
+from robust_mm.shift_study import plan
+from robust_mm.shift_study import writing
+from robust_mm.training import runs
+
+
+def run(
+  config,
+  folder: pathlib.Path,
+  *,
+  progress: Callable[..., None] = lambda done, total, text: None,
+  say: Callable[[str], None] = lambda line: None,
+) -> shift.ShiftReport | None:
+  """The whole matrix of every method; writes tables, plots and numbers.
+
+  ``shift.json``, ``shift.txt``, ``shift.html`` and ``plots/shift_<method>.png``
+  in the folder; ``study.json``, what was asked, from the start.
+
+  Args:
+    config: see ``configs/shift.py``.
+    folder: the work directory.
+    progress: ``progress(done, total, text)``; done counts models.
+    say: prints a line, one before every model that is made.
+
+  Returns:
+    The report; None after SIGTERM, when the same call goes on.
+
+  Raises:
+    UserError: one sentence naming the key; before anything is trained, unless
+      a folder holds runs of other settings.
+  """
+  study = plan.prepare(config, folder)
+  with runs.lock(study.folder):
+    plan.mark(study)
+    try:
+      logits = _all_logits(study, progress, say)
+    except making.StoppedError:
+      return None
+    report = _report(study, logits)
+    writing.write(study, report)
+  return report
+
+
+def _all_logits(study: plan.Study, progress, say) -> dict:
+  """``{(method, seed, T): [E, n, k]}``."""
+  found = {}
+  jobs = study.jobs()
+  for done, (name, seed, train) in enumerate(jobs):
+    text = f"{name} {modalities.subset_name(train)} seed {seed}"
+    if not making.is_made(study, name, train, seed):
+      _pretrain(study, seed, say)
+      say(f"{done + 1}/{len(jobs)} {text}")
+    progress(done, len(jobs), text)
+    found[name, seed, train] = making.logits(study, name, train, seed)
+  return found
+
+
+def _pretrain(study: plan.Study, seed: int, say) -> None:
+  """What all runs of a seed start from, where it is not there."""
+  spec = study.config.study.pretraining
+  if spec and not runs.has_ended(study.start(seed)):
+    say(f"pretraining of seed {seed}: {spec}")
+    making.pretrained(study, seed)
+
+
+def _report(study: plan.Study, logits: dict) -> shift.ShiftReport:
+  label = study.test["label"]
+  scored = study.score == "map"  # of whole sets: logits, not what is right
+
+  def result(name, seed, train):
+    found = logits[name, seed, train]
+    return found if scored else shift_scores.predictions(found) == label
+
+  results = {
+    name: np.array(
+      [
+        [result(name, seed, train) for train in study.train_sets]
+        for seed in study.seeds
+      ]
+    )
+    for name in study.config.study.methods
+  }
+  reference = shift_methods.REFERENCE
+  matched = {
+    subset: np.array(
+      [
+        result(reference, seed, subset)[study.test_sets.index(subset)]
+        for seed in study.seeds
+      ]
+    )
+    for subset in study.reference_sets
+  }
+  return shift.shift_report(
+    results,
+    study.names,
+    shift_scores.chance_level(label, score=study.score),
+    reference,
+    train_sets=study.train_sets,
+    test_sets=study.test_sets,
+    matched={reference: matched},
+    score=study.score,
+    label=label if scored else None,
+    present=study.test["present"],
+    clusters=study.clusters,
+    num_samples=study.config.study.num_samples,
+  )

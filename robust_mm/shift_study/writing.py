@@ -1,0 +1,97 @@
+"""The files of a study: numbers, text, plots and the page."""
+
+import json
+import math
+
+from robust_mm import _files
+from robust_mm import modalities
+from robust_mm import shift_methods
+from robust_mm.evaluation import circumstances
+from robust_mm.evaluation import shift
+from robust_mm.evaluation import shift_page
+from robust_mm.evaluation import shift_plots
+from robust_mm.evaluation import shift_texts
+from robust_mm.evaluation import style
+from robust_mm.shift_study import plan
+
+_FILES = (
+  "shift.json has every number of this page and more, by pair and by seed; "
+  "shift.txt the tables; plots/ the figures; study.json the configuration; "
+  "runs/METHOD/TRAINED_ON/SEED the models."
+)
+
+
+def write(study: plan.Study, report: shift.ShiftReport) -> None:
+  """``shift.json``, ``shift.txt``, ``shift.html``, ``plots/``."""
+  folder, config = study.folder, study.config
+  settings = json.loads(config.to_json())
+  where = circumstances.where()
+  about = {m: _about(study, m) for m in report.methods}
+  found = {
+    **report.to_dict(),
+    "about": about,
+    "budget": shift_methods.budgets(config),
+    "config": shift_texts.plain(settings),
+    **where,
+  }
+  _files.write_json(folder / plan.RESULTS, found)
+  _files.write_bytes(folder / "shift.txt", summary(study, report).encode())
+  drawn = {
+    method: style.png(shift_plots.heat_map(report, method))
+    for method in report.methods
+  }
+  for method, png in drawn.items():
+    _files.write_bytes(folder / "plots" / f"shift_{method}.png", png)
+  page = shift_page.render(
+    report,
+    title=f"Modality shift on {config.data.name}",
+    drawn=drawn,
+    about=about,
+    notes=[*_extra(study), _FILES],
+    made={
+      "budget": " ".join(shift_methods.budget_lines(config)),
+      "pretraining": config.study.pretraining or "none, from scratch",
+      "device": where["device"],
+      "versions": ", ".join(f"{n} {v}" for n, v in where["versions"].items()),
+    },
+    settings=settings,
+  )
+  _files.write_bytes(folder / "shift.html", page.encode())
+
+
+def summary(study: plan.Study, report: shift.ShiftReport) -> str:
+  """The report's tables, what interventions gain, what each method passed."""
+  lines = [report.table().rstrip()]
+  others = [m for m in report.methods if m != report.reference]
+  if others:
+    lines += ["", "times plain fine-tuning (pooled):"]
+  for method in others:
+    cells = []
+    for kind in report.categories:
+      if report.num_pairs[kind]:
+        found = report.improvement(method, report.reference, kind)
+        said = f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+        said = "undefined" if math.isnan(found.value) else said
+        cells.append(f"{kind} {said}")
+    lines.append(f"  {method:14s} " + "  ".join(cells))
+  if others:
+    lines.append(f"  ({shift_texts.undefined(report)})")
+  lines += ["", *shift_methods.budget_lines(study.config), *_extra(study)]
+  return "\n".join(lines) + "\n"
+
+
+def _about(study: plan.Study, method: str) -> str:
+  said = shift_methods.METHODS[method]
+  if isinstance(said, shift_methods.Between):
+    return f"{said.about}, at alpha {study.config.study.alpha:g}"
+  return said.about
+
+
+def _extra(study: plan.Study) -> list[str]:
+  """Says of which E the reference has models that are no rows."""
+  names = map(modalities.subset_name, study.reference_sets)
+  listed = ", ".join(names)
+  reference = shift_methods.REFERENCE
+  return [f"{reference} was trained on {listed} too, as reference."] * bool(
+    listed
+  )
