@@ -19,10 +19,12 @@ arms.
 
 import argparse
 import contextlib
+import functools
 import json
 import pathlib
 import runpy
 
+import grids
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,39 +48,31 @@ PLACES = ("each", "all")
 
 def main():
   options = _parser().parse_args()
-  _claim(options)
+  grids.claim(
+    options.workdir,
+    dataset=options.dataset,
+    severities=options.severities,
+    set=sorted(options.set),
+    smoke=options.smoke,
+  )
   arms = options.arms or _every_arm(options)
   found = {}
   for seed in range(options.seeds):
     for arm in arms:
-      found[arm, seed] = _kept(options, arm, seed, _measured)
+      found[arm, seed] = grids.kept(
+        options.workdir / arm / str(seed),
+        functools.partial(_measured, options, arm, seed),
+      )
       print(json.dumps(_line(arm, seed, found[arm, seed])), flush=True)
     if options.specialists:
-      found["specialists", seed] = _kept(
-        options, "specialists", seed, _specialists
+      found["specialists", seed] = grids.kept(
+        options.workdir / "specialists" / str(seed),
+        functools.partial(_specialists, options, seed),
       )
   text = "\n".join(_tables(found, options))
   print(text)
   if options.output:
     options.output.write_text(text + "\n")
-
-
-def _claim(options) -> None:
-  """Marks the folder as that of these settings; another one's is refused."""
-  wanted = {
-    "dataset": options.dataset,
-    "severities": options.severities,
-    "set": sorted(options.set),
-    "smoke": options.smoke,
-  }
-  path = options.workdir / "settings.json"
-  if path.is_file() and (found := json.loads(path.read_text())) != wanted:
-    raise SystemExit(
-      f"--workdir: {options.workdir} holds a grid of {found}, not of {wanted}; "
-      f"give another folder."
-    )
-  options.workdir.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(wanted))
 
 
 def _every_arm(options) -> list[str]:
@@ -107,18 +101,6 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def _kept(options, arm: str, seed: int, measure) -> dict:
-  """A measurement, from its file where it has been made."""
-  folder = options.workdir / arm / str(seed)
-  path = folder / "measured.json"
-  if not path.is_file():
-    found = measure(options, arm, seed, folder)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(found))
-    scratch.replace(path)
-  return json.loads(path.read_text())
-
-
 def _measured(options, arm: str, seed: int, folder: pathlib.Path) -> dict:
   config = _config(options, arm, seed)
   model, data, reference = _train(config, folder)
@@ -138,9 +120,8 @@ def _measured(options, arm: str, seed: int, folder: pathlib.Path) -> dict:
   }
 
 
-def _specialists(options, arm: str, seed: int, folder: pathlib.Path) -> dict:
+def _specialists(options, seed: int, folder: pathlib.Path) -> dict:
   """One model for each subset, trained on it and seeing nothing else."""
-  del arm
   spec = setup_lib.open_split(_config(options, "joint", seed), "test").spec
   correct = {}
   for subset in modalities.subsets(spec):
@@ -277,20 +258,20 @@ def _tables(found: dict, options) -> list[str]:
     "accuracy by availability set: mean +- standard deviation over seeds",
   ]
   names = list(of[arms[0]][0]["correct"])
-  lines.append(_row("", [*names, "mean", "worst"], 25))
+  lines.append(grids.row("", [*names, "mean", "worst"], 25))
   for arm in arms:
     table = np.array(
       [[np.mean(m["correct"][n]) for n in names] for m in of[arm]]
     )
     columns = [*table.T, table.mean(1), table.min(1)]
-    lines.append(_row(arm, [_spread(c) for c in columns], 25))
+    lines.append(grids.row(arm, [grids.spread(c) for c in columns], 25))
   measured = [arm for arm in arms if "corrupted" in of[arm][0]]
   kinds = _kinds(of[measured[0]][0])
   scores = [(word, place) for word in kinds for place in PLACES]
   words = [" ".join(score) for score in scores]
   lines += ["", "corruption (unseen: not in damage) and missing rates"]
   rates = [f"missing {rate}" for rate in RATES]
-  lines.append(_row("", [*words, *rates, "mAP"], 20))
+  lines.append(grids.row("", [*words, *rates, "mAP"], 20))
   for arm in measured:
     columns = [
       [np.mean(_corruption_rows(m, place, kinds[word])) for m in of[arm]]
@@ -298,52 +279,35 @@ def _tables(found: dict, options) -> list[str]:
     ]
     columns += [[m["missing"][str(r)] for m in of[arm]] for r in RATES]
     columns += [[m["average_precision"] for m in of[arm]]]
-    lines.append(_row(arm, [_spread(c) for c in columns], 20))
+    lines.append(grids.row(arm, [grids.spread(c) for c in columns], 20))
   if options.against in measured:
     others = [arm for arm in measured if arm != options.against]
     base = of[options.against]
     lines += ["", f"difference to {options.against}, 95 % interval (points)"]
-    lines.append(_row("", ["mean over sets", *names, *words], 25))
+    lines.append(grids.row("", ["mean over sets", *names, *words], 25))
     for arm in others:
       pairs = [(_subset_rows(m) for m in ms) for ms in (of[arm], base)]
-      cells = [_interval(*pairs)]
+      cells = [grids.interval(*pairs)]
       cells += [_difference(of[arm], base, name) for name in names]
       for word, place in scores:
         pairs = [
           [_corruption_rows(m, place, kinds[word]) for m in ms]
           for ms in (of[arm], base)
         ]
-        cells.append(_interval(*pairs))
-      lines.append(_row(arm, cells, 25))
+        cells.append(grids.interval(*pairs))
+      lines.append(grids.row(arm, cells, 25))
   if "specialists" in of and FULL in of:
     lines += ["", "full less the specialist of the subset (points)"]
     cells = [_difference(of[FULL], of["specialists"], name) for name in names]
-    lines += [_row("", names, 25), _row("", cells, 25)]
+    lines += [grids.row("", names, 25), grids.row("", cells, 25)]
   return lines
 
 
 def _difference(first, second, name: str) -> str:
   """With one availability set."""
-  return _interval(
+  return grids.interval(
     *([m["correct"][name] for m in ms] for ms in (first, second))
   )
-
-
-def _interval(first, second) -> str:
-  found = metrics.paired_bootstrap(
-    np.array(list(first)), np.array(list(second))
-  )
-  mean, low, high = (100 * value for value in found[:3])
-  return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
-
-
-def _spread(values) -> str:
-  spread = f"{np.std(values, ddof=1):.4f}" if len(values) > 1 else "-"
-  return f"{np.mean(values):.4f} +- {spread}"
-
-
-def _row(head: str, cells, width: int) -> str:
-  return f"{head:18s}" + "".join(f"{cell:>{width}s}" for cell in cells)
 
 
 if __name__ == "__main__":

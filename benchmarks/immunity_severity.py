@@ -14,9 +14,10 @@ from resampled seeds. What is trained is kept in ``--workdir``.
 """
 
 import argparse
-import json
+import functools
 import pathlib
 
+import grids
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +54,7 @@ FORMS = {
 
 def main():
   options = _parser().parse_args()
+  grids.claim(options.workdir, dataset=options.dataset, smoke=options.smoke)
   lines = [
     f"{options.dataset}, {options.seeds} seeds, jax {jax.__version__}, "
     f"{jax.devices()[0].device_kind}; mean over seeds",
@@ -105,22 +107,17 @@ def _spearman(severity, retention):
 
 
 def _kept(options, form: str, weight: float, seed: int) -> list[float]:
-  """A measurement, from its file where it has been made."""
-  words = [form.replace(", ", "_").replace(" ", "_"), str(weight), str(seed)]
-  folder = options.workdir / "-".join(words)
-  path = folder / "measured.json"
-  if not path.is_file():
-    folder.mkdir(parents=True, exist_ok=True)
-    found = _measured(options, form, weight, seed, folder)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(found))
-    scratch.replace(path)
-    print(form, weight, seed, np.round(found, 4).tolist(), flush=True)
-  return json.loads(path.read_text())
+  """Stable rank, retention, mean, worst and full accuracy."""
+  # Without collapse all forms are the same training.
+  words = [form.replace(", ", "_").replace(" ", "_") if weight else "none"]
+  words += [str(weight), str(seed)]
+  return grids.kept(
+    options.workdir / "-".join(words),
+    functools.partial(_measured, options, form, weight, seed),
+  )
 
 
 def _measured(options, form, weight, seed, folder) -> list[float]:
-  """Stable rank, retention, mean, worst and full accuracy."""
   smoke = ",smoke" if options.smoke else ""
   config = config_lib.load(
     f"{SPEC}:{options.dataset}{smoke}", [f"--config.seed={seed}"]
@@ -155,13 +152,9 @@ def _measured(options, form, weight, seed, folder) -> list[float]:
     scores[modalities.subset_name(subset)] = float(jnp.mean(right))
   found = metrics.robustness(scores)
   whole = scores[modalities.subset_name(tuple(data["inputs"]))]
-  return [
-    np.mean(ranks),
-    found["retention"],
-    found["mean"],
-    found["min"],
-    whole,
-  ]
+  kept = np.mean(ranks), found["retention"], found["mean"], found["min"], whole
+  print(form, weight, seed, np.round(kept, 4).tolist(), flush=True)
+  return [float(value) for value in kept]
 
 
 if __name__ == "__main__":

@@ -18,9 +18,11 @@ the number of updates. What is done is kept in ``--workdir`` and not done again.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 
+import grids
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +33,6 @@ from robust_mm import config as config_lib
 from robust_mm import corruptions
 from robust_mm import nullspace
 from robust_mm import training
-from robust_mm.evaluation import metrics
 from robust_mm.training import setup as setup_lib
 
 SPEC = "configs/nullspace.py"
@@ -52,6 +53,15 @@ MODALITY = "image"
 
 def main():
   options = _parser().parse_args()
+  grids.claim(
+    options.workdir,
+    images=options.images,
+    attacked=options.attacked,
+    radius=options.radius,
+    severities=options.severities,
+    set=sorted(options.set),
+    smoke=options.smoke,
+  )
   # Seeds of an arm compile the same functions.
   cache = (options.workdir / "compiled").resolve()
   jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -62,7 +72,10 @@ def main():
   # Seed by seed: a table of what there is can be made at any time.
   for seed in range(options.seeds):
     for name, (arm, changes) in arms.items():
-      found[name, seed] = _kept(options, name, arm, changes, seed)
+      found[name, seed] = grids.kept(
+        options.workdir / name / str(seed),
+        functools.partial(_measured, options, arm, changes, seed),
+      )
       print(json.dumps(_line(name, seed, found[name, seed])), flush=True)
   text = "\n".join(_tables(found, list(arms), options))
   print(text)
@@ -91,18 +104,6 @@ def _also(text: str):
   name, arm, *rest = text.split(":")
   pairs = [part.split("=", 1) for part in ",".join(rest).split(",") if part]
   return name, (arm, dict(pairs))
-
-
-def _kept(options, name: str, arm: str, changes: dict, seed: int) -> dict:
-  """A measurement, from its file where it has been made."""
-  folder = options.workdir / name / str(seed)
-  path = folder / "measured.json"
-  if not path.is_file():
-    found = _measured(options, arm, changes, seed, folder)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(found))
-    scratch.replace(path)
-  return json.loads(path.read_text())
 
 
 def _config(options, arm: str, seed: int, given: list[str]):
@@ -286,7 +287,7 @@ def _tables(found: dict, arms: list[str], options) -> list[str]:
     *[f"also {text}" for text in options.also],
     "",
     "accuracy: mean +- standard deviation over seeds",
-    _row("", ["clean", "corrupted", "attacked"], 19),
+    grids.row("", ["clean", "corrupted", "attacked"], 19),
   ]
   measures = {
     "clean": lambda m: np.array(m["clean"]),
@@ -295,26 +296,27 @@ def _tables(found: dict, arms: list[str], options) -> list[str]:
   }
   for arm in arms:
     cells = [
-      _spread([np.mean(rows(m)) for m in of[arm]]) for rows in measures.values()
+      grids.spread([np.mean(rows(m)) for m in of[arm]])
+      for rows in measures.values()
     ]
-    lines.append(_row(arm, cells, 19))
+    lines.append(grids.row(arm, cells, 19))
   for base in [name for name in options.against if name in arms]:
     lines += ["", f"difference to {base}, 95 % interval (points)"]
-    lines.append(_row("", list(measures), 25))
+    lines.append(grids.row("", list(measures), 25))
     for arm in arms:
       if arm != base:
         cells = [
-          _interval([rows(m) for m in of[arm]], [rows(m) for m in of[base]])
+          grids.interval(*([rows(m) for m in of[x]] for x in (arm, base)))
           for rows in measures.values()
         ]
-        lines.append(_row(arm, cells, 25))
-  lines += ["", "accuracy by kind of corruption", _row("", kinds, 17)]
+        lines.append(grids.row(arm, cells, 25))
+  lines += ["", "accuracy by kind of corruption", grids.row("", kinds, 17)]
   for arm in arms:
     cells = [
       f"{np.mean([list(m['corrupted'][k].values()) for m in of[arm]]):.4f}"
       for k in kinds
     ]
-    lines.append(_row(arm, cells, 17))
+    lines.append(grids.row(arm, cells, 17))
   lines += ["", "searches of the first seed: relative radius, mean criterion"]
   for arm in arms:
     one = of[arm][0]["searches"]
@@ -336,21 +338,6 @@ def _tables(found: dict, arms: list[str], options) -> list[str]:
       f"of the same norm {min(generic):.2f} to {max(generic):.2f}"
     )
   return lines
-
-
-def _interval(first, second) -> str:
-  found = metrics.paired_bootstrap(np.array(first), np.array(second))
-  mean, low, high = (100 * value for value in found[:3])
-  return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
-
-
-def _spread(values) -> str:
-  spread = f"{np.std(values, ddof=1):.4f}" if len(values) > 1 else "-"
-  return f"{np.mean(values):.4f} +- {spread}"
-
-
-def _row(head: str, cells, width: int) -> str:
-  return f"{head:22s}" + "".join(f"{cell:>{width}s}" for cell in cells)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,15 @@ import sys
 
 import pytest
 
-GRID = pathlib.Path(__file__).parents[1] / "benchmarks" / "immunity_grid.py"
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 
 
-def run(monkeypatch, *arguments):
-  monkeypatch.setattr(sys, "argv", [str(GRID), *map(str, arguments)])
-  runpy.run_path(str(GRID), run_name="__main__")
+def run(monkeypatch, *arguments, name="immunity_grid"):
+  script = str(BENCHMARKS / f"{name}.py")
+  # As ``python benchmarks/NAME.py`` has it.
+  monkeypatch.syspath_prepend(BENCHMARKS)
+  monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+  runpy.run_path(script, run_name="__main__")
 
 
 def test_the_grid_measures_every_arm_once(tmp_path, monkeypatch, capsys):
@@ -43,3 +46,23 @@ def test_the_grid_measures_every_arm_once(tmp_path, monkeypatch, capsys):
     run(monkeypatch, *common[:-3], 5, *common[-2:], *arms)
   with pytest.raises(SystemExit, match="give another folder"):
     run(monkeypatch, *common, "--set", "optimizer.lr=0.1", *arms)
+
+
+def test_what_is_kept_is_not_measured_again(tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(BENCHMARKS)
+  import grids
+
+  calls = []
+
+  def measure(folder):
+    assert folder.is_dir()
+    calls.append(folder)
+    return {"value": len(calls)}
+
+  for _ in range(2):
+    assert grids.kept(tmp_path / "a", measure) == {"value": 1}
+  assert grids.kept(tmp_path / "b", measure) == {"value": 2}
+  grids.claim(tmp_path, radii=(1, 2))
+  grids.claim(tmp_path, radii=(1, 2))
+  with pytest.raises(SystemExit, match="give another folder"):
+    grids.claim(tmp_path, radii=(1, 3))
