@@ -3,7 +3,8 @@
   robust-mm train --config=configs/finetune.py:utd_mhad --workdir=runs/tuned \\
       --config.init_from=runs/pre --config.data.labelled=inertial,skeleton
 
-The argument names the data set (digits, av_digits, utd_mhad, mosi, mfeat) and
+The argument names the data set (digits, av_digits, utd_mhad, mosi, mfeat, or of
+which nothing has been measured audioset, kinetics, imagenet_captions) and
 variants: probe (a linear head on frozen features), finetune (all parameters at
 once, from a fresh head) in place of the one after the other (LP-FT); dropout
 (fine-tuning sees random subsets of what is labelled); smoke (a few steps).
@@ -17,7 +18,7 @@ selection see no others. Evaluation sees all of them.
 
 from robust_mm import config as base
 
-DATASETS = ("digits", "av_digits", "utd_mhad", "mosi", "mfeat")
+DATASETS = ("digits", "av_digits", "utd_mhad", "mosi", "mfeat", *base.LARGE)
 VARIANTS = ("probe", "finetune", "dropout", "smoke")
 APART = (("probe", "finetune"), ("probe", "dropout"))
 

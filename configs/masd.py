@@ -3,7 +3,7 @@
   robust-mm train --config=configs/masd.py:utd_mhad --workdir=runs/masd \\
       --config.init_from=runs/pre --config.data.labelled=inertial
 
-The argument names the data set (digits, av_digits, utd_mhad, mosi, mfeat) and
+The argument names the data set (those of configs/finetune.py) and
 variants: published (no ramp); ema, frozen (the teacher; the model itself
 otherwise); supersets (the teacher is the mean over all sets that hold the
 labelled one); finetune (from a fresh head, no linear probe first); smoke (a few

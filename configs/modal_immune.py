@@ -26,8 +26,7 @@ nothing and are refused.
 
 from robust_mm import config as base
 
-# Small networks on whatever arrays were extracted.
-LARGE = ("audioset", "kinetics", "imagenet_captions")
+LARGE = base.LARGE  # small networks on whatever arrays were extracted
 DATASETS = (
   "digits",
   "utd_mhad",

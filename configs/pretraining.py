@@ -2,7 +2,8 @@
 
   robust-mm train --config=configs/pretraining.py:utd_mhad --workdir=runs/pre
 
-The argument names the data set (digits, av_digits, utd_mhad, mosi, mfeat) and
+The argument names the data set (digits, av_digits, utd_mhad, mosi, mfeat, or of
+which nothing has been measured audioset, kinetics, imagenet_captions) and
 variants: contrastive (features of one modality tell which of another belong to
 them) or both (a masked autoencoder beside that) in place of the autoencoder
 alone; no_hiding (no modality is hidden as a whole; not for mfeat and mosi,
@@ -19,7 +20,7 @@ training labels; --config.data.modalities=audio,words has none of that.
 
 from robust_mm import config as base
 
-DATASETS = ("digits", "av_digits", "utd_mhad", "mosi", "mfeat")
+DATASETS = ("digits", "av_digits", "utd_mhad", "mosi", "mfeat", *base.LARGE)
 VARIANTS = ("contrastive", "both", "no_hiding", "smoke")
 APART = (("contrastive", "both"), ("contrastive", "no_hiding"))
 

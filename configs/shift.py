@@ -2,8 +2,9 @@
 
   robust-mm shift --config=configs/shift.py:utd_mhad --workdir=runs/shift
 
-The argument names the data set (digits, av_digits, utd_mhad, mfeat) and
-variants: scratch (no pretraining); smoke (a few steps). Everything but
+The argument names the data set (digits, av_digits, utd_mhad, mfeat, or of which
+nothing has been measured audioset, scored by mAP, kinetics, imagenet_captions)
+and variants: scratch (no pretraining); smoke (a few steps). Everything but
 ``config.study`` is the configuration of one fine-tuning run
 (``configs/finetune.py``), changed by each method (``robust_mm.shift_methods``).
 
@@ -16,7 +17,7 @@ import runpy
 
 from robust_mm import config as base
 
-DATASETS = ("digits", "av_digits", "utd_mhad", "mfeat")
+DATASETS = ("digits", "av_digits", "utd_mhad", "mfeat", *base.LARGE)
 VARIANTS = ("scratch", "smoke")
 EPOCHS = {"av_digits": 8}  # of fine-tuning; 80 of the others
 CLUSTERS = {"av_digits": "speaker", "utd_mhad": "subject"}

@@ -236,6 +236,9 @@ def spare_attacks(config: ml_collections.ConfigDict) -> None:
   config.evaluation.tightness = ()
 
 
+# Of what users have extracted themselves; nothing has been measured on them.
+LARGE = ("audioset", "kinetics", "imagenet_captions")
+
 # What token models take of a data set, where it is not its default.
 _TOKEN_MODALITIES = {
   "mfeat": ("fac", "fou", "kar", "mor", "pix", "zer"),

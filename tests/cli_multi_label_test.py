@@ -47,6 +47,47 @@ def immune(prepared, tmp_path_factory):
   return workdir
 
 
+def test_a_study_of_shift_is_scored_by_map(prepared, tmp_path, capsys):
+  words = [
+    "shift",
+    "--config=configs/shift.py:audioset,scratch,smoke",
+    f"--workdir={tmp_path / 'study'}",
+    f"--config.data.path={prepared}",
+    "--config.mesh.data=1",
+    "--config.study.methods=finetune,ensemble",
+  ]
+  code, out, _ = run(capsys, *words)
+  assert code == 0
+  assert "nan" not in out
+  found = json.loads((tmp_path / "study" / "shift.json").read_text())
+  assert found["train_sets"] == ["audio", "video", "audio+video"]
+  batch = data.open_source("audioset", "test", path=prepared).batch()
+  mean = sklearn.metrics.average_precision_score
+
+  def logits(method, train):
+    place = tmp_path / "study" / "runs" / method / train / "0"
+    return dict(np.load(place / "logits.npz"))
+
+  for method in ("finetune", "ensemble"):
+    expected = [
+      [
+        mean(batch["label"], logits(method, train)[test])
+        for test in found["test_sets"]
+      ]
+      for train in found["train_sets"]
+    ]
+    np.testing.assert_allclose(
+      found["methods"][method]["matrix"], expected, rtol=1e-5
+    )
+  alone = [logits("finetune", m)[m] for m in ("audio", "video")]
+  said = [-np.log1p(np.exp(-x)) for x in alone]  # of every class by itself
+  np.testing.assert_allclose(
+    logits("ensemble", "audio+video")["audio+video"],
+    np.mean(said, axis=0),
+    rtol=1e-5,
+  )
+
+
 def test_facts_hold_the_task_and_the_metric(immune):
   facts = runs.describe(immune)
   assert (facts["task"], facts["num_classes"]) == ("multi_label", 4)

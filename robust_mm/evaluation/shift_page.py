@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from robust_mm.evaluation import shift as shift_lib
 from robust_mm.evaluation import shift_texts
 from robust_mm.evaluation import templating
@@ -46,7 +44,13 @@ def render(
       "title": what,
       "head": ["method", *kinds],
       "rows": [
-        [method, *(_cell(report.estimate(method, k, name)) for k in kinds)]
+        [
+          method,
+          *(
+            shift_texts.with_interval(report.estimate(method, k, name))
+            for k in kinds
+          ),
+        ]
         for method in report.methods
       ],
     }
@@ -62,7 +66,9 @@ def render(
           [
             method,
             *(
-              _cell(report.improvement(method, report.reference, k))
+              shift_texts.with_interval(
+                report.improvement(method, report.reference, k)
+              )
               for k in kinds
             ),
           ]
@@ -100,9 +106,3 @@ def _about(report) -> str:
     f"{report.level:.0%} intervals of a paired bootstrap over {drawn}. "
     "Measured on absence: nothing here bounds a perturbation."
   )
-
-
-def _cell(estimate) -> str:
-  if np.isnan(estimate.value):
-    return "undefined"
-  return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"

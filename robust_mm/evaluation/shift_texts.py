@@ -111,10 +111,19 @@ def _aggregates(report, method: str) -> str:
   return f"{method}\n" + _aligned([heads, *rows])
 
 
+def with_interval(estimate: shift_statistics.Estimate) -> str:
+  """``0.912 [0.874, 0.950]``, or what of it is defined."""
+  if math.isnan(estimate.value):
+    return "undefined"
+  if math.isnan(estimate.low):  # in many draws there is nothing to divide by
+    return f"{estimate.value:.3f} [undefined]"
+  return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
 def _cell(estimate: shift_statistics.Estimate, report) -> str:
   if math.isnan(estimate.value):
     return "-"
-  text = f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+  text = with_interval(estimate)
   if report.num_seeds > 1 and not report.seeds_drawn:
     text += f" ({estimate.seed_low:.3f}..{estimate.seed_high:.3f})"
   return text

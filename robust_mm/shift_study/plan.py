@@ -19,7 +19,7 @@ Subset = tuple[str, ...]
 
 RESULTS = "shift.json"
 _MOST = 4  # modalities of which all sets are trained on
-_SCORES = {_tasks.CLASSIFICATION: "accuracy"}
+_SCORES = {_tasks.CLASSIFICATION: "accuracy", _tasks.MULTI_LABEL: "map"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,7 +99,7 @@ def prepare(config, folder: pathlib.Path) -> Study:
   test = setup_lib.open_split(config, "test")
   if test.task not in _SCORES:
     raise _validate.UserError(
-      f"config.data.name: robust-mm shift compares classifiers; the labels of "
+      f"config.data.name: robust-mm shift needs classes; the labels of "
       f"{config.data.name} are {_tasks.LABELS[test.task]}."
     )
   names = modalities.names(test.spec)

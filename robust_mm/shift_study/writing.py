@@ -89,9 +89,9 @@ def _about(study: plan.Study, method: str) -> str:
 
 def _extra(study: plan.Study) -> list[str]:
   """Says of which E the reference has models that are no rows."""
-  names = map(modalities.subset_name, study.reference_sets)
-  listed = ", ".join(names)
-  reference = shift_methods.REFERENCE
-  return [f"{reference} was trained on {listed} too, as reference."] * bool(
-    listed
-  )
+  if not study.reference_sets:
+    return []
+  listed = ", ".join(map(modalities.subset_name, study.reference_sets))
+  return [
+    f"{shift_methods.REFERENCE} was trained on {listed} too, as reference."
+  ]
