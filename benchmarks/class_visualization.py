@@ -93,6 +93,7 @@ CLAIM = 0.2
 
 def main():
   options = _parser().parse_args()
+  _claim(options)
   networks = [
     _network(options, "cnn", seed) for seed in range(options.networks)
   ]
@@ -101,7 +102,8 @@ def main():
   items = setup_lib.open_split(config, "train", limit=2000).batch()
   test = setup_lib.open_split(config, "test").batch()
   found = {}
-  for row, (chosen, given) in ROWS.items():
+  for row in options.rows:
+    chosen, given = ROWS[row]
     path = options.workdir / f"{_slug(row)}.json"
     if not path.is_file():
       made = [
@@ -137,9 +139,27 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--networks", type=int, default=3)
   parser.add_argument("--starts", type=int, default=3)
   parser.add_argument("--smoke", action="store_true", help="a few steps")
+  parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
   parser.add_argument("--output", type=pathlib.Path)
   return parser
+
+
+def _claim(options) -> None:
+  """Marks the folder as that of these settings; another one's is refused."""
+  wanted = {
+    "networks": options.networks,
+    "starts": options.starts,
+    "smoke": options.smoke,
+  }
+  path = options.workdir / "settings.json"
+  if path.is_file() and (found := json.loads(path.read_text())) != wanted:
+    raise SystemExit(
+      f"--workdir: {options.workdir} holds what was measured with {found}, not "
+      f"with {wanted}; give another folder."
+    )
+  options.workdir.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(wanted))
 
 
 def _network(options, kind: str, seed: int):

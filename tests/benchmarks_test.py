@@ -7,12 +7,14 @@ import sys
 
 import pytest
 
-GRID = pathlib.Path(__file__).parents[1] / "benchmarks" / "immunity_grid.py"
+FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
+GRID = FOLDER / "immunity_grid.py"
+VISUAL = FOLDER / "class_visualization.py"
 
 
-def run(monkeypatch, *arguments):
-  monkeypatch.setattr(sys, "argv", [str(GRID), *map(str, arguments)])
-  runpy.run_path(str(GRID), run_name="__main__")
+def run(monkeypatch, *arguments, script=GRID):
+  monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+  runpy.run_path(str(script), run_name="__main__")
 
 
 def test_the_grid_measures_every_arm_once(tmp_path, monkeypatch, capsys):
@@ -43,3 +45,31 @@ def test_the_grid_measures_every_arm_once(tmp_path, monkeypatch, capsys):
     run(monkeypatch, *common[:-3], 5, *common[-2:], *arms)
   with pytest.raises(SystemExit, match="give another folder"):
     run(monkeypatch, *common, "--set", "optimizer.lr=0.1", *arms)
+
+
+def test_pictures_are_made_once_and_compared_with_those_without(
+  tmp_path, monkeypatch, capsys, data_dir
+):
+  monkeypatch.setenv("ROBUST_MM_DATA_DIR", str(data_dir))
+  turned = "rotation 15, scale .15, jitter 2"
+  folder = tmp_path / "visual"
+  common = ["--networks=1", "--starts=2", "--smoke", "--workdir", folder]
+  rows = ["--rows", "none", turned]
+  run(monkeypatch, *common, *rows, script=VISUAL)
+  first = capsys.readouterr().out
+  files = [folder / "none.json", *folder.glob("rotation*.json")]
+  times = [path.stat().st_mtime_ns for path in files]
+  assert len(files) == 2
+  table = tmp_path / "table.txt"
+  run(monkeypatch, *common, *rows, "--output", table, script=VISUAL)
+  assert times == [path.stat().st_mtime_ns for path in files]  # kept
+  assert table.read_text() in first
+  none, other = (json.loads(path.read_text()) for path in files)
+  assert set(none) == set(other)
+  assert len(none["far"][0]) == 10 * 2
+  far = [sum(values["far"][0]) / 20 for values in (none, other)]
+  assert f"{turned:46s}{far[1] - far[0]:+10.3f} [" in first
+  assert "real test digits" in first
+  # Other pictures would be read from the same files.
+  with pytest.raises(SystemExit, match="give another folder"):
+    run(monkeypatch, *common[1:], "--networks=2", *rows, script=VISUAL)
