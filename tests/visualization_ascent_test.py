@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.ndimage
 
 from robust_mm import models
 from robust_mm import visualization
@@ -384,6 +385,25 @@ def test_fourier_and_range_of_channels_reach_the_class():
   assert found.inputs.max() <= 3
 
 
+def test_blur_is_a_gaussian_with_held_ends_in_the_first_half():
+  x = jax.random.uniform(KEY, (9, 7, 2))
+  wanted = scipy.ndimage.gaussian_filter(
+    x, (1, 1, 0), mode="nearest", truncate=3
+  )
+  np.testing.assert_allclose(
+    parameterizations.blur(x, (0, 1)), wanted, atol=1e-6
+  )
+  # A start of large noise that no step moves: after two of four, one blur.
+  options = {**STILL, "init_std": 1.0, "transforms": transforms.image()}
+  start, blurred = (
+    make(**options, num_steps=4, blur_every=every).inputs for every in (0, 2)
+  )
+  for found, x in zip(blurred[:, 0], start[:, 0]):
+    np.testing.assert_allclose(
+      found, parameterizations.blur(x, (0, 1)), atol=1e-5
+    )
+
+
 def test_a_value_that_is_not_finite_freezes_its_input_alone():
   def breaks(params, inputs):
     logits = linear(params, inputs)
@@ -411,6 +431,10 @@ def test_a_value_that_is_not_finite_freezes_its_input_alone():
   assert np.all(values[step:] == values[step - 1])
   assert np.all(np.isfinite(breaks(WEIGHTS, {"image": found.inputs[1]})))
   assert np.all(np.isnan(breaks(WEIGHTS, {"image": stopped.inputs[1, :1]})))
+  # Nobody but the end looks at what the last step made.
+  ended = make(breaks, **{**options, "num_steps": step})
+  assert ended.first_bad_step[1, 0] == step
+  np.testing.assert_allclose(ended.inputs[1, 0], found.inputs[1, 0], atol=1e-6)
 
 
 def test_published_mode_says_that_it_is_a_reconstruction():
