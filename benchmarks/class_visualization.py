@@ -16,9 +16,9 @@ is measured is kept in ``--workdir``.
 """
 
 import argparse
-import json
 import pathlib
 
+import grids
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,6 +93,12 @@ CLAIM = 0.2
 
 def main():
   options = _parser().parse_args()
+  grids.claim(
+    options.workdir,
+    networks=options.networks,
+    starts=options.starts,
+    smoke=options.smoke,
+  )
   networks = [
     _network(options, "cnn", seed) for seed in range(options.networks)
   ]
@@ -101,15 +107,20 @@ def main():
   items = setup_lib.open_split(config, "train", limit=2000).batch()
   test = setup_lib.open_split(config, "test").batch()
   found = {}
-  for row, (chosen, given) in ROWS.items():
-    path = options.workdir / f"{_slug(row)}.json"
-    if not path.is_file():
-      made = [
-        _made(options, network, seed, chosen, given, items)
-        for seed, network in enumerate(networks)
-      ]
-      _write(path, _measured(networks, other, made, items))
-    found[row] = json.loads(path.read_text())
+  for row in options.rows:
+    chosen, given = ROWS[row]
+    found[row] = grids.kept(
+      options.workdir / _slug(row),
+      lambda folder, chosen=chosen, given=given: _measured(
+        networks,
+        other,
+        [
+          _made(options, network, seed, chosen, given, items)
+          for seed, network in enumerate(networks)
+        ],
+        items,
+      ),
+    )
     print(_line(row, found[row]), flush=True)
   rows = [np.flatnonzero(test["label"] == c)[: options.starts] for c in CLASSES]
   real = test["inputs"]["image"][np.stack(rows)]
@@ -137,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--networks", type=int, default=3)
   parser.add_argument("--starts", type=int, default=3)
   parser.add_argument("--smoke", action="store_true", help="a few steps")
+  parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
   parser.add_argument("--output", type=pathlib.Path)
   return parser
@@ -255,12 +267,6 @@ def _differences(found: dict) -> list[str]:
 
 def _slug(row: str) -> str:
   return "".join(c if c.isalnum() else "_" for c in row)
-
-
-def _write(path: pathlib.Path, values: dict) -> None:
-  scratch = path.with_suffix(".tmp")
-  scratch.write_text(json.dumps(values))
-  scratch.replace(path)
 
 
 if __name__ == "__main__":

@@ -66,3 +66,41 @@ def test_what_is_kept_is_not_measured_again(tmp_path, monkeypatch):
   grids.claim(tmp_path, radii=(1, 2))
   with pytest.raises(SystemExit, match="give another folder"):
     grids.claim(tmp_path, radii=(1, 3))
+
+
+def test_pictures_are_made_once_and_compared_with_those_without(
+  tmp_path, monkeypatch, capsys, data_dir
+):
+  monkeypatch.setenv("ROBUST_MM_DATA_DIR", str(data_dir))
+  turned = "rotation 15, scale .15, jitter 2"
+  folder = tmp_path / "visual"
+  common = ["--networks=1", "--starts=2", "--smoke", "--workdir", folder]
+  rows = ["--rows", "none", turned]
+  run(monkeypatch, *common, *rows, name="class_visualization")
+  first = capsys.readouterr().out
+  files = [
+    folder / name / "measured.json"
+    for name in ("none", "rotation_15__scale__15__jitter_2")
+  ]
+  times = [path.stat().st_mtime_ns for path in files]
+  table = tmp_path / "table.txt"
+  run(
+    monkeypatch, *common, *rows, "--output", table, name="class_visualization"
+  )
+  assert times == [path.stat().st_mtime_ns for path in files]  # kept
+  assert table.read_text() in first
+  none, other = (json.loads(path.read_text()) for path in files)
+  assert set(none) == set(other)
+  assert len(none["far"][0]) == 10 * 2
+  far = [sum(values["far"][0]) / 20 for values in (none, other)]
+  assert f"{turned:46s}{far[1] - far[0]:+10.3f} [" in first
+  assert "real test digits" in first
+  # Other pictures would be read from the same files.
+  with pytest.raises(SystemExit, match="give another folder"):
+    run(
+      monkeypatch,
+      *common[1:],
+      "--networks=2",
+      *rows,
+      name="class_visualization",
+    )

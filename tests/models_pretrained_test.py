@@ -228,6 +228,17 @@ def test_config_json_is_heeded(params, tmp_path):
     load(path)
 
 
+@pytest.mark.parametrize("size", ["tiny", "small"])
+def test_heads_without_config_json_are_those_of_the_width(size, tmp_path):
+  net = vit.vision_transformer(size, depth=1, mlp_dim=4, patch_size=4)
+  tensors = reference.timm(net, reference.random_params(net, (8, 8, 1)))
+  path = reference.save(tmp_path / "model.safetensors", tensors)
+  assert (
+    load(path, num_heads=None)[0].num_heads == {"tiny": 3, "small": 6}[size]
+  )
+  assert load(path, num_heads=2)[0].num_heads == 2
+
+
 def changed(name, value):
   return lambda tensors: tensors.update({name: value(tensors[name])})
 

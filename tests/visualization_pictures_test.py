@@ -117,7 +117,9 @@ def test_colour_table_rises_in_lightness():
   lightness = table @ [0.2126, 0.7152, 0.0722]
   assert lightness[0] == 0
   assert lightness[-1] == pytest.approx(255)
-  assert np.all(np.diff(lightness) > -1)
+  # Up to half a level that rounding takes from each colour.
+  assert np.all(np.diff(lightness) > -0.5)
+  assert np.all(lightness[4:] > lightness[:-4])
 
 
 @pytest.mark.parametrize(
@@ -141,6 +143,26 @@ def test_every_kind_has_a_picture_that_shows_what_changes(kind, shape):
   visualization.png(found)
   assert found.shape == other.shape
   assert not np.array_equal(found, other)
+
+
+@pytest.mark.parametrize(
+  ("kind", "shape"), [("inertial", (30, 6)), ("skeleton", (30, 4, 3))]
+)
+def test_lines_of_one_range_compare_in_height(kind, shape):
+  rising = np.linspace(-1, 1, 30).reshape(30, *[1] * (len(shape) - 1))
+  high = np.array([1, 1, 1, 4, 4, 4.0] if kind == "inertial" else [1, 1, 4.0])
+
+  def heights(x):
+    found = drawing.draw(x, kind, (-high, high))
+    coloured = np.any(found != found[..., :1], axis=-1).any(axis=1)
+    return coloured.reshape(-1, 48).sum(axis=1) / 48
+
+  whole, half = (heights(size * rising * np.ones(shape)) for size in (1, 0.5))
+  wanted = np.array([1, 0.25] if kind == "inertial" else [1, 1, 0.25])
+  np.testing.assert_allclose(whole, wanted, atol=0.05)
+  np.testing.assert_allclose(half, wanted / 2, atol=0.05)
+  # What lies outside of the range is at its end.
+  np.testing.assert_allclose(heights(9 * rising * np.ones(shape)), 1)
 
 
 def test_spectrogram_has_time_to_the_right_and_pitch_up():

@@ -1,8 +1,10 @@
 """``robust-mm visualize`` on a few steps of real data."""
 
+import dataclasses
 import html.parser
 import json
 import re
+import shutil
 
 import evaluation_results as results
 import numpy as np
@@ -11,6 +13,8 @@ from command_line import run
 
 from robust_mm import cli
 from robust_mm.evaluation import visuals
+from robust_mm.visualize_job import asking
+from robust_mm.visualize_job import job
 
 
 @pytest.fixture(scope="module")
@@ -77,37 +81,82 @@ def test_grids_numbers_and_page_are_written_and_shown_in_the_report(
 
 
 @pytest.mark.parametrize(
-  "options, stem, rows",
+  "options, stems, shown",
   [
-    (("--modality=audio", "--others=2"), "audio-item2", 4),
-    (("--modality=image", "--others=joint"), "image-joint", 4),
+    (("--modality=audio", "--others=2"), ["audio-others2"], [1, 28, 28, 1]),
+    (
+      ("--modality=audio", "--others=average"),
+      ["audio-average"],
+      [asking.AVERAGED, 28, 28, 1],
+    ),
+    (
+      ("--modality=image", "--others=joint"),
+      ["audio-joint", "image-joint"],
+      None,
+    ),
     (
       ("--modality=image", "--mode=in_place", "--fidelity=published"),
-      "image-in_place-published",
-      4,
+      ["image-in_place-published"],
+      None,
     ),
   ],
 )
 def test_every_question_has_a_file_of_its_own(
-  trained, capsys, tmp_path, options, stem, rows
+  trained, capsys, tmp_path, options, stems, shown
 ):
-  output = tmp_path / f"{stem}.png"
+  folder = tmp_path / "run"
+  shutil.copytree(trained, folder)
+  shutil.rmtree(folder / visuals.FOLDER, ignore_errors=True)
+  common = ("visualize", f"--workdir={folder}", *options, *ASKED)
+  code, _, err = run(capsys, *common, "--no-controls")
+  assert code == 0, err
+  found = sorted((folder / visuals.FOLDER).glob("*.json"))
+  assert [path.stem for path in found] == stems
+  for path in found:
+    told = json.loads(path.read_text())
+    assert len(told["rows"]) == 4
+    published = "published" in path.stem
+    assert told["settings"]["reconstruction"] == published
+    if shown is not None:
+      assert told["settings"]["others"] == {"image": shown}
+
+
+def test_a_question_is_told_from_every_other_by_its_file():
+  asked = {
+    "others": "average",
+    "mode": "in_place",
+    "objective": "logit",
+    "objective_scale": 2.0,
+    "parameterization": "fourier",
+    "fidelity": "published",
+    "transforms": "shifts",
+  }
+  plain = asking.Question(modality="image")
+  names = {job._name("image", plain)}
+  for field, value in asked.items():
+    names.add(job._name("image", dataclasses.replace(plain, **{field: value})))
+  assert len(names) == 1 + len(asked)
+  assert "image" in names
+  assert set(asked) | set(job._DETAIL) == {
+    field.name for field in dataclasses.fields(plain)
+  }
+
+
+def test_output_goes_elsewhere_and_leaves_the_run_alone(
+  trained, capsys, tmp_path
+):
+  before = sorted(trained.rglob("*"))
+  output = tmp_path / "grid.png"
+  asked = ("--modality=image", "--others=joint", *ASKED, "--no-controls")
   code, _, err = run(
-    capsys,
-    "visualize",
-    f"--workdir={trained}",
-    *options,
-    *ASKED,
-    "--no-controls",
-    f"--output={output}",
+    capsys, "visualize", f"--workdir={trained}", *asked, f"--output={output}"
   )
   assert code == 0, err
-  found = sorted(tmp_path.glob("*.json"))
-  assert len(found) == (2 if "joint" in stem else 1)
-  told = json.loads(found[-1].read_text())
-  assert len(told["rows"]) == rows
-  assert told["settings"]["reconstruction"] == ("published" in stem)
-  assert not (trained / visuals.FOLDER / f"{stem}.png").exists()
+  assert sorted(path.stem for path in tmp_path.glob("*.png")) == [
+    "grid-audio",
+    "grid-image",
+  ]
+  assert sorted(trained.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
@@ -147,8 +196,6 @@ def test_damaged_grid_is_named(tmp_path):
 def test_configuration_asks_for_grids_of_every_modality(
   trained, capsys, monkeypatch
 ):
-  from robust_mm.visualize_job import job
-
   asked = []
   monkeypatch.setattr(
     job, "run", lambda folder, *, question, **options: asked.append(question)

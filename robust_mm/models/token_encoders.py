@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from flax import nnx
 
 from robust_mm import _validate
 from robust_mm.models import vit as vit_lib
+from robust_mm.models import vit_encoders
 from robust_mm.models.functional import Encoder
 
 
@@ -74,17 +74,10 @@ def vit_tokens(
 class _Tokens(nnx.Module):
   def __init__(self, net, input_shape, embedding_dim, rngs):
     self.net = net
-    self.trunk = _variables(net.init(rngs.params(), input_shape))
+    self.trunk = vit_encoders.Network(net, input_shape, rngs)
     self.leave = nnx.Linear(net.width, embedding_dim, rngs=rngs)
 
   def __call__(self, x, train=False, key=None):
-    _, state = nnx.split(self.trunk)
-    params = jax.tree.map(lambda leaf: leaf, nnx.to_pure_dict(state))
+    params = self.trunk.params()
     tokens = self.net.embed(params, x)
     return self.leave(self.net.sequence(params, tokens, train=train, key=key))
-
-
-def _variables(tree):
-  if not isinstance(tree, dict):
-    return nnx.Param(tree)
-  return nnx.Dict({name: _variables(value) for name, value in tree.items()})

@@ -112,7 +112,7 @@ def encoder(
   return Encoder(
     name="vit",
     embedding_dim=net.output_dim,
-    build=lambda input_shape, rngs: _Network(net, input_shape, rngs),
+    build=lambda input_shape, rngs: Network(net, input_shape, rngs),
     normalizes=net.preprocess is not None,
     embed=embed,
     encode_tokens=encode_tokens,
@@ -120,7 +120,7 @@ def encoder(
   )
 
 
-class _Network(nnx.Module):
+class Network(nnx.Module):
   """Parameters of a vision transformer as nnx variables, same paths."""
 
   def __init__(self, net, input_shape, rngs):
@@ -129,10 +129,13 @@ class _Network(nnx.Module):
     for name, value in tree.items():
       setattr(self, name, _variables(value))
 
-  def __call__(self, x, train=False, key=None):
+  def params(self):
+    """Parameters as the functions of the network take them."""
     _, state = nnx.split(self)
-    params = jax.tree.map(lambda leaf: leaf, nnx.to_pure_dict(state))
-    return self.net.apply(params, x, train=train, key=key)
+    return jax.tree.map(lambda leaf: leaf, nnx.to_pure_dict(state))
+
+  def __call__(self, x, train=False, key=None):
+    return self.net.apply(self.params(), x, train=train, key=key)
 
 
 def _variables(tree):

@@ -185,6 +185,10 @@ def class_visualization(
   spaces = _spaces(
     view, mode, parameterization, value_range, reference, init_std, blur_every
   )
+  if held_out is None and len(view.names) == 1:
+    # Of the border as it was given: alike for all modes and controls.
+    (name,) = view.names
+    held_out = transforms_lib.held_out(chosen[name], view.shape(name))
   for name in view.names:
     chosen[name].check(view.shape(name), name=name)
     if mode == "expectation":
@@ -223,9 +227,6 @@ def class_visualization(
     "state": state,
     "others": others,
   }
-  if held_out is None and len(view.names) == 1:
-    (name,) = view.names
-    held_out = transforms_lib.held_out(chosen[name], view.shape(name))
   several = len(view.names) > 1
   return Visualization(
     classes=classes,

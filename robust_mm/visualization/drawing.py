@@ -5,10 +5,13 @@ up); of videos four frames; signals and joints as lines over time; vectors as
 bars.
 """
 
+from typing import Any
+
 import numpy as np
 
 from robust_mm.visualization import colours
 
+LINES = ("inertial", "skeleton")  # kinds that are drawn as such
 _FRAMES = 4
 _PLOT = (48, 96)  # pixels of a line plot
 _WHITE, _AXIS = 255, 225
@@ -17,7 +20,7 @@ _WHITE, _AXIS = 255, 225
 def draw(
   x: np.ndarray,
   kind: str,
-  value_range: tuple[float, float],
+  value_range: tuple[Any, Any],
   colormap: str = "grey",
 ) -> np.ndarray:
   """The picture of one input.
@@ -25,15 +28,17 @@ def draw(
   Args:
     x: one input.
     kind: of its transformation: ``"image"``, ``"log_mel"``, ``"inertial"``...
-    value_range: what the darkest and the lightest value are.
+    value_range: what the darkest and the lightest value are, or the ends of a
+      plot: numbers, or of lines one for each channel of the last axis.
     colormap: of images and spectrograms with one channel.
   """
   x = np.asarray(x, np.float32)
+  if kind in LINES:
+    return lines(x.reshape(len(x), -1), value_range, panels=_panels(x, kind))
+  value_range = float(np.min(value_range[0])), float(np.max(value_range[1]))
   if kind == "log_mel":
     flat = x.reshape(x.shape[:2])
     return _coloured(flat.T[::-1], value_range, colormap)
-  if kind in ("inertial", "skeleton"):
-    return lines(x.reshape(len(x), -1), value_range, panels=_panels(x, kind))
   if x.ndim == 1:
     return bars(x, value_range)
   if kind == "depth" and x.ndim >= 3:
@@ -61,19 +66,22 @@ def _panels(x, kind) -> list[list[int]]:
 
 
 def lines(
-  x: np.ndarray, value_range: tuple[float, float], panels: list[list[int]]
+  x: np.ndarray, value_range: tuple[Any, Any], panels: list[list[int]]
 ) -> np.ndarray:
   """``[t, d]`` as lines, panels one below the other; ``uint8 [h, w, 3]``.
 
-  Every panel has a scale of its own about its columns' largest values, except
-  that none exceeds ``value_range``.
+  A panel is as high as the range of its columns, whatever ``x`` is: pictures of
+  one range compare. What lies outside is cut off.
   """
   height, width = _PLOT
+  # The channels of a last axis again and again: x, y, z of every joint.
+  lows, highs = (np.resize(bound, x.shape[1]) for bound in value_range)
+  x = np.clip(np.nan_to_num(x), lows, highs)
   drawn = []
   for columns in panels:
     canvas = np.full((height, width, 3), _WHITE, np.uint8)
-    part = np.clip(np.nan_to_num(x[:, columns]), *value_range)
-    low, high = part.min(), part.max()
+    part = x[:, columns]
+    low, high = lows[columns].min(), highs[columns].max()
     low, high = (low, high) if low < high else (low - 1, high + 1)
     if low < 0 < high:
       canvas[_row(0.0, low, high, height)] = _AXIS

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from jaxtyping import PRNGKeyArray
 
 from robust_mm import _validate
+from robust_mm import margins
 from robust_mm._types import Batch
 from robust_mm.visualization import objectives
 from robust_mm.visualization import parameterizations
@@ -140,9 +141,7 @@ def modality_margins(
   label = np.repeat(np.asarray(classes, np.int32), shape[1] * view.num_others)
   found = {}
   for name, value in scores.items():
-    mine = np.eye(value.shape[-1], dtype=bool)[label]
-    rivals = jnp.max(jnp.where(mine, -jnp.inf, value), axis=-1)
-    ahead = jnp.sum(jnp.where(mine, value, 0.0), axis=-1) - rivals
+    ahead = margins.smallest(margins.pairwise(value, label))
     found[name] = jnp.mean(jnp.reshape(ahead, (*shape, -1)), axis=-1)
   return found
 

@@ -116,7 +116,7 @@ def options(opened: Run, question: Question) -> dict:
   Raises:
     ValueError: what the run does not have, by the option that asks for it.
   """
-  model, facts = opened.model, opened.facts
+  facts = opened.facts
   names = (question.modality,)
   if question.others == "joint":
     names = tuple(sorted(facts["input_shapes"]))
@@ -128,12 +128,11 @@ def options(opened: Run, question: Question) -> dict:
   first = names[0]
   shapes = {m: tuple(s) for m, s in facts["input_shapes"].items()}
   photo = chosen[first].kind == "lucid"
-  others = _others(opened, question, names)
   options = {
     "shape": {name: shapes[name] for name in names},
     "mode": question.mode,
     "objective": question.objective,
-    "others": others,
+    "others": _others(opened, question, names),
     "parameterization": question.parameterization,
     "fidelity": question.fidelity,
     "objective_scale": question.objective_scale,
@@ -152,8 +151,6 @@ def options(opened: Run, question: Question) -> dict:
     "transforms": chosen,
     "held_out": transforms_lib.held_out(chosen[first], shapes[first]),
     "options": options,
-    "view": {"others": others, "shape": shapes},
-    "model": model,
   }
 
 

@@ -30,7 +30,7 @@ def make(
     for control, transform in transforms_lib.controls(chosen[name]).items():
       if transform != chosen[name]:
         variants[control] = ({name: transform}, {})
-    if len(asked["view"]["shape"][name]) == 3:
+    if len(opened.facts["input_shapes"][name]) == 3:
       fourier = {"parameterization": "fourier", "mode": "expectation"}
       variants["Fourier, none"] = (
         {name: transforms_lib.identity()},
@@ -79,7 +79,7 @@ def _grid(opened, question, asked, name, labels, made, transform):
   rows |= {"real item": real[:, 0], "class mean": means}
   colormap = "perceptual" if transform.kind == "log_mel" else "grey"
   small = [
-    visualization.drawing.draw(x, transform.kind, value_range, colormap)
+    visualization.drawing.draw(x, transform.kind, (low, high), colormap)
     for row in rows.values()
     for x in row
   ]
@@ -110,6 +110,8 @@ def _grid(opened, question, asked, name, labels, made, transform):
     "notes": notes,
     "settings": first.settings,
   }
+  if transform.kind in visualization.drawing.LINES:
+    told["channel_range"] = [np.ravel(bound).tolist() for bound in (low, high)]
   arrays = {_slug(v or "synthesised"): x for v, x in of.items()}
   return array, told, arrays
 
@@ -137,12 +139,11 @@ def _real(opened: asking.Run, name, labels, count):
 
 def _numbers(opened, asked, name, labels, x, made, transform) -> dict:
   """Means over classes and starts."""
+  others = asked["options"]["others"]
   shared = {
     "modality": name,
     "state": opened.state,
-    "others": "absent"
-    if asked["view"]["others"] == "joint"
-    else asked["view"]["others"],
+    "others": "absent" if others == "joint" else others,
   }
   subject = opened.model, opened.params, x
   accuracy = {} if made is None else made.transforms_accuracy

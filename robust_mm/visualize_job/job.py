@@ -1,5 +1,6 @@
 """``robust-mm visualize``: what it writes."""
 
+import dataclasses
 import io
 import pathlib
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from robust_mm.visualize_job import asking
 from robust_mm.visualize_job import grids
 
 PAGE = "visualization.html"
+# Of a question: how much of the answer is made, not what is asked.
+_DETAIL = ("modality", "labels", "seeds", "num_steps", "controls", "seed")
 
 
 def run(
@@ -36,7 +39,8 @@ def run(
   Each grid is ``NAME.png``, ``NAME.json`` (settings, numbers, range of values)
   and ``NAME.npz`` (the inputs) in ``visualization/`` of the run's folder, where
   the report of the run finds them; ``visualization.html`` shows them all, and
-  the report of an evaluated run is drawn again.
+  the report of an evaluated run is drawn again. NAME says what is asked; a grid
+  of other classes, starts or steps alone replaces the one before.
 
   Args:
     folder: of the run.
@@ -130,17 +134,10 @@ def _draw_pages(folder: pathlib.Path, dataset: str) -> None:
 
 
 def _name(modality: str, question: asking.Question) -> str:
-  """A file for each question, so that none hides another."""
+  """A file for each question; one of other detail alone is drawn over."""
   parts = [modality]
-  if question.others != "absent":
-    prefix = "" if isinstance(question.others, str) else "item"
-    parts.append(f"{prefix}{question.others}")
-  if question.mode != "expectation":
-    parts.append(question.mode)
-  if question.parameterization != "pixels":
-    parts.append(question.parameterization)
-  if question.fidelity != "corrected":
-    parts.append(question.fidelity)
-  if question.objective is not None:
-    parts.append(question.objective)
+  for field in dataclasses.fields(question):
+    value = getattr(question, field.name)
+    if field.name not in _DETAIL and value != field.default:
+      parts.append(f"{'' if isinstance(value, str) else field.name}{value}")
   return "-".join(parts)
