@@ -304,6 +304,17 @@ def test_a_surrogate_of_another_task_is_refused(change):
 def test_surrogate_goes_with_thorough():
   with pytest.raises(ValueError, match="surrogate goes with thorough=True"):
     _report(toy.linear_model(), surrogate=_surrogate())
+  model = toy.linear_model()
+  params, _ = model.init(jax.random.key(0))
+  for given in ({}, {"masking_thorough": True, "attack": None}):
+    with pytest.raises(ValueError, match="surrogate needs a protocol with"):
+      evaluation.evaluate(
+        model,
+        params,
+        toy.make_batch(20),
+        protocol=evaluation.standard(radii=(RADIUS,), **given),
+        surrogate=_surrogate(),
+      )
 
 
 def _evaluated(model, **options):

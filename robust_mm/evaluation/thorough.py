@@ -44,10 +44,19 @@ class Surrogate:
   state: Any = None
 
 
-def check_surrogate(model: Model, surrogate: Surrogate | None) -> None:
-  """ValueError where its points would be no attack on the model."""
+def check_surrogate(
+  model: Model, surrogate: Surrogate | None, protocol: Any = None
+) -> None:
+  """ValueError where its points would be no attack, or nobody would look."""
   if surrogate is None:
     return
+  if protocol is not None and not (
+    protocol.masking_thorough and protocol.checks_masking
+  ):
+    raise ValueError(
+      "surrogate needs a protocol with masking_thorough, masking_examples, an "
+      "attack and radii: nothing else looks at its points."
+    )
   for name in ("modalities", "num_classes"):
     mine, other = (getattr(m, name) for m in (model, surrogate.model))
     if mine != other:
