@@ -27,6 +27,10 @@ def check(config: ml_collections.ConfigDict, workdir: str) -> None:
   """
   workdir = pathlib.Path(workdir)
   _check_data(config, workdir)
+  if config.evaluation.surrogate:
+    _check_surrogate(
+      config, config.evaluation.surrogate, "config.evaluation.surrogate"
+    )
   starts.check(config)
   runs.check_config(workdir, config)
   runs.check_free(workdir)
@@ -79,11 +83,13 @@ def check_study(config: ml_collections.ConfigDict, workdir: str) -> None:
   runs.check_free(workdir)
 
 
-def check_run(workdir: str, split: str | None = None) -> None:
+def check_run(
+  workdir: str, split: str | None = None, *, argument: str = "--workdir"
+) -> None:
   """Refuses a folder that holds no trained run, or lacks the split's data."""
   path = pathlib.Path(workdir)
   if not path.is_dir():
-    raise _validate.UserError(f"--workdir={workdir} is no folder.")
+    raise _validate.UserError(f"{argument}={workdir} is no folder.")
   config = runs.read_config(path)
   facts = runs.describe(path)
   if not facts["finished"]:
@@ -107,14 +113,22 @@ def check_classes(workdir: str, what: str) -> None:
 
 def check_surrogate(workdir: str, surrogate: str) -> None:
   """Refuses one that is no finished run, or that nobody would look at."""
-  if not runs.read_config(pathlib.Path(workdir)).evaluation.get(
-    "masking_thorough", False
+  config = runs.read_config(pathlib.Path(workdir))
+  _check_surrogate(config, surrogate, "--surrogate")
+
+
+def _check_surrogate(config, surrogate: str, argument: str) -> None:
+  # Runs of earlier versions state neither.
+  settings = config.evaluation
+  if not (
+    settings.get("masking_thorough", False)
+    and settings.get("masking_examples", 64)
   ):
     raise _validate.UserError(
-      f"--surrogate needs a run with evaluation.masking_thorough; that in "
-      f"{workdir} was trained without."
+      f"{argument} needs a run with config.evaluation.masking_thorough and "
+      "masking_examples above 0: nothing else looks at its points."
     )
-  check_run(surrogate)
+  check_run(surrogate, argument=argument)
 
 
 def check_attack(name: str | None) -> None:

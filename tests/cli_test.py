@@ -5,9 +5,16 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 from command_line import run
 from command_line import without_constants
+
+from robust_mm import cli
+from robust_mm import evaluation
+from robust_mm import training
+from robust_mm.evaluation import thorough
 
 TRAIN = ("train", "--config=configs/joint.py:digits,smoke")
 
@@ -122,3 +129,96 @@ def test_report_is_drawn_again_from_files_alone(capsys, tmp_path):
   )
   assert code == 0, err
   assert (tmp_path / "again" / "report.html").is_file()
+
+
+@pytest.fixture(scope="module")
+def thorough_runs(tmp_path_factory):
+  """(one of cross-entropy, one that names it and asks for costly checks)."""
+  folder = tmp_path_factory.mktemp("thorough")
+  plain, restrained = folder / "ce", folder / "drsl"
+  config = "--config=configs/restrained_softmax.py:digits,smoke"
+  asked = (
+    "--config.evaluation.masking_thorough=True",
+    "--config.evaluation.masking_examples=8",
+    "--config.evaluation.certificate=none",
+    f"--config.evaluation.surrogate={plain}",
+  )
+  for given in (
+    (f"{config},ce", "--config.seed=1", f"--workdir={plain}"),
+    (config, *asked, f"--workdir={restrained}"),
+  ):
+    assert cli.main(["train", *given]) == 0
+  return plain, restrained
+
+
+def test_points_made_for_another_run_are_in_the_report(
+  thorough_runs, capsys, monkeypatch
+):
+  plain, restrained = thorough_runs
+  monkeypatch.setattr(thorough, "EFFORTS", ((1, 1), (2, 1)))
+  monkeypatch.setattr(thorough, "DOUBLED", (((1, 1), (2, 1)),) * 2)
+  monkeypatch.setattr(thorough, "OBJECTIVES", ("margin",))
+  for name, value in (("STEPS", 2), ("NUM_QUERIES", 5), ("NUM_DRAWS", 2)):
+    monkeypatch.setattr(thorough, name, value)
+  asked = ("evaluate", f"--workdir={restrained}", "--attack=fgm")
+  code, _, err = run(capsys, *asked, "--radius=0.3", f"--surrogate={plain}")
+  assert code == 0, err
+  results = json.loads((restrained / "results.json").read_text())
+  found = results["masking"]
+  assert 0 <= found["transfer"] <= found["accuracy"]["clean"]
+  assert "white_box_beats_transfer" in {c["name"] for c in found["checks"]}
+  # Its own statistics, not those of the model that is judged.
+  stated = found["statistics"]
+  assert stated["surrogate"]["margin"] != stated["model"]["margin"]
+
+
+def test_the_command_line_comes_before_the_configuration_of_a_run(
+  thorough_runs, capsys, monkeypatch
+):
+  plain, restrained = thorough_runs
+  seen = []
+
+  def stop(*args, surrogate, **options):
+    seen.append(surrogate.params)
+    raise ValueError("seen enough.")
+
+  monkeypatch.setattr(evaluation, "evaluate", stop)
+  asked = ("evaluate", f"--workdir={restrained}")
+  for more in ((), (f"--surrogate={restrained}",)):
+    assert run(capsys, *asked, *more)[0] == 2
+  for folder, found in zip((plain, restrained), seen, strict=True):
+    expected = training.load(folder)[1]
+    same = jax.tree.map(np.array_equal, expected, found)
+    assert jax.tree.all(same), folder
+
+
+def test_a_surrogate_nobody_would_look_at_is_one_sentence(
+  thorough_runs, capsys, tmp_path
+):
+  plain, restrained = thorough_runs
+  new = (*TRAIN, f"--workdir={tmp_path / 'new'}")
+  thorough_too = "--config.evaluation.masking_thorough=True"
+  asked = "--config.evaluation.surrogate"
+  some = "--config.evaluation.masking_examples=8"
+  evaluate = ("evaluate", f"--workdir={restrained}")
+  for arguments, sentence in (
+    ((*evaluate, "--surrogate=nowhere"), "--surrogate=nowhere is no folder"),
+    (
+      ("evaluate", f"--workdir={plain}", f"--surrogate={restrained}"),
+      "--surrogate needs a run with config.evaluation.masking_thorough",
+    ),
+    ((*new, f"{asked}={plain}"), f"{asked[2:]} needs a run with"),
+    (
+      (*new, f"{asked}={plain}", thorough_too),
+      f"{asked[2:]} needs a run with",
+    ),
+    (
+      (*new, f"{asked}=nowhere", thorough_too, some),
+      f"{asked[2:]}=nowhere is no folder",
+    ),
+  ):
+    code, _, err = run(capsys, *arguments)
+    assert code == 2, arguments
+    assert err.count("\n") == 1, err
+    assert sentence in err
+  assert not (tmp_path / "new").exists()

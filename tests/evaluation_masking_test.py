@@ -304,6 +304,17 @@ def test_a_surrogate_of_another_task_is_refused(change):
 def test_surrogate_goes_with_thorough():
   with pytest.raises(ValueError, match="surrogate goes with thorough=True"):
     _report(toy.linear_model(), surrogate=_surrogate())
+  model = toy.linear_model()
+  params, _ = model.init(jax.random.key(0))
+  for given in ({}, {"masking_thorough": True, "attack": None}):
+    with pytest.raises(ValueError, match="surrogate needs a protocol with"):
+      evaluation.evaluate(
+        model,
+        params,
+        toy.make_batch(20),
+        protocol=evaluation.standard(radii=(RADIUS,), **given),
+        surrogate=_surrogate(),
+      )
 
 
 def _evaluated(model, **options):
@@ -429,6 +440,45 @@ def test_adaptive_targets_are_the_best_and_the_nearest_class():
   moved = one(jax.random.key(0), logits_fn, inputs, label)
   assert np.all(np.argmax(logits_fn(moved), axis=-1) == 0)
   assert plain.settings["targets"] == "rivals"
+
+
+@pytest.mark.parametrize(
+  "norm, dual", [(2, 2), ("linf", 1)], ids=("l2", "linf")
+)
+def test_the_nearest_class_is_so_in_the_ball_and_its_units(norm, dual):
+  """Of a linear model the distance is a quotient, whatever the units."""
+  rng = np.random.default_rng(3)
+  units = {"x": 0.1, "y": 4.0}
+  rows = {m: rng.normal(size=(5, 3)) for m in units}
+  bias = np.array([4.0, 1.0, 0.0, -1.0, 0.5])
+
+  def logits_fn(inputs):
+    said = sum(inputs[m] @ jnp.asarray(rows[m].T, jnp.float32) for m in rows)
+    return said + jnp.asarray(bias, jnp.float32)[None]
+
+  inputs = {m: jnp.zeros((1, 3)) for m in rows}
+  seen, real = [], base.Objective.nearest
+
+  def spy(self, number):
+    seen.append(np.asarray(real(self, number))[:, 0].tolist())
+    return real(self, number)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(base.Objective, "nearest", spy)
+    attacks.pgd(
+      norm=norm, budget=0.1, num_restarts=5, num_steps=1, targets="adaptive",
+      units=units,
+    )(jax.random.key(0), logits_fn, inputs, jnp.zeros(1, int))  # fmt: skip
+
+  def order(units, dual):
+    slope = np.concatenate(
+      [units[m] * (rows[m][1:] - rows[m][0]) for m in rows], axis=1
+    )
+    distance = (bias[0] - bias[1:]) / np.linalg.norm(slope, dual, axis=1)
+    return (1 + np.argsort(distance)).tolist()
+
+  assert seen[0] == order(units, dual)
+  assert seen[0] != order(dict.fromkeys(units, 1.0), dual)
 
 
 def test_rounded_logits_fail_against_transfer_and_queries():

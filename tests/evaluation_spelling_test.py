@@ -3,12 +3,17 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from robust_mm import evaluation
 from robust_mm import models
+from robust_mm import recipes
 from robust_mm.evaluation import caption_scores
+from robust_mm.evaluation import spelling
 from robust_mm.models import encoders
+from robust_mm.training import state as state_lib
+from robust_mm.training import steps
 
 SHAPES = {"image": (3,), "sound": (3,)}
 WORDS = ("one", "two", "six")
@@ -74,44 +79,77 @@ def test_a_model_that_says_one_thing_is_not_diverse(model):
 
 
 @pytest.fixture(scope="module")
-def found(model, batch):
-  params, _ = jax.jit(model.init)(jax.random.key(0))
-  # Louder letters: an untrained decoder says the same of everything.
-  params = {
-    **params,
-    "fusion": jax.tree.map(lambda x: 3.0 * x, params["fusion"]),
-  }
-  return evaluation.caption_report(
-    model,
-    params,
-    batch,
-    radii=(0.05, 0.3),
-    num_steps=5,
-    num_restarts=2,
-    target="six six",
-  )
+def params(model, batch):
+  """Of a model that spells two different words."""
+  recipe = recipes.captioning(model, num_steps=300, tx=optax.adam(1e-2))
+  (phase,) = recipe.phases
+  step = steps.make_train_step(phase)
+  present = {m: jnp.ones(12, bool) for m in SHAPES}
+  batch = jax.tree.map(jnp.asarray, {**batch, "present": present})
+
+  @jax.jit
+  def run(key):
+    state = state_lib.initializer(model, phase)(key)
+    body = lambda state, _: (step(state, batch, key)[0], None)  # noqa: E731
+    return jax.lax.scan(body, state, length=300)[0].params
+
+  return run(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def watched(model, params, batch):
+  """(report, [ids, changed ids, loss before, loss after] of every prompt)."""
+  seen, real = [], spelling.substitutions.substitute
+
+  def spy(loss_fn, ids, table, **given):
+    changed = real(loss_fn, ids, table, **given)
+    losses = [loss_fn(jnp.take(table, x, axis=0)) for x in (ids, changed)]
+    keep = lambda *x: seen.append([np.asarray(v) for v in x])  # noqa: E731
+    jax.debug.callback(keep, ids, changed, *losses)
+    return changed
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(spelling.substitutions, "substitute", spy)
+    found = evaluation.caption_report(
+      model,
+      params,
+      batch,
+      radii=(0.02, 0.6),
+      num_steps=10,
+      num_restarts=2,
+      num_substitutions=2,
+      target="six six",
+    )
+    jax.effects_barrier()
+  return found, seen
+
+
+@pytest.fixture(scope="module")
+def found(watched):
+  return watched[0]
+
+
+@pytest.fixture(scope="module")
+def rows(found):
+  return {(r["attack"], r["modalities"], r["radius"]): r for r in found["rows"]}
 
 
 def test_a_report_has_every_attack_of_the_protocol(found):
   rows = [(r["attack"], r["modalities"], r["radius"]) for r in found["rows"]]
-  assert (
-    rows
-    == [
-      ("clean", "", None),
-      ("input", "image", 0.05),
-      ("input", "image", 0.3),
-      ("input", "sound", 0.05),
-      ("input", "sound", 0.3),
-      ("input", "image+sound", 0.05),
-      ("input", "image+sound", 0.3),
-      ("targeted", "image+sound", 0.3),
-      ("prompt, clean", "", None),
-      ("text", "", None),
-      ("joint", "image+sound", 0.3),
-      ("embedding (diagnostic)", "", None),
-    ][: len(rows)]
-  )
-  assert len(rows) == 12
+  assert rows == [
+    ("clean", "", None),
+    ("input", "image", 0.02),
+    ("input", "image", 0.6),
+    ("input", "sound", 0.02),
+    ("input", "sound", 0.6),
+    ("input", "image+sound", 0.02),
+    ("input", "image+sound", 0.6),
+    ("targeted", "image+sound", 0.6),
+    ("prompt, clean", "", None),
+    ("text", "", None),
+    ("joint", "image+sound", 0.6),
+    ("embedding (diagnostic)", "", None),
+  ]
   assert found["num_examples"] == 12
   for row in found["rows"]:
     assert 0 <= row["exact_match"] <= 1
@@ -119,6 +157,38 @@ def test_a_report_has_every_attack_of_the_protocol(found):
     assert (row["success"] is not None) == (row["attack"] == "targeted")
   assert set(found["rows"][0]["slots"]) == set(SHAPES)
   assert set(found["rows"][-2]["slots"]) == {"sound"}
+
+
+def test_an_attack_spoils_the_word_of_what_it_changes(rows):
+  assert rows["clean", "", None]["exact_match"] == 1
+  for name in ("image", "sound"):
+    assert rows["input", name, 0.02]["exact_match"] == 1
+    attacked = rows["input", name, 0.6]["slots"]
+    (other,) = set(SHAPES) - {name}
+    assert attacked[name] < 0.3
+    assert attacked[other] > attacked[name] + 0.3
+  assert rows["input", "image+sound", 0.6]["exact_match"] < 0.3
+
+
+def test_a_targeted_attack_makes_it_say_the_sentence(rows):
+  """Which no example is captioned, as classes are shifted."""
+  assert rows["targeted", "image+sound", 0.6]["success"] > 0.8
+
+
+def test_a_changed_prompt_gains_loss_and_changes_its_letters_alone(
+  model, watched, rows
+):
+  assert rows["prompt, clean", "", None]["exact_match"] == 1
+  _, seen = watched
+  assert len(seen) == 2  # with clean and with changed inputs
+  space = model.captions.vocabulary.index(" ")
+  for before, after, first, second in seen:
+    places = before != after
+    assert not np.any(places & (np.cumsum(before == space, axis=1) > 0))
+    assert places.any()
+    assert places.sum(axis=1).max() <= 2
+    assert np.all(second >= first - 1e-5)
+    assert second.mean() > first.mean() + 1e-3
 
 
 @pytest.mark.parametrize(
@@ -143,4 +213,3 @@ def test_other_models_have_no_captions(batch):
   )
   with pytest.raises(ValueError, match="caption_report needs a model"):
     evaluation.caption_report(plain, {}, batch)
-  assert jnp.ndim(plain.num_classes) == 0

@@ -110,9 +110,9 @@ def evaluate(
       progress=progress,
       sharding=sharding,
     )
-  thorough_lib.check_surrogate(model, surrogate)
   started = time.perf_counter()
   protocol = protocol_lib.standard() if protocol is None else protocol
+  thorough_lib.check_surrogate(model, surrogate, protocol)
   state = {} if state is None else state
   data = batches.host_data(model, batch, max_examples=protocol.max_examples)
   _check_names(protocol, data.names)

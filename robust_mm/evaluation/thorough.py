@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from robust_mm import margins
 from robust_mm._types import Model
 from robust_mm.evaluation import batches
 from robust_mm.evaluation import probes
@@ -43,10 +44,19 @@ class Surrogate:
   state: Any = None
 
 
-def check_surrogate(model: Model, surrogate: Surrogate | None) -> None:
-  """ValueError where its points would be no attack on the model."""
+def check_surrogate(
+  model: Model, surrogate: Surrogate | None, protocol: Any = None
+) -> None:
+  """ValueError where its points would be no attack, or nobody would look."""
   if surrogate is None:
     return
+  if protocol is not None and not (
+    protocol.masking_thorough and protocol.checks_masking
+  ):
+    raise ValueError(
+      "surrogate needs a protocol with masking_thorough, masking_examples, an "
+      "attack and radii: nothing else looks at its points."
+    )
   for name in ("modalities", "num_classes"):
     mine, other = (getattr(m, name) for m in (model, surrogate.model))
     if mine != other:
@@ -168,10 +178,8 @@ def statistics(
 
     def margin(inputs):
       logits = model.apply(params, state, inputs, present)[0].logits
-      chosen = jax.nn.one_hot(label, logits.shape[-1], dtype=bool)
-      rival = jnp.max(jnp.where(chosen, -jnp.inf, logits), axis=-1)
-      own = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
-      return jnp.sum(own - rival), (own - rival, logits)
+      found = margins.smallest(margins.pairwise(logits, label))
+      return jnp.sum(found), (found, logits)
 
     floats = {
       m: x
@@ -179,7 +187,7 @@ def statistics(
       if jnp.issubdtype(x.dtype, jnp.floating)
     }
     rest = {m: x for m, x in chunk["inputs"].items() if m not in floats}
-    slopes, (margins, logits) = jax.grad(
+    slopes, (found, logits) = jax.grad(
       lambda x: margin({**x, **rest}), has_aux=True
     )(floats)
     squares = sum(
@@ -187,7 +195,7 @@ def statistics(
       for g in slopes.values()
     )
     return {
-      "margin": margins,
+      "margin": found,
       "logit_norm": jnp.linalg.norm(logits, axis=-1),
       "gradient_norm": jnp.sqrt(squares),
     }

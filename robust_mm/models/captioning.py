@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array
 from jaxtyping import PRNGKeyArray
 
@@ -238,7 +239,5 @@ class CaptionFusion:
 
 def log_likelihood(logits: Array, ids) -> Array:
   """``[b]``: log p of sentences ``[b, t]`` under logits ``[b, t, V]``."""
-  log_p = jax.nn.log_softmax(logits, axis=-1)
-  chosen = jax.nn.one_hot(ids, logits.shape[-1], dtype=bool)
-  each = jnp.sum(jnp.where(chosen, log_p, 0), axis=-1)
-  return jnp.sum(jnp.where(ids != caption_words.PAD, each, 0), axis=-1)
+  each = optax.losses.softmax_cross_entropy_with_integer_labels(logits, ids)
+  return -jnp.sum(jnp.where(ids != caption_words.PAD, each, 0), axis=-1)
