@@ -5,14 +5,16 @@ import pathlib
 import runpy
 import sys
 
+import jax
 import pytest
 
-GRID = pathlib.Path(__file__).parents[1] / "benchmarks" / "immunity_grid.py"
+FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
 
 
-def run(monkeypatch, *arguments):
-  monkeypatch.setattr(sys, "argv", [str(GRID), *map(str, arguments)])
-  runpy.run_path(str(GRID), run_name="__main__")
+def run(monkeypatch, *arguments, grid="immunity_grid"):
+  path = str(FOLDER / f"{grid}.py")
+  monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
+  runpy.run_path(path, run_name="__main__")
 
 
 def test_the_grid_measures_every_arm_once(tmp_path, monkeypatch, capsys):
@@ -43,3 +45,52 @@ def test_the_grid_measures_every_arm_once(tmp_path, monkeypatch, capsys):
     run(monkeypatch, *common[:-3], 5, *common[-2:], *arms)
   with pytest.raises(SystemExit, match="give another folder"):
     run(monkeypatch, *common, "--set", "optimizer.lr=0.1", *arms)
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  """A folder of a grid that compiles where all tests do.
+
+  And puts back the settings of compilation that the script has changed.
+  """
+  names = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+  )
+  before = {name: getattr(jax.config, name) for name in names}
+  folder = tmp_path / "grid"
+  folder.mkdir()
+  (folder / "compiled").symlink_to(before[names[0]])
+  yield folder
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+def test_the_grid_of_noise_measures_every_arm_once(
+  workdir, data_dir, monkeypatch, capsys
+):
+  common = ["--seeds=1", "--smoke", "--severities", 3, "--images=48"]
+  common += ["--attacked=16", "--arms", "twice_clean", "published"]
+  common += ["--set", f"data.path={data_dir}", "mesh.data=1"]
+  common += ["--workdir", workdir]
+  run(monkeypatch, *common, grid="nullspace_grid")
+  first = capsys.readouterr().out
+  files = sorted(workdir.glob("*/0/measured.json"))
+  assert [path.parts[-3] for path in files] == ["published", "twice_clean"]
+  times = [path.stat().st_mtime_ns for path in files]
+  table = workdir / "table.txt"
+  run(monkeypatch, *common, "--output", table, grid="nullspace_grid")
+  assert times == [path.stat().st_mtime_ns for path in files]  # kept
+  assert table.read_text() in capsys.readouterr().out
+  noisy, control = (json.loads(path.read_text()) for path in files)
+  assert len(noisy["clean"]) == 48
+  assert len(noisy["attacked"]) == 16
+  assert set(noisy["corrupted"]) == set(control["corrupted"])
+  assert (noisy["searches"]["rounds"], control["searches"]) == (2, {})
+  # Both are fine-tuned from the same network, and measured each by itself.
+  assert (workdir / "pretrained" / "0").is_dir()
+  assert noisy["kernel"] != control["kernel"]
+  clean = sum(noisy["clean"]) / 48
+  rows = [line for line in first.splitlines() if line.startswith("published  ")]
+  assert f"{clean:.4f}" in rows[0]
+  assert "difference to twice_clean" in first
