@@ -211,7 +211,8 @@ def _attacked(options, logits_fn, data) -> list[int]:
 
 def _searches(workdir: pathlib.Path) -> dict:
   """First and last of what searches reported, and how many held."""
-  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
   rows = [row for row in rows if f"noise_radius_{MODALITY}" in row]
   if not rows:
     return {}

@@ -5,6 +5,7 @@ import pathlib
 import runpy
 import sys
 
+import jax
 import pytest
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
@@ -104,3 +105,52 @@ def test_pictures_are_made_once_and_compared_with_those_without(
       *rows,
       name="class_visualization",
     )
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  """A folder of a grid that compiles where all tests do.
+
+  And puts back the settings of compilation that the script has changed.
+  """
+  names = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+  )
+  before = {name: getattr(jax.config, name) for name in names}
+  folder = tmp_path / "grid"
+  folder.mkdir()
+  (folder / "compiled").symlink_to(before[names[0]])
+  yield folder
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+def test_the_grid_of_noise_measures_every_arm_once(
+  workdir, data_dir, monkeypatch, capsys
+):
+  common = ["--seeds=1", "--smoke", "--severities", 3, "--images=48"]
+  common += ["--attacked=16", "--arms", "twice_clean", "published"]
+  common += ["--set", f"data.path={data_dir}", "mesh.data=1"]
+  common += ["--workdir", workdir]
+  run(monkeypatch, *common, name="nullspace_grid")
+  first = capsys.readouterr().out
+  files = sorted(workdir.glob("*/0/measured.json"))
+  assert [path.parts[-3] for path in files] == ["published", "twice_clean"]
+  times = [path.stat().st_mtime_ns for path in files]
+  table = workdir / "table.txt"
+  run(monkeypatch, *common, "--output", table, name="nullspace_grid")
+  assert times == [path.stat().st_mtime_ns for path in files]  # kept
+  assert table.read_text() in capsys.readouterr().out
+  noisy, control = (json.loads(path.read_text()) for path in files)
+  assert len(noisy["clean"]) == 48
+  assert len(noisy["attacked"]) == 16
+  assert set(noisy["corrupted"]) == set(control["corrupted"])
+  assert (noisy["searches"]["rounds"], control["searches"]) == (2, {})
+  # Both are fine-tuned from the same network, and measured each by itself.
+  assert (workdir / "pretrained" / "0").is_dir()
+  assert noisy["kernel"] != control["kernel"]
+  clean = sum(noisy["clean"]) / 48
+  rows = [line for line in first.splitlines() if line.startswith("published  ")]
+  assert f"{clean:.4f}" in rows[0]
+  assert "difference to twice_clean" in first

@@ -16,6 +16,7 @@ from robust_mm import training
 from robust_mm.models import encoders
 from robust_mm.recipes import noise_rounds
 from robust_mm.training import checkpoints
+from robust_mm.training import setup as setup_lib
 from robust_mm.training import state as state_lib
 from robust_mm.training import steps
 
@@ -216,6 +217,63 @@ def test_twice_clean_has_two_views_where_inputs_are_augmented(model):
   assert abs(twice["noisy_loss"] - once["noisy_loss"]) > 1e-4
 
 
+def configured(arm, *settings):
+  """Parameters after two updates of the last phase of ``digits``."""
+  config = config_lib.load(
+    f"configs/nullspace.py:digits,{arm},smoke",
+    ["--config.recipe.options.pretrain_steps=0", *settings],
+  )
+  setup = setup_lib.prepare(config)
+  (phase,) = setup_lib.make_recipe(config, setup).phases
+  state = state_lib.initializer(setup.model, phase)(jax.random.key(0))
+  batch = jax.tree.map(jnp.asarray, setup.train.limit(16).batch())
+  run = jax.jit(
+    steps.make_train_step(phase),
+    compiler_options=_compiling.options_for_once(),
+  )
+  for _ in range(2):
+    state, _ = run(state, batch, jax.random.key(1))
+  return jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(state.params)])
+
+
+def test_a_second_clean_view_is_another_one_in_the_configuration():
+  def apart(*settings):
+    arms = [configured(arm, *settings) for arm in ("clean", "twice_clean")]
+    return float(jnp.mean(jnp.abs(arms[0] - arms[1])))
+
+  # Of images that are not moved it is the first one, which says nothing: twice
+  # the gradient, which AdamW does not see.
+  still = [
+    f"--config.augmentation.{name}.move.{word}=0"
+    for name in ("left", "right")
+    for word in ("scale", "shift")
+  ]
+  moved, unmoved = apart(), apart(*still)
+  assert moved > 1e-4
+  assert unmoved < moved / 50
+
+
+def test_random_noise_goes_by_age_and_nothing_found_adds_nothing(model):
+  def rounds(noise, **options):
+    recipe = recipes.nullspace(model, noise=noise, **{**OPTIONS, **options})
+    phase = recipe.phases[-1]
+    run = jax.jit(
+      phase.jobs[0].run, compiler_options=_compiling.options_for_once()
+    )
+    state = state_lib.initializer(model, phase)(jax.random.key(0))
+    for number in range(4):
+      state, metrics = run(state, make_batch(160), jax.random.key(number))
+    return state.extra["shown"]["image"], metrics
+
+  # Random noise far above 2 eps: learnt members as bad would go first.
+  bank, metrics = rounds("random", eps=1e-4, start_radius=1.0)
+  assert metrics["criterion_image"] > 0
+  assert sorted(np.asarray(bank["born"]).tolist()) == [2, 3, 4]
+  bank, metrics = rounds("bank", eps=1e-12)
+  assert metrics["held_image"] == 0
+  assert not np.any(bank["born"])
+
+
 REFUSED = [
   ({"noise": "banks"}, "noise must be one of .* Did you mean 'bank'"),
   ({"noisy": ("vector",)}, "noisy names the modality 'vector', whose encoder"),
@@ -226,6 +284,7 @@ REFUSED = [
   ({"permuted": "rows"}, "permuted must be one of"),
   ({"profile": "flat"}, "profile must be one of"),
   ({"pretrain_steps": -1}, "pretrain_steps must be"),
+  ({"solver_examples": 127}, "solver_examples must be"),
   ({"consistency_weight": -1.0}, "consistency_weight must be"),
 ]
 
@@ -252,6 +311,8 @@ def smoke(arguments, folder):
     f"configs/nullspace.py:{arguments}",
     ["--config.mesh.data=1", "--config.data.modalities=left"],
   )
+  with config.unlocked():
+    del config.augmentation.right
   return training.train(config, folder, say=lambda line: None)
 
 

@@ -83,6 +83,14 @@ def make_phase(model, name, tx):
         with_training=True,
       ),
       recipes.Job(name="count", run=count, period=3, start=3, batch_size=999),
+      recipes.Job(
+        name="learn",
+        run=count,
+        period=3,
+        start=3,
+        batch_size=999,
+        source="train",
+      ),
     ),
   )
 
@@ -130,7 +138,7 @@ def test_killed_run_resumes_bit_identically(tmp_path, undisturbed, kill_at):
   assert rows(tmp_path) == rows(undisturbed)
 
 
-def test_jobs_are_due_when_they_say_and_see_validation_batches(undisturbed):
+def test_jobs_are_due_when_they_say_and_see_batches_of_their_split(undisturbed):
   looks = [row for row in rows(undisturbed) if "look_ids" in row]
   assert [row["step"] for row in looks] == [1, 3, 5, 7, 9, 11]
   assert {row["look_rows"] for row in looks} == {8}
@@ -142,6 +150,8 @@ def test_jobs_are_due_when_they_say_and_see_validation_batches(undisturbed):
   assert [row["step"] for row in counts] == [3, 6, 9, 12]
   # More than there are: all of them.
   assert {row["count_rows"] for row in counts} == {32}
+  learns = [row for row in rows(undisturbed) if "learn_rows" in row]
+  assert {row["learn_rows"] for row in learns} == {64}
 
 
 def test_eight_devices_do_the_same_work(tmp_path, undisturbed):

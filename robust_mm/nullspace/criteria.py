@@ -15,8 +15,6 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Float
 
-from robust_mm.nullspace import tokens as tokens_lib
-
 OBJECTIVES = ("criterion", "logit_l2", "logit_sq", "kl")
 
 
@@ -114,7 +112,7 @@ def upper_bound(
   """
   weights = items.weights
   count = jnp.sum(weights)
-  # Not where(): a value that is not finite has to show.
+  # A value that is not finite has to show, but for items that do not count.
   kept = jnp.where(weights > 0, values, 0.0)
   mean = jnp.sum(kept) / jnp.maximum(count, 1)
   square = jnp.where(weights > 0, jnp.square(kept - mean), 0.0)
@@ -159,13 +157,3 @@ def criterion(
   clean = in_chunks(encode, params, items, None, batch_size)
   noisy = in_chunks(encode, params, items, noise, batch_size)
   return change(clean, noisy, "criterion")
-
-
-def scale_of(items: Items) -> Float[Array, ""]:
-  """s of the items that count, see ``tokens.scale``."""
-  if items.counted is None:
-    return tokens_lib.scale(items.tokens)
-  wide = tokens_lib.center(items.tokens.astype(jnp.float32))
-  lengths = jnp.sqrt(jnp.sum(jnp.square(wide), axis=-1))
-  kept = jnp.where(items.counted[:, None], lengths, jnp.nan)
-  return jnp.nan_to_num(jnp.nanmedian(kept))

@@ -176,7 +176,7 @@ def search(
     start = tokens_lib.random_direction(
       start_key, optimise.tokens.shape[1:], settings.profile
     )
-  size = criteria.scale_of(optimise)
+  size = tokens_lib.scale(optimise.tokens, optimise.counted)
   judge = _judge(encode, params, holdout, settings, size)
   improve = _improve(encode, params, optimise, settings, size)
 

@@ -6,14 +6,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
 
 from robust_mm import _validate
-from robust_mm import margins
+from robust_mm import losses
 from robust_mm.nullspace import criteria
 from robust_mm.nullspace import tokens as tokens_lib
 
@@ -103,7 +102,9 @@ def paired_loss(
     return jnp.sum(jnp.where(counted, values, 0)) / count
 
   def entropy(logits):
-    return mean(_cross_entropy(logits, labels, label_smoothing))
+    return mean(
+      losses.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    )
 
   without, with_noise = entropy(clean), entropy(noisy)
   apart = mean(criteria.change(clean, noisy, "kl"))
@@ -112,12 +113,3 @@ def paired_loss(
     loss = loss + consistency_weight * apart
   change = jax.lax.stop_gradient(criteria.change(clean, noisy, "criterion"))
   return Terms(loss, without, with_noise, apart, mean(change))
-
-
-def _cross_entropy(logits, labels, label_smoothing):
-  num_classes = logits.shape[-1]
-  margins.check_label(labels, num_classes, logits.shape[:-1])
-  _validate.below_one(label_smoothing=label_smoothing)
-  target = jax.nn.one_hot(labels, num_classes, dtype=logits.dtype)
-  target = optax.smooth_labels(target, label_smoothing)
-  return optax.losses.softmax_cross_entropy(logits, target)

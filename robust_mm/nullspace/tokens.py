@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import PRNGKeyArray
 
@@ -27,10 +28,18 @@ def center(tokens: Float[Array, "*b n d"]) -> Float[Array, "*b n d"]:
   return tokens - jnp.mean(tokens, axis=-1, keepdims=True)
 
 
-def scale(tokens: Float[Array, "b n d"]) -> Float[Array, ""]:
-  """s, the median length of centred tokens, over items and tokens."""
-  wide = center(tokens.astype(jnp.float32))
-  return jnp.median(jnp.sqrt(jnp.sum(jnp.square(wide), axis=-1)))
+def scale(
+  tokens: Float[Array, "b n d"], counted: Bool[Array, " b"] | None = None
+) -> Float[Array, ""]:
+  """s, the median length of centred tokens, over items and tokens.
+
+  Of the items that count, where ``counted`` is given; 0 without any.
+  """
+  lengths = _lengths(center(tokens.astype(jnp.float32)))
+  if counted is None:
+    return jnp.median(lengths)
+  kept = jnp.where(counted[:, None, None], lengths, jnp.nan)
+  return jnp.nan_to_num(jnp.nanmedian(kept))
 
 
 def relative_radius(

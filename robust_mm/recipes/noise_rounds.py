@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -227,11 +226,15 @@ def _round(settings: Settings, state, extra, batch, name, key):
   measured = _measure(encode, state.params, bank, holdout, settings)
   bank = dataclasses.replace(bank, criterion=measured)
   stale = jnp.mean(bank.filled & ~(measured <= 2 * settings.search.eps))
-  bank = bank.add(
-    found["noise"],
-    found["radius"],
-    found["criterion"],
-    eps=settings.search.eps,
+  # Random noise is not bounded by eps: of its members, too, the oldest goes, or
+  # the control would be what is left of noise when the harmful one is removed.
+  bound = jnp.inf if settings.noise == "random" else settings.search.eps
+  added = bank.add(
+    found["noise"], found["radius"], found["criterion"], eps=bound
+  )
+  # A search that finds nothing, or no number, ends with a radius of 0, or NaN.
+  bank = jax.tree.map(
+    lambda new, old: jnp.where(found["radius"] > 0, new, old), added, bank
   )
   extra = {**extra, kept: {**extra[kept], name: _stored(bank)}}
   if settings.noise == "permuted":
@@ -251,9 +254,6 @@ def _sought(settings, encode, params, halves, start_radius, keys):
   optimise, holdout = halves
   key, random_key = keys
   search, shape = settings.search, optimise.tokens.shape[1:]
-
-  def mean(noise):
-    return holdout.mean(_criterion(encode, params, holdout, noise, search))
 
   if settings.noise == "published":
     options = published.Settings(
@@ -280,10 +280,19 @@ def _sought(settings, encode, params, halves, start_radius, keys):
     if settings.noise == "random":
       direction = nullspace.random_direction(random_key, shape, search.profile)
       noise = found.radius * found.size * direction
+  size = nullspace.scale(optimise.tokens, optimise.counted)
+  changes = nullspace.criterion(
+    encode,
+    params,
+    holdout.tokens,
+    noise,
+    context=holdout.context,
+    batch_size=search.chunk_size,
+  )
   return {
     "noise": noise,
-    "radius": nullspace.relative_radius(noise, criteria.scale_of(optimise)),
-    "criterion": mean(noise),
+    "radius": nullspace.relative_radius(noise, size),
+    "criterion": holdout.mean(changes),
     "held": held.astype(jnp.float32),
   }
 
@@ -316,13 +325,6 @@ def _problem(model: Model, state, batch, name: str):
 
   items = criteria.Items(tokens=tokens, context=context, counted=present[name])
   return items, encode
-
-
-def _criterion(encode, params, items, noise, search) -> Any:
-  chunk = search.chunk_size
-  clean = criteria.in_chunks(encode, params, items, None, chunk)
-  noisy = criteria.in_chunks(encode, params, items, noise, chunk)
-  return criteria.change(clean, noisy, "criterion")
 
 
 def _measure(encode, params, bank, items, settings):

@@ -17,12 +17,11 @@ import optax
 from robust_mm import _validate
 from robust_mm import nullspace as nullspace_lib
 from robust_mm._types import Model
+from robust_mm.nullspace import searching
 from robust_mm.nullspace import tokens as tokens_lib
 from robust_mm.recipes import noise_rounds
 from robust_mm.recipes import objectives
 from robust_mm.recipes import phases
-
-NOISE = noise_rounds.ARMS
 
 
 def nullspace(
@@ -92,8 +91,9 @@ def nullspace(
     eps: tolerance on the mean criterion.
     segment_steps: updates between two searches; the first one follows the first
       update, which has no noise yet.
-    num_members: of a bank; one search adds one, that of the oldest, or of one
-      whose criterion has come to exceed 2 eps.
+    num_members: of a bank; one search adds one, in place of the oldest, or of
+      one whose criterion has come to exceed 2 eps; of random noise, which no
+      eps bounds, always of the oldest. A search without result adds none.
     convex_pairs: draw convex combinations of two members.
     radius_factor: noise in training is this much larger than what was found:
       beyond 1 it is no eps-approximate nullspace noise.
@@ -102,8 +102,8 @@ def nullspace(
     permuted: ``entries``, ``tokens`` or ``channels``.
     profile: ``token`` or ``global``.
     objective: of the search.
-    solver_examples: training examples of one search; half of them decide what
-      is feasible, at least 64.
+    solver_examples: training examples of one search, at least 128; half of
+      them decide what is feasible.
     solver_steps: at each radius.
     solver_batch: examples of such a step.
     solver_lr: of such a step.
@@ -119,11 +119,11 @@ def nullspace(
   Raises:
     ValueError: naming the argument that is wrong.
   """
-  _validate.one_of(NOISE, noise=noise)
+  _validate.one_of(noise_rounds.ARMS, noise=noise)
   model.need_classes("nullspace")
   _validate.at_least(1, segment_steps=segment_steps, num_members=num_members)
   _validate.at_least(0, pretrain_steps=pretrain_steps)
-  _validate.at_least(2, solver_examples=solver_examples)
+  _validate.at_least(2 * searching.MIN_HOLDOUT, solver_examples=solver_examples)
   _validate.non_negative(consistency_weight=consistency_weight)
   _validate.positive(
     eps=eps, radius_factor=radius_factor, limit=limit, pretrain_lr=pretrain_lr
