@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robust_mm import config as config_lib
+from robust_mm.training import recipe as recipe_lib
 from robust_mm.training import setup as setup_lib
 from robust_mm.training import state as state_lib
 from robust_mm.training import steps
@@ -69,7 +70,7 @@ class _Arm:
     words = [dataset] if variant == "full" else [dataset, variant]
     config = config_lib.load(f"configs/modal_immune.py:{','.join(words)}")
     setup = setup_lib.prepare(config)
-    self.phase = setup_lib.make_recipe(config, setup).phases[0]
+    self.phase = recipe_lib.make(config, setup).phases[0]
     create = jax.jit(state_lib.initializer(setup.model, self.phase))
     self.state = create(jax.random.key(0))
     batch = setup.train.limit(config.data.batch_size).batch()

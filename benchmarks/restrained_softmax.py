@@ -27,6 +27,7 @@ import numpy as np
 from robust_mm import attacks
 from robust_mm import config as config_lib
 from robust_mm import losses
+from robust_mm.training import recipe as recipe_lib
 from robust_mm.training import setup as setup_lib
 from robust_mm.training import state as state_lib
 from robust_mm.training import steps
@@ -189,7 +190,7 @@ class Bench:
   @functools.cache  # noqa: B019
   def _trainer(self, name):
     config, num_steps = self._configured(name)
-    recipe = setup_lib.make_recipe(config, self.setup)
+    recipe = recipe_lib.make(config, self.setup)
     (phase,) = recipe.phases
     step = steps.make_train_step(phase)
     create = state_lib.initializer(self.setup.model, phase)

@@ -82,6 +82,7 @@ ALLOWED = {
     "training/context.py",
     "training/loading.py",
     "training/loop.py",
+    "training/recipe.py",
     "training/runs.py",
     "training/setup.py",
     "training/units.py",

@@ -12,6 +12,7 @@ from robust_mm import _validate
 from robust_mm import cli
 from robust_mm import config as config_lib
 from robust_mm import training
+from robust_mm.training import recipe as recipe_lib
 from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
 
@@ -57,7 +58,7 @@ def own_file(tmp_path):
 def test_nothing_is_augmented_unless_asked_for():
   config = load()
   assert config.augmentation.to_dict() == {}
-  recipe = setup_lib.make_recipe(config, setup_lib.prepare(config))
+  recipe = recipe_lib.make(config, setup_lib.prepare(config))
   assert recipe.phases[0].interventions == ()
 
 
@@ -144,8 +145,8 @@ def test_what_does_not_fit_exits_with_2_and_writes_nothing(
 def test_every_phase_that_streams_is_augmented_first(spec):
   plain = load(f"{spec},smoke")
   setup = setup_lib.prepare(plain)
-  before = setup_lib.make_recipe(plain, setup)
-  after = setup_lib.make_recipe(load(f"{spec},smoke", LEFT), setup)
+  before = recipe_lib.make(plain, setup)
+  after = recipe_lib.make(load(f"{spec},smoke", LEFT), setup)
   batch = setup.reference
   prepared = [phase.prepare is not None for phase in before.phases]
   assert any(prepared) == (spec == "configs/crmt.py:digits")

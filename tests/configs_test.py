@@ -11,6 +11,7 @@ from robust_mm import _validate
 from robust_mm import config as config_lib
 from robust_mm import training
 from robust_mm.recipes import noise_rounds
+from robust_mm.training import recipe as recipe_lib
 from robust_mm.training import setup as setup_lib
 
 PREPARED = ("utd_mhad", "mfeat", "mosi", "av_digits")
@@ -84,7 +85,7 @@ def test_every_penalty_of_a_configuration_exists():
       config = config_lib.load(f"configs/{file}.py:digits,{variant}")
       assert config.penalty.name == name
       if name:
-        assert setup_lib.restraint(config).penalty.name == name
+        assert recipe_lib.restraint(config).penalty.name == name
 
 
 # Every variant is in one of them; the first has every part.
@@ -168,7 +169,7 @@ def test_published_schedule_is_the_published_one():
   """crmt.md 8: both steps, update by update, on the 1,293 digits."""
   config = config_lib.load("configs/crmt.py:digits,published")
   setup = setup_lib.prepare(config)
-  recipe = setup_lib.make_recipe(config, setup)
+  recipe = recipe_lib.make(config, setup)
   assert config.data.batch_size == 64
   assert config.recipe.options.rho == 2.0
   head = config.model.fusion_options

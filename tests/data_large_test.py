@@ -22,6 +22,7 @@ from robust_mm.data import registry
 from robust_mm.data.builders import imagenet_captions
 from robust_mm.data.builders import kinetics
 from robust_mm.data.builders import listing
+from robust_mm.training import recipe as recipe_lib
 from robust_mm.training import setup as setup_lib
 
 NAMES = tuple(large_sets.SHAPES)
@@ -133,7 +134,7 @@ def test_configurations_make_models_and_recipes(built, file):
     [f"--config.data.path={data_dir}", "--config.data.batch_size=8"],
   )
   setup = setup_lib.prepare(config)
-  assert setup_lib.make_recipe(config, setup).phases
+  assert recipe_lib.make(config, setup).phases
   batch = setup.train.limit(8).batch()
   # Traced alone: a transformer takes long to compile.
   params, state = jax.eval_shape(setup.model.init, jax.random.key(0))

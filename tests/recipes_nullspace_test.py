@@ -16,6 +16,7 @@ from robust_mm import training
 from robust_mm.models import encoders
 from robust_mm.recipes import noise_rounds
 from robust_mm.training import checkpoints
+from robust_mm.training import recipe as recipe_lib
 from robust_mm.training import setup as setup_lib
 from robust_mm.training import state as state_lib
 from robust_mm.training import steps
@@ -224,7 +225,7 @@ def configured(arm, *settings):
     ["--config.recipe.options.pretrain_steps=0", *settings],
   )
   setup = setup_lib.prepare(config)
-  (phase,) = setup_lib.make_recipe(config, setup).phases
+  (phase,) = recipe_lib.make(config, setup).phases
   state = state_lib.initializer(setup.model, phase)(jax.random.key(0))
   batch = jax.tree.map(jnp.asarray, setup.train.limit(16).batch())
   run = jax.jit(

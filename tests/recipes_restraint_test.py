@@ -22,7 +22,7 @@ from robust_mm.models import encoders
 from robust_mm.recipes import destruction
 from robust_mm.recipes import immunity
 from robust_mm.recipes import objectives
-from robust_mm.training import setup as setup_lib
+from robust_mm.training import recipe as recipe_lib
 from robust_mm.training import state as state_lib
 from robust_mm.training import steps
 
@@ -315,14 +315,14 @@ def test_a_configuration_becomes_a_restraint():
       "--config.penalty.options.level_scope=4",
     ],
   )
-  found = setup_lib.restraint(config)
+  found = recipe_lib.restraint(config)
   assert found.penalty.options["window"] == (0, 2)
   assert found.penalty.options["level_scope"] == 4
   assert found.penalty.options["space"] == "log_prob"
   assert found.weight == 0.1
   assert found.ramp == 0.05
   published = config_lib.load("configs/restrained_softmax.py:digits,published")
-  assert setup_lib.restraint(published).fidelity == "published"
+  assert recipe_lib.restraint(published).fidelity == "published"
   with pytest.raises(_validate.UserError, match="ce changes nothing"):
     config_lib.load("configs/restrained_softmax.py:digits,ce,scores")
   with pytest.raises(_validate.UserError, match="topk_margin changes nothing"):

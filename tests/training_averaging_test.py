@@ -17,6 +17,7 @@ import robust_mm
 from robust_mm import recipes
 from robust_mm import weights
 from robust_mm.recipes import objectives
+from robust_mm.training import recipe as recipe_lib
 from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
 from robust_mm.training import sharding
@@ -248,7 +249,7 @@ def test_jobs_see_raw_parameters(tmp_path, monkeypatch):
     )
     return recipes.Recipe(name="tiny", phases=(phase,))
 
-  monkeypatch.setattr(setup_lib, "make_recipe", make_recipe)
+  monkeypatch.setattr(recipe_lib, "make", make_recipe)
   train(load(JOINT, ON, *EVERY), tmp_path)
   rows = writers.read(tmp_path)
   trained = [r["parameter_norm"] for r in rows if "parameter_norm" in r]

@@ -14,6 +14,7 @@ from killed_runs import train
 import robust_mm
 from robust_mm import recipes
 from robust_mm.recipes import objectives
+from robust_mm.training import recipe as recipe_lib
 from robust_mm.training import setup as setup_lib
 from robust_mm.training import state as state_lib
 from robust_mm.training import writers
@@ -104,7 +105,7 @@ def _tiny(monkeypatch):
     ]
     return recipes.Recipe(name="tiny", phases=tuple(phases))
 
-  monkeypatch.setattr(setup_lib, "make_recipe", make_recipe)
+  monkeypatch.setattr(recipe_lib, "make", make_recipe)
 
 
 def leaves(workdir):

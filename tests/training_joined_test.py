@@ -10,6 +10,7 @@ from robust_mm import cli
 from robust_mm import config as config_lib
 from robust_mm import data
 from robust_mm import training
+from robust_mm.training import recipe as recipe_lib
 from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
 from robust_mm.training import writers
@@ -105,7 +106,7 @@ def test_what_a_recipe_decides_on_training_examples_is_noted(
   assert "validation examples, which are trained on here" in notes[1]
   assert runs.describe(tmp_path)["notes"][1] in notes[1]
   setup = setup_lib.prepare(load(spec))
-  recipe = setup_lib.make_recipe(load(spec), setup)
+  recipe = recipe_lib.make(load(spec), setup)
   assert not setup.facts["notes"]
   assert setup_lib.recipe_notes(load(spec), recipe) == []
 

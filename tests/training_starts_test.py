@@ -16,6 +16,7 @@ from robust_mm import modalities
 from robust_mm import preflight
 from robust_mm import training
 from robust_mm.training import context
+from robust_mm.training import recipe as recipe_lib
 from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
 from robust_mm.training import starts
@@ -177,7 +178,7 @@ def test_configurations_fit_their_data(spec, data_dir):
   """All but the compiler: shapes of every step, on real batches."""
   config = load(spec, f"data.path={data_dir}")
   setup = setup_lib.prepare(config)
-  recipe = setup_lib.make_recipe(config, setup)
+  recipe = recipe_lib.make(config, setup)
   batch = setup.train.take(range(16))
   for phase in recipe.phases:
     state = context.abstract_state(setup.model, phase)

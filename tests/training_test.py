@@ -212,6 +212,28 @@ def test_folder_of_another_run_is_refused(whole):
     train(config, whole)
 
 
+def test_an_option_that_a_recipe_does_not_take_is_refused_by_name(tmp_path):
+  config = load("configs/modal_immune.py:digits,smoke")
+  with config.unlocked():
+    config.recipe.options.damage_rat = 0.5
+  match = r"options has 'damage_rat', which .* Did you mean 'damage_rate'\?"
+  with pytest.raises(_validate.UserError, match=match):
+    train(config, tmp_path)
+
+
+def test_some_modalities_can_be_taken_of_a_configuration_for_all(tmp_path):
+  config = load("configs/joint.py:digits,smoke", "data.modalities=left")
+  with config.unlocked():
+    config.model.encoders.right = {"name": "mlp"}
+    config.augmentation.right = {"noise": {"deviation": 0.1}}
+  assert train(config, tmp_path).finished
+  config.data.modalities = ()
+  with config.unlocked():
+    config.augmentation.rihgt = {"noise": {"deviation": 0.1}}
+  with pytest.raises(_validate.UserError, match="rihgt"):
+    train(config, tmp_path / "other")
+
+
 @pytest.mark.parametrize("protocol", ["frames", "per_batch"])
 def test_what_cannot_go_missing_is_refused_before_training(tmp_path, protocol):
   config = load()

@@ -26,6 +26,7 @@ from robust_mm.training import context
 from robust_mm.training import jobs as jobs_lib
 from robust_mm.training import loading
 from robust_mm.training import metrics as metrics_lib
+from robust_mm.training import recipe as recipe_lib
 from robust_mm.training import runs
 from robust_mm.training import selection
 from robust_mm.training import setup as setup_lib
@@ -129,7 +130,7 @@ def _plan(config) -> _Plan:
     setup = setup_lib.prepare(config)
     loading.check_start(config, setup.model)
     # ---- optimizer
-    recipe = setup_lib.make_recipe(config, setup)
+    recipe = recipe_lib.make(config, setup)
     setup.facts["notes"] += setup_lib.recipe_notes(config, recipe)
     for phase in recipe.phases:
       abstract = context.abstract_state(setup.model, phase)

@@ -1,7 +1,6 @@
 """The door: a configuration becomes a data source, a model and a recipe."""
 
 import dataclasses
-import inspect
 import pathlib
 from typing import Any
 
@@ -10,19 +9,15 @@ import numpy as np
 
 from robust_mm import _tasks
 from robust_mm import _validate
-from robust_mm import augmentations
 from robust_mm import config_checks
 from robust_mm import corruptions
 from robust_mm import data
-from robust_mm import losses
 from robust_mm import missing as missing_lib
 from robust_mm import models
 from robust_mm import recipes
 from robust_mm._types import Model
 from robust_mm._types import Target
-from robust_mm.recipes import interventions
 from robust_mm.training import labels as labels_lib
-from robust_mm.training import optimizers
 from robust_mm.training import runs
 from robust_mm.training import starts
 from robust_mm.training import units
@@ -233,6 +228,20 @@ def check_same_data(source, facts: dict) -> None:
     )
 
 
+def chosen_alone(config: ml_collections.ConfigDict, group) -> dict:
+  """What a group says by modality, without those that were not chosen.
+
+  A configuration names all modalities of its data set; who takes some of them
+  need not take the others out of it.
+  """
+  found = group.to_dict()
+  if config.data.modalities:
+    known = set(data.registry.get(config.data.name).modalities)
+    for name in known - set(config.data.modalities):
+      found.pop(name, None)
+  return found
+
+
 def make_model(
   config: ml_collections.ConfigDict, facts: dict, *, pretrained: bool = True
 ) -> Model:
@@ -244,7 +253,7 @@ def make_model(
     pretrained: whether ``init`` reads the files that encoders name as their
       ``weights``. A run that has parameters of its own needs them no longer.
   """
-  encoders = config.model.encoders.to_dict()
+  encoders = chosen_alone(config, config.model.encoders)
   default = encoders.pop("default", None)
   names = tuple(facts["input_shapes"])
   for name in encoders:
@@ -332,96 +341,6 @@ def automatic(
     )
   prefix = "lipschitz_" if lipschitz else ""
   return {**encoder, "name": prefix + _BY_RANK[len(shape)]}
-
-
-def make_recipe(
-  config: ml_collections.ConfigDict, setup: Setup
-) -> recipes.Recipe:
-  """The recipe of a configuration, its options checked by name."""
-  facts, options = setup.facts, config.recipe.options.to_dict()
-  epoch = data.pipelines.steps_per_epoch(setup.train, config.data.batch_size)
-  num_steps = config.num_epochs * epoch or config.num_steps
-  tx = optimizers.make(num_steps=num_steps, **config.optimizer.to_dict())
-  factory = getattr(recipes, config.recipe.name)
-  if config.recipe.name in ("joint", "crmt", "certified_radius"):  # have sizes
-    options["units"] = units.resolve(
-      options.get("units", "raw"), facts, "config.recipe.options.units"
-    )
-  if config.recipe.name in ("joint", "crmt"):  # they may attack
-    options.setdefault("valid_range", value_range(facts))
-  if config.recipe.name == "crmt":  # its published step 2 counts epochs
-    options.setdefault("steps_per_epoch", epoch)
-    options.setdefault("batch_size", config.data.batch_size)
-  if config.recipe.name == "masd":
-    options.setdefault("labelled", tuple(config.data.labelled))
-  if config.recipe.name == "modal_immune":
-    options.setdefault("steps_per_epoch", epoch)
-    options.setdefault("features", _features(facts, setup.reference))
-    options.setdefault("noise_scale", corruptions.deviations(setup.reference))
-  if config.penalty.name:
-    if "restraint" not in inspect.signature(factory).parameters:
-      raise _validate.UserError(
-        f"config.penalty.name must be empty for recipe {config.recipe.name!r}, "
-        f"which has no cross-entropy to add it to; got "
-        f"{config.penalty.name!r}."
-      )
-    options["restraint"] = restraint(config)
-  try:
-    recipe = factory(setup.model, num_steps=num_steps, tx=tx, **options)
-  except TypeError as error:
-    raise _validate.UserError(f"config.recipe.options: {error}.") from error
-  return _augmented(recipe, config.augmentation.to_dict(), setup.train.spec)
-
-
-def restraint(config: ml_collections.ConfigDict) -> recipes.Restraint:
-  """The penalty of wrong logits that ``config.penalty`` names.
-
-  Raises:
-    UserError: an unknown name, option or value.
-  """
-  settings = config.penalty
-  try:
-    return recipes.Restraint(
-      penalty=losses.penalty(settings.name, **settings.options.to_dict()),
-      weight=settings.weight,
-      on=settings.on,
-      ramp=settings.ramp,
-      fidelity=settings.fidelity or None,
-    )
-  except ValueError as error:
-    raise _validate.UserError(f"config.penalty: {error}") from error
-
-
-def _augmented(recipe: recipes.Recipe, settings: dict, spec) -> recipes.Recipe:
-  """Changes the inputs first, in every phase that streams batches."""
-  if not settings:
-    return recipe
-  path = "config.augmentation"
-  augmentations.check(settings, spec, path=path)
-  augment = augmentations.make(settings, path=path)
-  two = interventions.two_views(augment)
-  phases = tuple(
-    dataclasses.replace(
-      phase,
-      interventions=(
-        augment if phase.views == 1 else two,
-        *phase.interventions,
-      ),
-    )
-    if phase.prepare is None
-    else phase
-    for phase in recipe.phases
-  )
-  return dataclasses.replace(recipe, phases=phases)
-
-
-def _features(facts: dict, reference: dict) -> dict:
-  """Statistics of what decoders are to tell, of modalities that are floats."""
-  return {
-    name: recipes.feature_statistics(value, reference["present"][name])
-    for name, value in reference["inputs"].items()
-    if facts["kinds"][name] == "float" and np.any(reference["present"][name])
-  }
 
 
 def value_range(facts: dict) -> dict | None:
