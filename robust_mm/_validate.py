@@ -56,7 +56,7 @@ def non_negative(**arguments) -> None:
 def at_least(minimum: int, **arguments) -> None:
   """``x must be an integer of at least 1, got 0.``"""
   for name, value in arguments.items():
-    if int(value) != value or value < minimum:
+    if isinstance(value, bool) or int(value) != value or value < minimum:
       raise ValueError(
         f"{name} must be an integer of at least {minimum}, got {value}."
       )

@@ -191,7 +191,9 @@ def exp3(
     p_min: no arm is less probable (given an attack).
     p_max: no arm is more probable; probabilities in between keep their ratios.
       Both void the regret bound.
-    no_attack: fixed probability of drawing none.
+    no_attack: fixed probability of drawing none, by which the variance of the
+      estimate grows: with any, a bandit's bound is for other rates than the
+      defaults. Regret counts the rounds with an attack.
 
   Raises:
     ValueError: a bad value, naming the argument.

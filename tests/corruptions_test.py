@@ -183,6 +183,21 @@ def test_integers_and_half_precision_keep_their_types():
   assert {0, 255} <= set(np.unique(found))
 
 
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint32, jnp.int16])
+def test_wide_integers_stop_at_the_end_of_their_range(dtype):
+  top = np.iinfo(dtype).max
+  value = np.full((4, 50, 2), top, dtype)
+  noisy = corruptions.additive(severity=5, scale=float(top))
+  found, _ = noisy(
+    jax.random.key(0),
+    {"m": jnp.asarray(value)},
+    {"m": jnp.ones(4, bool)},
+    id=jnp.arange(4),
+  )
+  # Noise goes up about half of the time; none of it may wrap around.
+  assert np.mean(np.asarray(found["m"], float) > 0.99 * top) > 0.4
+
+
 def test_the_suite_names_what_makes_sense():
   found = corruptions.suite(
     {**SHAPES, "token": jax.ShapeDtypeStruct((10,), jnp.int32)}

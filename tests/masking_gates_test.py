@@ -101,6 +101,21 @@ def test_the_published_gate_warns_once_and_is_always_open():
     assert state.closed_count["w"] == 0
 
 
+def test_the_random_gate_closes_at_its_rate_block_by_block():
+  params = {"a": jnp.ones(3), "b": jnp.ones(3)}
+  found = _over_keys(masking.random_gate(rate=0.3), params, None, 2000)
+  closed = {name: ~np.asarray(gate) for name, gate in found.gates.items()}
+  for name, rows in closed.items():
+    assert abs(rows.mean() - 0.3) < 0.05
+    assert np.all((found.verdicts[name] == masking.CLOSED) == rows)
+  assert abs(np.mean(closed["a"] & closed["b"]) - 0.09) < 0.03
+  for rate, expected in ((0.0, True), (1.0, False)):
+    state = _verdicts(masking.random_gate(rate=rate), params, None)
+    assert {bool(gate) for gate in state.gates.values()} == {expected}
+  with pytest.raises(ValueError, match="rate"):
+    masking.random_gate(rate=1.5)
+
+
 def _adapter_loss(activation, spectral_weight, x):
   def J(params):
     hidden = activation(

@@ -215,6 +215,75 @@ def test_one_trace_for_all_arms_and_gates(model, whole):
   assert any(0 < line["rate"] < 1 for line in report.values())
 
 
+@pytest.mark.parametrize(
+  "gate, options",
+  [
+    ("fisher", {"quantile": 0.5}),
+    ("random", {"rate": 0.5}),
+    ("directional", {"tau": 0.1}),
+  ],
+)
+def test_every_gate_can_be_chosen_by_name(model, gate, options):
+  phase = make(
+    model, gate=gate, gate_options=options, gate_period=1, warmup_steps=0
+  )
+  state, closed = begin(model, phase), set()
+  step = jax.jit(steps.make_train_step(phase))
+  for index in range(6):
+    state, _ = step(state, make_batch(index), jax.random.key(0))
+    report = masking.gate_report(state.opt_state)
+    closed |= {(name, bool(line["gate"])) for name, line in report.items()}
+    if gate == "fisher":
+      for line in report.values():
+        # Half of every encoder is let through, and ties.
+        assert 0.3 < line["rate"] <= 0.5
+  if gate == "random":
+    assert closed == {(name, gate) for name in NAMES for gate in (True, False)}
+
+
+def test_a_fisher_mask_destroys_only_where_the_task_is_insensitive(model):
+  phase = make(
+    model,
+    gate="fisher",
+    gate_options={"quantile": 0.5},
+    warmup_steps=0,
+    attack_weight=0.0,
+    clean_weight=0.0,
+    guard_tolerance=None,
+  )
+  state, batch = begin(model, phase), make_batch(missing=0.0)
+  before = state.params
+  state, _ = jax.jit(steps.make_train_step(phase))(
+    state, batch, jax.random.key(2)
+  )
+  arm = NAMES[int(state.extra["arm"])]
+
+  def loss(params, index):
+    row = jax.tree.map(lambda x: x[index][None], batch)
+    logits = model.apply(params, {}, row["inputs"], row["present"])[0].logits
+    return losses.cross_entropy(logits, row["label"])[0]
+
+  grads = [jax.grad(loss)(before, i)["encoders"][arm] for i in range(24)]
+  fisher = np.concatenate(
+    [
+      np.mean(np.square(leaves), axis=0).ravel()
+      for leaves in zip(*(jax.tree.leaves(g) for g in grads))
+    ]
+  )
+  moved = np.concatenate(
+    [
+      np.ravel(a != b)
+      for a, b in zip(
+        jax.tree.leaves(before["encoders"][arm]),
+        jax.tree.leaves(state.params["encoders"][arm]),
+      )
+    ]
+  )
+  assert moved.any()
+  median = np.sort(fisher)[int(np.ceil(0.5 * fisher.size)) - 1]
+  assert fisher[moved].max() <= median * (1 + 1e-4)
+
+
 def test_collapse_waits_for_the_warm_up(model, whole):
   phase, step, _ = whole
   state, batch = begin(model, phase), make_batch()
@@ -487,8 +556,14 @@ def test_features_are_pooled_until_they_are_few():
   [
     ({"fidelity": "corrected"}, "fidelity"),
     ({"collapse_weight": -1.0}, "collapse_weight"),
-    ({"gate": "fisher"}, "gate"),
-    ({"gate": "none", "tau": 0.1}, "tau must be left out"),
+    ({"gate": "newton"}, "gate must be one of"),
+    ({"gate": "none", "gate_options": {"tau": 0.1}}, "gate_options must be"),
+    ({"gate_options": {"taw": 0.1}}, "Did you mean 'tau'"),
+    ({"gate_options": {"tau": -1.0}}, "tau"),
+    (
+      {"gate": "fisher", "gate_options": {"per_example_loss_fn": 0}},
+      "not take",
+    ),
     ({"controller": controllers.uniform(2)}, "controller must have 3 arms"),
     ({"removal": "all"}, "removal"),
     ({"damage_rate": 1.5}, "damage_rate"),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 from jaxtyping import PRNGKeyArray
 
@@ -57,11 +58,19 @@ def _in_float(function):
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     found = function(draw, wide, strength, axes, option)
     if jnp.issubdtype(x.dtype, jnp.integer):
-      info = jnp.iinfo(x.dtype)
-      found = jnp.clip(jnp.round(found), info.min, info.max)
+      found = jnp.clip(jnp.round(found), *_range(x.dtype, found.dtype))
     return found.astype(x.dtype)
 
   return run
+
+
+def _range(integer, wide) -> tuple:
+  """What floats of a type can say of the range of integers of another."""
+  info, wide = jnp.iinfo(integer), jnp.dtype(wide)
+  top = np.asarray(info.max, wide)
+  if int(top) > info.max:  # rounded up: 2**31 in float32
+    top = np.nextafter(top, np.asarray(0, wide))
+  return np.asarray(info.min, wide), top
 
 
 @_in_float

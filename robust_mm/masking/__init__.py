@@ -18,13 +18,15 @@ ordinary one and adds it block by block where a *gate* is open::
 
 Gates are values: :func:`hessian_gate` looks at the smallest curvature of a
 block, :func:`directional_gate` at that along q, :func:`fisher_mask` lets q pass
-where the task is insensitive, :func:`published_gate` is always open.
+where the task is insensitive, :func:`published_gate` is always open, and
+:func:`random_gate` closes by chance: the control.
 
 What may be claimed: *closed* certifies a direction of curvature below the
 printed threshold for this loss, batch and precision (``hessian_gate``); *open*
 is certified with the stated probability over the start vector where the verdict
-says open. That gating helps training is for an ablation to show, against a gate
-that closes at random as often; nothing here is a certificate of robustness.
+says open. That gating helps training is for an ablation to show, against a
+:func:`random_gate` that closes as often; nothing here is a certificate of
+robustness.
 
 Inside, each module imports only from those before it: gates, blocks, measures,
 policies, state, transformation.
@@ -44,6 +46,7 @@ from robust_mm.masking.gates import directional_gate
 from robust_mm.masking.gates import fisher_mask
 from robust_mm.masking.gates import hessian_gate
 from robust_mm.masking.gates import published_gate
+from robust_mm.masking.gates import random_gate
 from robust_mm.masking.state import CurvatureMaskState
 from robust_mm.masking.state import gate_report
 from robust_mm.masking.transformation import curvature_mask
@@ -60,4 +63,5 @@ __all__ = [
   "gate_report",
   "hessian_gate",
   "published_gate",
+  "random_gate",
 ]

@@ -58,7 +58,17 @@ class PublishedGate:
   evidence = ()
 
 
-Gate = HessianGate | DirectionalGate | FisherMask | PublishedGate
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomGate:
+  """Made by :func:`random_gate`, which says what the field means."""
+
+  rate: float
+
+  period = 200
+  evidence = ()
+
+
+Gate = HessianGate | DirectionalGate | FisherMask | PublishedGate | RandomGate
 
 
 def hessian_gate(
@@ -185,6 +195,24 @@ def fisher_mask(
     per_example_loss_fn=per_example_loss_fn,
     chunk_size=int(chunk_size),
   )
+
+
+def random_gate(*, rate: float = 0.5) -> RandomGate:
+  """Closes a block by chance: what a gate that measures has to beat.
+
+  Closing by whatever rule also destroys less. Give it the rate at which the
+  other gate closes (``gate_report``) and its period: what is left of the
+  difference is owed to the measurement.
+
+  Args:
+    rate: probability that a refresh closes a block, of every block by itself;
+      in [0, 1].
+
+  Raises:
+    ValueError: naming ``rate``.
+  """
+  _validate.in_unit_interval(rate=rate)
+  return RandomGate(rate=rate)
 
 
 def published_gate() -> PublishedGate:

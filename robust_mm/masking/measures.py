@@ -70,7 +70,7 @@ def check(gate, problem: Problem) -> None:
       raise ValueError(
         "fisher_batch must be given in update() for fisher_mask."
       )
-  elif problem.value_fn is None:
+  elif problem.value_fn is None and not isinstance(gate, gates_lib.RandomGate):
     raise ValueError(
       "value_fn must be given in update(): the gate measures the curvature of "
       "the destructive loss."
@@ -81,12 +81,27 @@ def measure(
   gate, problem: Problem, cached: Measured, key: PRNGKeyArray
 ) -> Measured:
   """A refresh."""
+  if isinstance(gate, gates_lib.RandomGate):
+    return _random(gate, cached, key)
   problem = problem._replace(params=problem.blocks.upcast(problem.params))
   if isinstance(gate, gates_lib.HessianGate):
     return _hessian(gate, problem, cached, key)
   if isinstance(gate, gates_lib.DirectionalGate):
     return _directional(gate, problem, cached, key)
   return _fisher(gate, problem, cached)
+
+
+def _random(gate, cached, key):
+  """Nothing is measured; labels are in order, so the draw is theirs."""
+  closed = {
+    name: jax.random.bernoulli(jax.random.fold_in(key, index), gate.rate)
+    for index, name in enumerate(cached.gates)
+  }
+  nothing = jnp.zeros((), bool)
+  return cached._replace(
+    gates={name: ~value for name, value in closed.items()},
+    verdicts={n: _verdict(c, ~c, nothing) for n, c in closed.items()},
+  )
 
 
 def _maps(problem: Problem, key: PRNGKeyArray):

@@ -19,7 +19,8 @@ class CurvatureMaskState(NamedTuple):
     verdicts: ``{label: int8}``, positions in ``VERDICTS``.
     evidence: ``{label: {name: float32}}``, what the gate measured: ``rho_min``
       and ``rho_max``; ``cosine``; or ``threshold``, ``kept_share`` and
-      ``zero_share``. NaN before the first refresh.
+      ``zero_share``; nothing for a gate that measures nothing. NaN before the
+      first refresh.
     closed_count: ``{label: int32}``, updates with a closed gate.
     nonfinite_count: ``{label: int32}``, updates whose destructive gradient was
       left out of the block as not finite, and refreshes without a finite

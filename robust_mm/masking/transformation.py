@@ -101,8 +101,8 @@ def curvature_mask(
       attacked.
     gate: a gate of this module; ``hessian_gate()`` by default.
     gated: labels that may close; all but ``"rest"`` by default.
-    period: updates between refreshes; by default 200 for ``hessian_gate``, 20
-      for the others.
+    period: updates between refreshes; by default 200 for ``hessian_gate`` and
+      ``random_gate``, 20 for the others.
     policy: ``"mask"`` by default; ``"freeze"`` knows no element mask.
     destructive_optimizer: for ``"separate"``.
     destructive_clip: l2 norm of q by block at most; None for any.

@@ -162,6 +162,7 @@ def make_update(
       options["value_fn"] = lambda params: _separable(
         settings, params, state.model_state, batch, weights, extra
       )
+      options["fisher_batch"] = task_examples(batch, state.model_state)
     updates, opt_state = tx.update(
       grads, state.opt_state, state.params, **options
     )
@@ -268,6 +269,17 @@ def _separable(settings, params, state, batch, weights, extra):
     )
     total = total - settings.feedback_weight * jnp.sum(climbed)
   return total
+
+
+def task_examples(batch, state):
+  """What a Fisher mask looks at; its loss is of one row, the state with it."""
+  size = batch["label"].shape[0]
+  return {
+    "batch": {key: batch[key] for key in ("inputs", "present", "label")},
+    "state": jax.tree.map(
+      lambda leaf: jnp.broadcast_to(leaf, (size, *jnp.shape(leaf))), state
+    ),
+  }
 
 
 def make_task(settings: immunity.Settings) -> Callable:

@@ -66,7 +66,7 @@ def make_probe(settings: immunity.Settings) -> Callable:
         metrics[f"verdict_{name}"] = line["verdict"].astype(jnp.float32)
         # Of the destructive part, left out of its block: counted, not hidden.
         metrics[f"nonfinite_{name}"] = line["nonfinite"].astype(jnp.float32)
-        for word in ("rho_min", "rho_max", "cosine"):
+        for word in ("rho_min", "rho_max", "cosine", "zero_share"):
           if word in line:
             metrics[f"{word}_{name}"] = line[word]
     extra = {**extra, "controller": controller, "gain_scale": scaled.scale}

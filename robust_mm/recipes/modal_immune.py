@@ -11,7 +11,6 @@ References:
   reading of it.
 """
 
-import warnings
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -23,9 +22,9 @@ import optax
 from robust_mm import _validate
 from robust_mm import controllers
 from robust_mm import corruptions
-from robust_mm import masking
 from robust_mm._types import Model
 from robust_mm.recipes import destruction
+from robust_mm.recipes import immune_gates
 from robust_mm.recipes import immune_jobs
 from robust_mm.recipes import immunity
 from robust_mm.recipes import objectives
@@ -34,7 +33,6 @@ from robust_mm.recipes import restraints
 
 FIDELITIES = ("default", "published")
 CONTROLLERS = ("hedge", "exp3", "exp3s", "uniform")
-GATES = ("hessian", "directional", "published", "none")
 DAMAGE = ("additive", "channel_drop", "frame_drop", "token_drop")
 GAINS = ("hinge", "squared")
 _TARGETS = ("expected", "sampled")
@@ -79,7 +77,7 @@ def modal_immune(
   gain: str | None = None,
   gate: str | None = None,
   gate_period: int | None = None,
-  tau: float | None = None,
+  gate_options: Mapping[str, Any] | None = None,
   adapt: bool | None = None,
   outer_period: int | None = None,
   outer_solver: str | None = None,
@@ -167,9 +165,11 @@ def modal_immune(
       ``robust_mm.controllers``.
     controller_period: updates between two rounds of it.
     gain: ``hinge`` or ``squared``.
-    gate: ``hessian``, ``directional``, ``published`` or ``none``.
+    gate: ``hessian``, ``directional``, ``fisher``, ``random`` (the control),
+      ``published`` or ``none``: those of ``robust_mm.masking``.
     gate_period: updates between refreshes; that of the gate by default.
-    tau: threshold of the gate; its default where not given.
+    gate_options: of the gate's factory in ``robust_mm.masking``, such as
+      ``{"tau": 0.25}``.
     adapt: whether lambda and kappa are adapted; by default where there is any.
     outer_period: updates between two such steps, each of which costs some sixty
       gradients; by default a thirtieth of all, but at least 200, or a third of
@@ -276,7 +276,14 @@ def modal_immune(
     guard_tolerance=guard_tolerance,
     batch_size=batch_size,
   )
-  tx = _masked(tx, chosen["gate"], gate_period, tau, clip)
+  tx = immune_gates.masked(
+    tx,
+    model,
+    chosen["gate"],
+    gate_options or {},
+    period=gate_period,
+    clip=clip,
+  )
   phase = phases.Phase(
     name="immune",
     num_steps=num_steps,
@@ -367,34 +374,6 @@ def _controller(value, num_arms: int, num_rounds: int):
   if value == "uniform":
     return controllers.uniform(num_arms)
   return getattr(controllers, value)(num_arms, num_rounds=num_rounds)
-
-
-def _masked(tx, gate: str, period, tau, clip) -> optax.GradientTransformation:
-  """The optimiser with gates around it, and a clip by block before them."""
-  _validate.one_of(GATES, gate=gate)
-  options = {} if tau is None else {"tau": tau}
-  if options and gate not in ("hessian", "directional"):
-    raise ValueError(f"tau must be left out where gate is {gate!r}.")
-  if gate == "published":
-    with warnings.catch_warnings():
-      # That it never closes is said above.
-      warnings.simplefilter("ignore", UserWarning)
-      chosen = {"fidelity": "published", "gate": masking.published_gate()}
-  elif gate == "none":
-    chosen = {"gated": ()}
-  else:
-    chosen = {"gate": getattr(masking, f"{gate}_gate")(**options)}
-  masked = masking.curvature_mask(
-    tx,
-    destruction.block_labels,
-    period=period,
-    separable=True,
-    destructive_clip=clip,
-    **chosen,
-  )
-  if clip is None:
-    return masked
-  return optax.chain(destruction.clip_by_block(clip), masked)
 
 
 def _jobs(settings: immunity.Settings) -> tuple[phases.Job, ...]:
