@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from robust_mm.evaluation import metrics
@@ -38,6 +39,29 @@ def kept(folder: pathlib.Path, measure: Callable[[pathlib.Path], Any]) -> Any:
     scratch.write_text(json.dumps(found))
     scratch.replace(path)
   return json.loads(path.read_text())
+
+
+def keep_compiled(workdir: pathlib.Path) -> None:
+  """Seeds of an arm compile the same functions: once, kept in the folder."""
+  cache = (workdir / "compiled").resolve()
+  jax.config.update("jax_compilation_cache_dir", str(cache))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def also(text: str) -> tuple[str, tuple[str, tuple[str, ...]]]:
+  """``NAME:ARM:KEY=VALUE,...`` as (name, (arm, settings of the configuration)).
+
+  Keys are options of the recipe, but for ``num_steps``.
+
+  >>> also("twice:clean:num_steps=9,eps=0.1")
+  ('twice', ('clean', ('num_steps=9', 'recipe.options.eps=0.1')))
+  """
+  name, arm, rest = text.split(":", 2)
+  settings = tuple(
+    pair if pair.startswith("num_steps=") else f"recipe.options.{pair}"
+    for pair in rest.split(",")
+  )
+  return name, (arm, settings)
 
 
 def interval(first, second) -> str:

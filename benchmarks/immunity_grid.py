@@ -14,7 +14,8 @@ paired difference to an arm with its 95 % interval over seeds and examples (over
 examples alone with one seed). What is done is kept in ``--workdir`` and not
 done again: the same command goes on where it stopped, and one of other data,
 severities or settings is refused. ``--set data.path=...`` overrides keys of all
-arms.
+arms; ``--also longer:every_subset:num_steps=900`` adds an arm that is another
+with options of the recipe changed, or with as many steps as cost the same.
 """
 
 import argparse
@@ -55,15 +56,17 @@ def main():
     set=sorted(options.set),
     smoke=options.smoke,
   )
-  arms = options.arms or _every_arm(options)
+  grids.keep_compiled(options.workdir)
+  arms = {arm: (arm, ()) for arm in options.arms or _every_arm(options)}
+  arms |= dict(grids.also(text) for text in options.also)
   found = {}
   for seed in range(options.seeds):
-    for arm in arms:
-      found[arm, seed] = grids.kept(
-        options.workdir / arm / str(seed),
-        functools.partial(_measured, options, arm, seed),
+    for name, (arm, changes) in arms.items():
+      found[name, seed] = grids.kept(
+        options.workdir / name / str(seed),
+        functools.partial(_measured, options, arm, changes, seed),
       )
-      print(json.dumps(_line(arm, seed, found[arm, seed])), flush=True)
+      print(json.dumps(_line(name, seed, found[name, seed])), flush=True)
     if options.specialists:
       found["specialists", seed] = grids.kept(
         options.workdir / "specialists" / str(seed),
@@ -91,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--dataset", default="utd_mhad")
   parser.add_argument("--seeds", type=int, default=5)
   parser.add_argument("--arms", nargs="*", default=[])
+  parser.add_argument("--also", nargs="*", default=[], metavar="NAME:ARM:K=V")
   parser.add_argument("--specialists", action="store_true")
   parser.add_argument("--smoke", action="store_true", help="a few steps")
   parser.add_argument("--against", default="every_subset")
@@ -101,8 +105,10 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def _measured(options, arm: str, seed: int, folder: pathlib.Path) -> dict:
-  config = _config(options, arm, seed)
+def _measured(
+  options, arm: str, changes, seed: int, folder: pathlib.Path
+) -> dict:
+  config = _config(options, arm, seed, changes)
   model, data, reference = _train(config, folder)
   return {
     "correct": {
@@ -138,10 +144,10 @@ def _specialists(options, seed: int, folder: pathlib.Path) -> dict:
   return {"correct": correct}
 
 
-def _config(options, arm: str, seed: int):
+def _config(options, arm: str, seed: int, changes=()):
   words = [options.dataset, *([] if arm == FULL else [arm])]
   words += ["smoke"] if options.smoke else []
-  given = [f"--config.{setting}" for setting in options.set]
+  given = [f"--config.{setting}" for setting in (*options.set, *changes)]
   return config_lib.load(
     f"{SPEC}:{','.join(words)}", [f"--config.seed={seed}", *given]
   )
@@ -254,6 +260,7 @@ def _tables(found: dict, options) -> list[str]:
     f"{options.dataset}, {options.seeds} seeds, severities "
     f"{', '.join(map(str, options.severities))}, jax {jax.__version__}, "
     f"{jax.devices()[0].device_kind}",
+    *[f"also {text}" for text in options.also],
     "",
     "accuracy by availability set: mean +- standard deviation over seeds",
   ]

@@ -55,6 +55,7 @@ FORMS = {
 def main():
   options = _parser().parse_args()
   grids.claim(options.workdir, dataset=options.dataset, smoke=options.smoke)
+  grids.keep_compiled(options.workdir)
   lines = [
     f"{options.dataset}, {options.seeds} seeds, jax {jax.__version__}, "
     f"{jax.devices()[0].device_kind}; mean over seeds",

@@ -62,12 +62,9 @@ def main():
     set=sorted(options.set),
     smoke=options.smoke,
   )
-  # Seeds of an arm compile the same functions.
-  cache = (options.workdir / "compiled").resolve()
-  jax.config.update("jax_compilation_cache_dir", str(cache))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-  arms = {arm: (arm, {}) for arm in options.arms}
-  arms |= dict(_also(text) for text in options.also)
+  grids.keep_compiled(options.workdir)
+  arms = {arm: (arm, ()) for arm in options.arms}
+  arms |= dict(grids.also(text) for text in options.also)
   found = {}
   # Seed by seed: a table of what there is can be made at any time.
   for seed in range(options.seeds):
@@ -100,12 +97,6 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def _also(text: str):
-  name, arm, *rest = text.split(":")
-  pairs = [part.split("=", 1) for part in ",".join(rest).split(",") if part]
-  return name, (arm, dict(pairs))
-
-
 def _config(options, arm: str, seed: int, given: list[str]):
   words = ["av_digits", *([] if arm == "bank" else [arm])]
   words += ["smoke"] if options.smoke else []
@@ -125,14 +116,8 @@ def _pretrained(options, seed: int) -> pathlib.Path:
 
 def _measured(options, arm, changes, seed: int, folder: pathlib.Path) -> dict:
   start = _pretrained(options, seed)
-  own = {"num_steps": changes.get("num_steps")}
-  given = [f"{key}={value}" for key, value in own.items() if value]
-  given += [
-    f"recipe.options.{key}={value}"
-    for key, value in changes.items()
-    if key not in own
-  ]
-  given += [
+  given = [
+    *changes,
     f"init_from={start}",
     "init_phase=pretrain",
     "recipe.options.pretrain_steps=0",

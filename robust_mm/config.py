@@ -383,6 +383,9 @@ def _apply(config: ml_collections.ConfigDict, override: str) -> None:
       with node.unlocked():
         node[part] = arguments.literal(text)
       return
+    if group.startswith("config.recipe.options") and part not in node:
+      with node.unlocked():
+        node[part] = ml_collections.ConfigDict()  # such as gate_options.tau
     if not isinstance(node, ml_collections.ConfigDict) or part not in node:
       known = list(node) if isinstance(node, ml_collections.ConfigDict) else []
       raise _validate.UserError(

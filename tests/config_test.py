@@ -52,6 +52,7 @@ def test_own_file_wins_over_the_shipped_one(tmp_path, monkeypatch):
     ("--config.data.train_splits=train", ("train",)),
     ("--config.data.train_splits=train,validation", ("train", "validation")),
     ("--config.recipe.options.variant=mixup", "mixup"),
+    ("--config.recipe.options.gate_options.tau=0.25", 0.25),
   ],
 )
 def test_override_keeps_the_type(override, expected):
