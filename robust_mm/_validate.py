@@ -139,6 +139,11 @@ def known(names: Iterable[str], **arguments) -> None:
         )
 
 
+def counted(number: int, word: str) -> str:
+  """``1 seed``, ``3 seeds``."""
+  return f"{number} {word}{'' if number == 1 else 's'}"
+
+
 def suggestion(value, choices: Iterable) -> str:
   """`` Did you mean 'x'?`` for the closest choice, or an empty string."""
   close = difflib.get_close_matches(str(value), [str(c) for c in choices], 1)

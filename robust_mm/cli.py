@@ -239,6 +239,7 @@ def _data_inspect(options):
 def _data_prepare(options):
   from robust_mm import data
 
+  there = data.prepared.is_prepared(options.name, options.path)
   path = data.prepare(
     options.name,
     options.source,
@@ -246,7 +247,13 @@ def _data_prepare(options):
     overwrite=options.overwrite,
     beam=options.beam,
   )
-  print(f"prepared {options.name} in {path}")
+  if there and not options.overwrite:
+    print(
+      f"{options.name} is prepared in {path} already; --source was not read "
+      "(--overwrite makes it again)"
+    )
+  else:
+    print(f"prepared {options.name} in {path}")
 
 
 if __name__ == "__main__":

@@ -208,9 +208,9 @@ def interpolate(
   _devices(device_count)
   folder = pathlib.Path(workdir)
   with _bar() as progress:
-    points, chosen = weight_paths.trace(folder, progress=progress, **asked)
-  print(weight_paths.format_table(points, chosen))
-  print(f"\nplot: {folder / 'plots' / 'interpolation.png'}")
+    found = weight_paths.trace(folder, progress=progress, **asked)
+  print(weight_paths.format_table(found))
+  print(f"\nplot: {weight_paths.paths(folder, found['limit'])[1]}")
   return 0
 
 
@@ -248,8 +248,11 @@ def _train_one(
   with _bar(stop) as progress:
     result = training.train(config, folder, say=_say, progress=progress)
   timing = result.timing
+  steps = f"{result.step - result.start} steps"
+  if result.start:
+    steps += f" (of {result.step}; the others before)"
   _say(
-    f"trained {result.step} steps in {timing.get('train', 0):.1f} s "
+    f"trained {steps} in {timing.get('train', 0):.1f} s "
     f"(set up {timing['setup']:.1f} s, compiled {timing['compile']:.1f} s; "
     f"{timing['total']:.1f} s in all)"
   )

@@ -168,6 +168,8 @@ def study() -> ml_collections.ConfigDict:
   config.pretraining = ""
   config.alpha = 0.5  # of weights between the probe and what follows it
   config.num_samples = 2000  # replicates of the bootstrap
+  # accuracy, balanced_accuracy or macro_f1; map or auroc of several labels.
+  config.score = "auto"
   # Metadata whose equals are drawn together, such as "speaker"; "" = items.
   config.cluster = ""
   return config

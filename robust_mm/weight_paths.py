@@ -52,10 +52,12 @@ def trace(
   split: str = "test",
   limit: int | None = None,
   progress: Callable[..., None] = lambda done, total, text: None,
-) -> tuple[list[Point], Point]:
+) -> dict:
   """Evaluates the path between the models of two phases; writes and draws it.
 
-  ``interpolation.json`` and ``plots/interpolation.png`` in the folder.
+  ``interpolation.json`` and ``plots/interpolation.png`` in the folder; with
+  ``limit`` the names end in ``-limit<limit>``, and what was measured on all
+  examples stays.
 
   Args:
     folder: the run.
@@ -68,8 +70,9 @@ def trace(
     progress: ``progress(done, total, text)``.
 
   Returns:
-    All points, and the chosen one: the best matched validation score, the
-    nearest to 0.5 of equals.
+    What is written: ``points``, a :class:`Point` each as a dict, and
+    ``chosen``, the alpha of the best matched validation score, the nearest to
+    0.5 of equals.
 
   Raises:
     UserError: a sentence; nothing has been written.
@@ -88,6 +91,7 @@ def trace(
   matched = modalities.names(labelled)
   axis = sharding.batch_sharding(sharding.make_mesh())
   data = {name: source.batch() for name, source in opened.items()}
+  counts = {name: len(source) for name, source in opened.items()}
   points = []
   for done, alpha in enumerate(alphas):
     progress(done, len(alphas), f"alpha {alpha:g}")
@@ -119,33 +123,64 @@ def trace(
       )
     )
   chosen = _choose(points, higher=model.task != "regression")
-  _write(folder, points, chosen, (start, end), matched, split, model)
-  return points, chosen
+  found = {
+    "start": start,
+    "end": end,
+    "trained_on": list(matched),
+    "split": split,
+    "score": _SCORES[model.task],
+    "limit": limit,
+    "num_examples": counts,
+    "chosen": chosen.alpha,
+    "points": [dataclasses.asdict(point) for point in points],
+  }
+  json_path, plot_path = paths(folder, limit)
+  _files.write_json(json_path, found)
+  _files.write_bytes(plot_path, style.png(_figure(found)))
+  return found
 
 
-def format_table(points: Sequence[Point], chosen: Point) -> str:
-  """A row a point, the chosen one marked."""
-  names = list(points[0].scores)
+def paths(folder: pathlib.Path, limit: int | None) -> tuple:
+  """(the numbers, the plot) of a path."""
+  name = "interpolation" if limit is None else f"interpolation-limit{limit}"
+  return folder / f"{name}.json", folder / "plots" / f"{name}.png"
+
+
+def format_table(found: dict) -> str:
+  """A row a point, the chosen one marked; and what the columns are."""
+  points = found["points"]
+  names = list(points[0]["scores"])
   widths = [max(8, len(name)) for name in names]
   head = "   alpha  validation  " + "  ".join(
     f"{name:>{width}s}" for name, width in zip(names, widths)
   )
   rows = [
-    f" {'*' if point is chosen else ' '} {point.alpha:5.2f}"
-    f"  {point.matched:10.4f}  "
+    f" {'*' if point['alpha'] == found['chosen'] else ' '} "
+    f"{point['alpha']:5.2f}  {point['matched']:10.4f}  "
     + "  ".join(
-      f"{point.scores[name]:{width}.4f}" for name, width in zip(names, widths)
+      f"{point['scores'][name]:{width}.4f}"
+      for name, width in zip(names, widths)
     )
     for point in points
   ]
-  return "\n".join([head, *rows])
+  trained, split = "+".join(found["trained_on"]), found["split"]
+  count = found["num_examples"]
+  words = [
+    f"{found['score']}; weights from phase {found['start']} (alpha 0) to "
+    f"{found['end']} (alpha 1).",
+    f"validation: {count['validation']} examples with {trained}, which was "
+    f"trained on; * is chosen on it.",
+    f"the others: {count[split]} {split} examples with each set of modalities.",
+  ]
+  return "\n".join([head, *rows, "", *words])
 
 
 def _phases(folder, facts, start, end) -> tuple[str, str]:
   ended = [p["name"] for p in facts["phases"] if p["name"] in facts["finished"]]
   if len(ended) < 2:
     raise _validate.UserError(
-      f"--workdir: the run in {folder} has ended {len(ended)} phases, and a "
+      f"--workdir: the run in {folder} has ended "
+      f"{_validate.counted(len(ended), 'phase')}, and a "
       "path needs the models of two: configs/finetune.py has a probe and "
       "fine-tuning."
     )
@@ -181,28 +216,18 @@ def _choose(points: Sequence[Point], *, higher: bool) -> Point:
   return max(points, key=lambda p: (sign * p.matched, -abs(p.alpha - UNTUNED)))
 
 
-def _write(folder, points, chosen, phases, matched, split, model) -> None:
-  score = _SCORES[model.task]
-  found = {
-    "start": phases[0],
-    "end": phases[1],
-    "trained_on": list(matched),
-    "split": split,
-    "score": score,
-    "chosen": chosen.alpha,
-    "points": [dataclasses.asdict(point) for point in points],
-  }
-  figure = shift_plots.curves(
-    [point.alpha for point in points],
+def _figure(found: dict):
+  """The path, one line a set, the chosen model marked."""
+  points = found["points"]
+  return shift_plots.curves(
+    [point["alpha"] for point in points],
     {
-      "validation, as trained": [point.matched for point in points],
+      "validation, as trained": [point["matched"] for point in points],
       **{
-        name: [point.scores[name] for point in points]
-        for name in points[0].scores
+        name: [point["scores"][name] for point in points]
+        for name in points[0]["scores"]
       },
     },
-    score=score,
-    chosen=chosen.alpha,
+    score=found["score"],
+    chosen=found["chosen"],
   )
-  _files.write_json(folder / "interpolation.json", found)
-  _files.write_bytes(folder / "plots" / "interpolation.png", style.png(figure))

@@ -1,6 +1,7 @@
 """Averages of parameters: along training, and between two models."""
 
 import math
+import numbers
 from typing import Any
 
 import jax
@@ -126,6 +127,8 @@ def _floating(leaf) -> bool:
 
 
 def _check_alpha(alpha, extrapolate: bool) -> None:
+  if not isinstance(alpha, numbers.Real) and not hasattr(alpha, "dtype"):
+    raise ValueError(f"alpha must be a number, got {alpha!r}.")
   if jnp.ndim(alpha):
     raise ValueError(
       f"alpha must be one number, got the shape {jnp.shape(alpha)}; vmap over "

@@ -86,6 +86,17 @@ def test_a_study_of_shift_is_scored_by_map(prepared, tmp_path, capsys):
     np.mean(said, axis=0),
     rtol=1e-5,
   )
+  # The same models, scored otherwise.
+  code, _, _ = run(capsys, *words, "--config.study.score=auroc")
+  assert code == 0
+  scored = json.loads((tmp_path / "study" / "shift.json").read_text())
+  assert scored["chance"] == 0.5
+  area = sklearn.metrics.roc_auc_score
+  expected = area(batch["label"], logits("finetune", "audio")["video"])
+  matrix = scored["methods"]["finetune"]["matrix"]
+  np.testing.assert_allclose(matrix[0][1], expected, rtol=1e-5)
+  err = refused(capsys, *words, "--config.study.score=accuracy")
+  assert "config.study.score must be one of" in err
 
 
 def test_facts_hold_the_task_and_the_metric(immune):
@@ -216,3 +227,10 @@ def test_a_set_that_is_not_prepared_is_answered_with_the_command(
     f"--workdir={tmp_path / 'run'}",
   )
   assert "robust-mm data prepare audioset --source=DIR" in err
+
+
+def test_a_set_that_is_prepared_says_that_nothing_was_read(prepared, capsys):
+  words = ["audioset", "--source=nowhere", f"--path={prepared}"]
+  code, out, _ = run(capsys, "data", "prepare", *words)
+  assert code == 0
+  assert "already; --source was not read" in out

@@ -34,6 +34,11 @@ def _by_hand(score, logits, label, weights):
         for k in some
       ]
     )
+  if score == "auroc":
+    some = [k for k in range(K) if 0 < label[:, k].mean() < 1]
+    return np.mean(
+      [sklearn.metrics.roc_auc_score(label[:, k], logits[:, k]) for k in some]
+    )
   guess = logits.argmax(axis=-1)
   if score == "macro_f1":
     return sklearn.metrics.f1_score(
@@ -49,7 +54,7 @@ def _by_hand(score, logits, label, weights):
 @pytest.mark.parametrize("score", shift_scores.SCORES)
 def test_scores_of_replicates_are_those_of_repeated_items(score):
   logits, label, several, weights = _made()
-  label = several if score == "map" else label
+  label = several if score in shift_scores.MULTI_LABEL else label
   counted = np.ones((1, 3, ITEMS), bool)
   counted[:, 1, ::3] = False
   prepare = shift_scores.scorer(score, label, np.arange(ITEMS))
@@ -64,7 +69,7 @@ def test_scores_of_replicates_are_those_of_repeated_items(score):
 @pytest.mark.parametrize("score", shift_scores.SCORES)
 def test_a_cluster_is_drawn_whole(score):
   logits, label, several, _ = _made(1)
-  label = several if score == "map" else label
+  label = several if score in shift_scores.MULTI_LABEL else label
   cluster = np.random.default_rng(2).permutation(np.arange(ITEMS) % 7)
   weights = np.array([[2, 0, 1, 3, 0, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
   prepare = shift_scores.scorer(score, label, cluster)
@@ -92,7 +97,8 @@ def test_reports_from_logits_count_nan_as_wrong(score):
   label = rng.integers(K, size=200)
   logits = np.eye(K)[label] + rng.normal(size=(1, 3, 3, 200, K)) * 0.7
   logits[:, 0, 0, :50, 1] = np.nan
-  given = np.eye(K, dtype=bool)[label] if score == "map" else label
+  several = score in shift_scores.MULTI_LABEL
+  given = np.eye(K, dtype=bool)[label] if several else label
   found = evaluation.shift_report(
     {"ft": logits},
     ["a", "b"],

@@ -233,7 +233,16 @@ def test_a_path_is_evaluated_and_chosen_on_validation(study, capsys):
   folder, _, _ = study
   place = folder / "runs" / "finetune" / "left" / "0"
   assert run("interpolate", f"--workdir={place}", "--alpha=0:1:0.5") == 0
-  assert "* " in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert "* is chosen on it" in said
+  assert "examples with left, which was trained on" in said
+  whole = (place / "interpolation.json").read_bytes()
+  command = ["interpolate", f"--workdir={place}", "--alpha=0,1", "--limit=20"]
+  assert run(*command) == 0
+  assert "the others: 20 test examples" in capsys.readouterr().out
+  limited = json.loads((place / "interpolation-limit20.json").read_text())
+  assert limited["num_examples"] == {"validation": 20, "test": 20}
+  assert (place / "interpolation.json").read_bytes() == whole
   found = json.loads((place / "interpolation.json").read_text())
   assert (found["start"], found["end"]) == ("probe", "finetune")
   assert found["trained_on"] == ["left"]

@@ -241,7 +241,8 @@ def test_what_cannot_go_missing_is_refused_before_training(tmp_path, protocol):
   config.evaluation.missing_protocol = protocol
   match = f"config.evaluation.missing_protocol='{protocol}' needs"
   with pytest.raises(_validate.UserError, match=match):
-    train(config, tmp_path)
+    train(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
 
 
 def test_folder_in_use_is_refused(tmp_path):

@@ -114,6 +114,8 @@ def test_beyond_the_ends_only_when_asked():
       weights.interpolate(start, end, alpha, extrapolate=True)
   with pytest.raises(ValueError, match="alpha must be one number"):
     weights.interpolate(start, end, jnp.array([0.5]))
+  with pytest.raises(ValueError, match="alpha must be a number"):
+    weights.interpolate(start, end, "0.5")
 
 
 def test_a_path_of_models_in_one_vmap():

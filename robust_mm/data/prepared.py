@@ -74,7 +74,7 @@ def prepare(
     raise _validate.UserError(f"Data set {name!r} needs no preparation.")
   root = registry.data_dir(data_dir)
   target = root / info.folder
-  if _complete(target) and not overwrite:
+  if is_prepared(name, data_dir) and not overwrite:
     return target
   source = pathlib.Path(source).expanduser().absolute()
   beam_lib.check(info, beam)
@@ -93,6 +93,19 @@ def prepare(
       f"Cannot write data set {name!r} to {root}: {error}."
     ) from error
   return target
+
+
+def is_prepared(name: str, data_dir: str | os.PathLike | None = None) -> bool:
+  """Whether a call of :func:`prepare` has ended there.
+
+  Raises:
+    UserError: an unknown name.
+  """
+  return _complete(registry.data_dir(data_dir) / registry.get(name).folder)
+
+
+def _complete(folder: pathlib.Path) -> bool:
+  return (folder / registry.MARKER).is_file()
 
 
 def open_prepared(
@@ -154,10 +167,6 @@ def describe(
     splits=found["splits"],
     num_classes=len(found["class_names"]),
   )
-
-
-def _complete(folder: pathlib.Path) -> bool:
-  return (folder / registry.MARKER).is_file()
 
 
 def _features(info, modalities) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from collections.abc import Sequence
 
+from robust_mm import _validate
 from robust_mm.evaluation import rows as rows_lib
 from robust_mm.evaluation import texts
 from robust_mm.evaluation import wording
@@ -227,9 +228,9 @@ def _captions(found: Mapping) -> dict:
   return table(
     "Captions under attack",
     f"{found['num_examples']} examples; PGD with {settings['num_steps']} steps "
-    f"and {settings['num_restarts']} restarts in linf, raw units; up to "
-    f"{settings['num_substitutions']} letters of a prompt. The target of the "
-    f"targeted one is {found['target']!r}.",
+    f"and {_validate.counted(settings['num_restarts'], 'restart')} in linf, "
+    f"raw units; up to {settings['num_substitutions']} letters of a "
+    f"prompt. The target of the targeted one is {found['target']!r}.",
     [
       ("attack", False),
       ("of", False),

@@ -293,9 +293,10 @@ def shift_report(
     test_sets: E of every column; None for all subsets.
     matched: ``{method: {E: [seed, item]}}`` matched results (or logits) of an E
       that is no row.
-    score: "accuracy", "balanced_accuracy", "macro_f1" or "map".
-    label: int ``[item]``, for mAP ``bool[item, k]``; needed for all but
-      accuracy.
+    score: "accuracy", "balanced_accuracy", "macro_f1", "map" or
+      "auroc".
+    label: int ``[item]``, ``bool[item, k]`` for the last two; needed for all
+      but accuracy.
     clusters: ``[item]``, whose items are drawn together: speaker, subject,
       video. None for every item by itself.
     present: ``{m: bool[item]}``, what items really have.

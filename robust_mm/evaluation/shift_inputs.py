@@ -208,7 +208,7 @@ def _check_values(argument, value, score, label) -> None:
       )
     return
   num_classes = value.shape[-1]
-  if score == "map":
+  if score in shift_scores.MULTI_LABEL:
     if label.shape[1] != num_classes:
       raise ValueError(
         f"label has {label.shape[1]} classes, {argument} has {num_classes}."

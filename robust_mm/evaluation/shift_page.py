@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
+from robust_mm import _validate
 from robust_mm.evaluation import shift as shift_lib
 from robust_mm.evaluation import shift_texts
 from robust_mm.evaluation import templating
@@ -100,9 +101,9 @@ def _about(report) -> str:
   drawn = "clusters and seeds" if report.seeds_drawn else "clusters"
   return (
     f"{report.score.replace('_', ' ')}, chance {report.chance:.3f}; "
-    f"{shift_texts.counted(report.num_items, 'test item')} in "
-    f"{shift_texts.counted(report.num_clusters, 'cluster')}, "
-    f"{shift_texts.counted(report.num_seeds, 'seed')}; "
+    f"{_validate.counted(report.num_items, 'test item')} in "
+    f"{_validate.counted(report.num_clusters, 'cluster')}, "
+    f"{_validate.counted(report.num_seeds, 'seed')}; "
     f"{report.level:.0%} intervals of a paired bootstrap over {drawn}. "
     "Measured on absence: nothing here bounds a perturbation."
   )

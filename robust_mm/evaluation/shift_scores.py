@@ -2,8 +2,8 @@
 
 A bootstrap replicate is a weight for every cluster of items. Accuracy,
 balanced accuracy and macro-F1 are ratios of sums over clusters, so all
-replicates are one matrix product; mean average precision is computed again for
-each.
+replicates are one matrix product; mean average precision and AUROC are computed
+again for each.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,9 @@ import numpy as np
 
 from robust_mm import _validate
 
-SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "map")
+SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "map", "auroc")
+MULTI_LABEL = ("map", "auroc")
+"""Those of several labels at once."""
 
 Weighted = Callable[[np.ndarray], np.ndarray]
 Prepare = Callable[[np.ndarray, np.ndarray], Weighted]
@@ -25,13 +27,15 @@ def chance_level(
   """What a score is worth without looking at any input.
 
   The share of the commonest class for accuracy, 1 / k for balanced accuracy
-  and by convention for macro-F1, the mean share of positives for mAP.
+  by convention for macro-F1, the mean share of positives for mAP, 1 / 2 for
+  AUROC.
 
   >>> chance_level([0, 0, 0, 1]), chance_level([0, 1], score="macro_f1")
   (0.75, 0.5)
 
   Args:
-    label: of the test split, int ``[item]``, or ``bool[item, k]`` for mAP.
+    label: of the test split, int ``[item]``, or ``bool[item, k]`` for mAP and
+      AUROC.
     score: one of :data:`SCORES`.
     num_classes: k; None for those that labels have.
 
@@ -42,6 +46,8 @@ def chance_level(
   label = check_label(label, score)
   if score == "map":
     return float(np.mean(label))
+  if score == "auroc":
+    return 0.5
   found = np.unique(label, return_counts=True)[1]
   if score == "accuracy":
     return float(found.max() / found.sum())
@@ -51,13 +57,14 @@ def chance_level(
 def check_label(label: Any, score: str) -> np.ndarray:
   """Labels as an array; ValueError naming ``label`` for another shape."""
   label = np.asarray(label)
-  wanted = "bool[item, k]" if score == "map" else "int [item]"
-  if label.ndim != (2 if score == "map" else 1) or not label.size:
+  several = score in MULTI_LABEL
+  wanted = "bool[item, k]" if several else "int [item]"
+  if label.ndim != (2 if several else 1) or not label.size:
     raise ValueError(
       f"label must be {wanted} for the score {score!r}, got the shape "
       f"{label.shape}."
     )
-  return label.astype(bool) if score == "map" else label
+  return label.astype(bool) if several else label
 
 
 def scorer(
@@ -79,8 +86,9 @@ def scorer(
   """
 
   def prepare(results, counted):
-    if score == "map":
-      return _average_precision(results, counted, label, cluster)
+    if score in MULTI_LABEL:
+      area = _precision_area if score == "map" else _roc_area
+      return _mean_area(results, counted, label, cluster, area)
     if label is None:
       right = results
     else:
@@ -127,14 +135,15 @@ def _by_class(guess, counted, label, cluster, score: str) -> Weighted:
   return weighted
 
 
-def _average_precision(logits, counted, label, cluster) -> Weighted:
+def _mean_area(logits, counted, label, cluster, area_fn) -> Weighted:
+  """The mean over classes of an area under a curve of ranked items."""
   # Wrong in every class: what it has comes last, what it lacks first.
   bad = np.isnan(logits).any(axis=-1, keepdims=True)
   score = np.where(bad, np.where(label, -np.inf, np.inf), logits)
   score = np.moveaxis(score, -1, 0)  # [k, *lead, item]
   order = np.argsort(-score, axis=-1, kind="stable")
   ranked = np.take_along_axis(score, order, axis=-1)
-  # Ties are one step: all of them have the precision of the last.
+  # Ties are one step: all of them are ranked as the last.
   new = ranked[..., 1:] != ranked[..., :-1]
   places = np.arange(score.shape[-1])
   last = np.where(np.append(new, np.ones_like(new[..., :1]), -1), places, 1e18)
@@ -150,7 +159,7 @@ def _average_precision(logits, counted, label, cluster) -> Weighted:
       total, number = np.zeros(len(w)), np.zeros(len(w))
       for k in range(label.shape[1]):
         rows = order[(k, *at)]
-        area, some = _area(present[rows], label[rows, k], last[(k, *at)])
+        area, some = area_fn(present[rows], label[rows, k], last[(k, *at)])
         total += area
         number += some
       found[(slice(None), *at)] = _ratio(total, number)
@@ -159,7 +168,27 @@ def _average_precision(logits, counted, label, cluster) -> Weighted:
   return weighted
 
 
-def _area(weight, positive, last):
+def _roc_area(weight, positive, last):
+  """AUROC of ranked items, ``[item, r]``, and where there is one.
+
+  The chance that a positive is ranked above a negative, ties counting half;
+  none in a replicate without either.
+  """
+  negative = np.where(positive[:, None], 0, weight)
+  upto = np.cumsum(negative, axis=0)[last]
+  # Ranked above a tie: up to the end of the one before.
+  first = np.searchsorted(last, last, side="left")
+  before = np.where((first > 0)[:, None], upto[np.maximum(first - 1, 0)], 0)
+  total = upto[-1]
+  below = total - (before + upto) / 2
+  own = np.where(positive[:, None], weight, 0)
+  hits = own.sum(axis=0)
+  some = (hits > 0) & (total > 0)
+  area = np.einsum("ir,ir->r", own, below)
+  return area / np.where(some, hits * total, 1) * some, some
+
+
+def _precision_area(weight, positive, last):
   """Average precision of ranked items, ``[item, r]``, and where there is one.
 
   Zero in a replicate without a positive.

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from robust_mm import _validate
 from robust_mm import modalities
 from robust_mm.evaluation import shift_statistics
 
@@ -57,11 +58,11 @@ def table(report) -> str:
   """Aggregates by kind of every method, what they rest on, and the matrix."""
   intro = (
     f"{report.score}, chance {report.chance:.3g}; "
-    f"{counted(report.num_items, 'item')} in "
-    f"{counted(report.num_clusters, 'cluster')}, "
-    f"{counted(report.num_seeds, 'seed')}; reference {report.reference}; "
-    f"fidelity {report.fidelity}; {report.level:.0%} "
-    "intervals of a paired bootstrap over clusters"
+    f"{_validate.counted(report.num_items, 'item')} in "
+    f"{_validate.counted(report.num_clusters, 'cluster')}, "
+    f"{_validate.counted(report.num_seeds, 'seed')}; "
+    f"reference {report.reference}; fidelity {report.fidelity}; "
+    f"{report.level:.0%} intervals of a paired bootstrap over clusters"
     f"{' and seeds' if report.seeds_drawn else ''}."
   )
   blocks = [intro]
@@ -86,11 +87,6 @@ def undefined(report) -> str:
     f"undefined: {report.reference} is within two standard errors of chance "
     "there, too close to divide by"
   )
-
-
-def counted(number: int, word: str) -> str:
-  """``1 seed``, ``3 seeds``."""
-  return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def _aggregates(report, method: str) -> str:

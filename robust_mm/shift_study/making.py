@@ -18,6 +18,7 @@ from robust_mm import shift_methods
 from robust_mm import training
 from robust_mm import weights
 from robust_mm.evaluation import sets
+from robust_mm.evaluation import shift_scores
 from robust_mm.shift_study import plan
 from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
@@ -82,7 +83,7 @@ def _made(study: plan.Study, name: str, train, seed: int) -> dict:
       {(name,): _alone(study, method.of, name, seed) for name in train},
       study.test_sets,
       study.prior,
-      multi_label=study.score == "map",
+      multi_label=study.score in shift_scores.MULTI_LABEL,
     )
   else:
     model, params, state, _ = training.load(pretrained(study, seed))

@@ -12,6 +12,7 @@ from robust_mm import _validate
 from robust_mm import modalities
 from robust_mm import shift_derived
 from robust_mm import shift_methods
+from robust_mm.evaluation import shift_scores
 from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
 
@@ -19,7 +20,11 @@ Subset = tuple[str, ...]
 
 RESULTS = "shift.json"
 _MOST = 4  # modalities of which all sets are trained on
-_SCORES = {_tasks.CLASSIFICATION: "accuracy", _tasks.MULTI_LABEL: "map"}
+# Of a task; the first one where none is chosen.
+_SCORES = {
+  _tasks.CLASSIFICATION: ("accuracy", "balanced_accuracy", "macro_f1"),
+  _tasks.MULTI_LABEL: shift_scores.MULTI_LABEL,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -116,10 +121,18 @@ def prepare(config, folder: pathlib.Path) -> Study:
     test=test.batch(),
     clusters=_clusters(test, asked.cluster),
     prior=shift_derived.log_prior(label, test.num_classes),
-    score=_SCORES[test.task],
+    score=_score(test.task, asked.score),
   )
   _check_kept(study)
   return study
+
+
+def _score(task: str, asked: str) -> str:
+  if asked == "auto":
+    return _SCORES[task][0]
+  with _validate.user_errors():
+    _validate.one_of(("auto", *_SCORES[task]), **{"config.study.score": asked})
+  return asked
 
 
 def mark(study: Study) -> None:

@@ -51,6 +51,7 @@ def load(
   if phase not in finished:
     raise _validate.UserError(
       f"phase must be one of {', '.join(finished)}; got {phase!r}."
+      f"{_validate.suggestion(phase, finished)}"
     )
   params, state = jax.eval_shape(model.init, jax.random.key(0))
   tree = {"params": params, "model_state": state}

@@ -43,13 +43,15 @@ class Result:
   """How a run ended.
 
   Attributes:
-    step: updates done.
+    step: updates done, by this call and those before it.
+    start: those before it.
     finished: False when the run was asked to stop before its end.
     metrics: validation metrics of the model that was kept.
     timing: seconds by part: setup, compile, train, total.
   """
 
   step: int
+  start: int
   finished: bool
   metrics: dict
   timing: dict
@@ -78,29 +80,29 @@ def train(
     NonFiniteError: the loss is not finite; names step and last checkpoint.
   """
   workdir = pathlib.Path(workdir).resolve()
-  if jax.process_index():
-    return _train(config, workdir, lambda line: None, None)
-  with runs.lock(workdir):
-    return _train(config, workdir, say, progress)
-
-
-def _train(config, workdir, say, progress) -> Result:
-  stop = threading.Event()
+  primary = jax.process_index() == 0
+  if not primary:
+    say, progress = (lambda line: None), None
+  else:
+    runs.check_free(workdir)
+  stop, started = threading.Event(), time.perf_counter()
   with _on_sigterm(stop):
-    return _train_until(config, workdir, say, progress, stop)
+    plan = _plan(config)
+    for note in plan.setup.facts["notes"]:
+      say(f"note: {note}")
+    # Not before: what is refused leaves no folder.
+    with runs.lock(workdir) if primary else contextlib.nullcontext():
+      run = _open(config, workdir, plan, say, stop)
+      return _train(run, progress, started)
 
 
-def _train_until(config, workdir, say, progress, stop) -> Result:
-  started = time.perf_counter()
-  plan = _plan(config)
-  for note in plan.setup.facts["notes"]:
-    say(f"note: {note}")
-  run = _open(config, workdir, plan, say, stop)
+def _train(run: context.Run, progress, started: float) -> Result:
+  config, say = run.config, run.say
   run.timing["setup"] = time.perf_counter() - started
   say(
-    f"{run.recipe.name} on {config.data.name}: {len(plan.setup.train)} "
-    f"training examples, {run.recipe.num_steps} steps, {run.mesh.size} device"
-    f"{'s' if run.mesh.size > 1 else ''}"
+    f"{run.recipe.name} on {config.data.name}: {len(run.setup.train)} "
+    f"training examples, {run.recipe.num_steps} steps, "
+    f"{_validate.counted(run.mesh.size, 'device')}"
   )
   try:
     result = _run_phases(run, progress)
@@ -221,14 +223,16 @@ def _run_phases(run: context.Run, progress) -> Result:
     with contextlib.closing(_batches(run, phase, state)) as batches:
       state, stopped = _run_phase(run, phase, state, start, batches, progress)
     if stopped:
-      return Result(step=int(state.step), finished=False, metrics={}, timing={})
+      return Result(
+        step=int(state.step), start=done, finished=False, metrics={}, timing={}
+      )
     state = selection.finish_phase(run, position, state)
     start += phase.num_steps
     if position + 1 < len(phases):
       state = _enter(run, phases[position + 1], state)
     run.rolling.save(start, state_lib.stored(state))
   kept = run.facts["finished"][phases[-1].name]["metrics"]
-  return Result(step=start, finished=True, metrics=kept, timing={})
+  return Result(step=start, start=done, finished=True, metrics=kept, timing={})
 
 
 def _initial(run: context.Run, phase: Phase) -> state_lib.TrainState:
@@ -306,7 +310,7 @@ def _run_phase(run: context.Run, phase: Phase, state, start, batches, progress):
   seen = metrics_lib.Accumulator()
   clock = _Clock(progress, run.recipe.num_steps)
   best = selection.Best(run, phase)
-  step = int(state.step)
+  step, stopped = int(state.step), False
   jobs = jobs_lib.Jobs(run, phase, key, start=start, step=step)
   while step < end:
     state, step_metrics = step_fn(state, batch, key)
@@ -330,15 +334,16 @@ def _run_phase(run: context.Run, phase: Phase, state, start, batches, progress):
         run.rolling.save(step, state_lib.stored(state))
       if stopping:
         run.say(f"stopped at step {step}; the same command goes on from here")
-        jobs.close()
-        return state, True
+        stopped = True
+        break
       batch = next(batches)
-  best.close()
+  if not stopped:
+    best.close()
   jobs.close()
   run.timing["train"] = (
     run.timing.get("train", 0.0) + time.perf_counter() - began
   )
-  return state, False
+  return state, stopped
 
 
 def _batches(run: context.Run, phase: Phase, state):

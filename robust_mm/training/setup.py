@@ -134,10 +134,15 @@ def split_notes(config: ml_collections.ConfigDict, split: str) -> list[str]:
 def recipe_notes(
   config: ml_collections.ConfigDict, recipe: recipes.Recipe
 ) -> list[str]:
-  """What a recipe does with validation examples that are trained on."""
-  if "validation" not in train_splits(config):
-    return []
+  """What a recipe cannot do, or does with validation examples trained on."""
   notes = []
+  if config.recipe.name == "masd" and not config.data.labelled:
+    notes.append(
+      "config.data.labelled names no modality, so all have labels: masd "
+      "teaches sets of them, and no modality that is new."
+    )
+  if "validation" not in train_splits(config):
+    return notes
   for phase in recipe.phases:
     work = [
       f"the {job.name} job" for job in phase.jobs if job.source == "validation"
