@@ -6,16 +6,17 @@ import pathlib
 import tempfile
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Many tests compile the same functions; they, all workers and the commands they
+# start share the results.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
+  tempfile.gettempdir(), f"robust-mm-jit-{os.getuid()}"
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
 import pytest
 import small_data
 
-# Many tests compile the same functions; they and all workers share the results.
-CACHE = pathlib.Path(tempfile.gettempdir()) / f"robust-mm-jit-{os.getuid()}"
-
-jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
