@@ -63,6 +63,14 @@ def check_surrogate(
       raise ValueError(
         f"surrogate must have the {name} of the model, {mine}; got {other}."
       )
+  shapes = model.input_shapes, surrogate.model.input_shapes
+  for name in model.modalities if all(shapes) else ():
+    mine, other = (known[name] for known in shapes)
+    if mine != other:
+      raise ValueError(
+        f"surrogate must have the input shape of the model, {mine}, for "
+        f"{name!r}; got {other}."
+      )
 
 
 def measure(
