@@ -58,6 +58,8 @@ def of_run(config, facts: dict, radii=None, attack=None) -> evaluation.Protocol:
     # Runs of earlier versions do not state it.
     masking_examples=settings.get("masking_examples", 64),
     masking_thorough=settings.get("masking_thorough", False),
+    # What the recipe does where its options say nothing.
+    mispair=config.recipe.options.get("mispair", True),
     **shifts,
   )
 

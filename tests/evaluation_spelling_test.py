@@ -1,13 +1,17 @@
 """Captions under attack: what is scored, what moves, what must not."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from robust_mm import config as config_lib
 from robust_mm import evaluation
 from robust_mm import models
+from robust_mm import protocols
 from robust_mm import recipes
 from robust_mm.evaluation import caption_scores
 from robust_mm.evaluation import spelling
@@ -189,6 +193,31 @@ def test_a_changed_prompt_gains_loss_and_changes_its_letters_alone(
     assert places.sum(axis=1).max() <= 2
     assert np.all(second >= first - 1e-5)
     assert second.mean() > first.mean() + 1e-3
+
+
+@pytest.mark.parametrize(
+  "given, captions",
+  [
+    ([], 6),
+    (["--config.recipe.options.mispair=True"], 6),
+    (["--config.recipe.options.mispair=False"], 3),
+  ],
+)
+def test_an_evaluation_pairs_modalities_as_the_run_was_trained(
+  model, params, batch, given, captions
+):
+  """Of sorted classes a shift by one makes three pairs that differ."""
+  config = config_lib.load("configs/captioning.py:digits,smoke", given)
+  protocol = protocols.of_run(config, {"value_range": {}, "units": {}})
+  protocol = dataclasses.replace(
+    protocol, radii=(), modality_radii=(), attacks=(), subsets=False
+  )
+  order = np.argsort(batch["label"], kind="stable")
+  batch = jax.tree.map(lambda x: x[order], batch)
+  report = evaluation.evaluate(model, params, batch, protocol=protocol)
+  clean = report.results["captions"]["rows"][0]
+  assert clean["exact_match"] == 1
+  assert clean["distinct_2"] == pytest.approx(captions / 12)
 
 
 @pytest.mark.parametrize(

@@ -224,12 +224,13 @@ def _members(result: Mapping, name: str) -> dict:
 def _captions(found: Mapping) -> dict:
   first = found["rows"][0]
   settings = found["settings"]
+  pairs = ", modalities in new pairs" if settings["mispair"] else ""
   return table(
     "Captions under attack",
-    f"{found['num_examples']} examples; PGD with {settings['num_steps']} steps "
-    f"and {settings['num_restarts']} restarts in linf, raw units; up to "
-    f"{settings['num_substitutions']} letters of a prompt. The target of the "
-    f"targeted one is {found['target']!r}.",
+    f"{found['num_examples']} examples{pairs}; PGD with "
+    f"{settings['num_steps']} steps and {settings['num_restarts']} restarts "
+    f"in linf, raw units; up to {settings['num_substitutions']} letters of a "
+    f"prompt. The target of the targeted one is {found['target']!r}.",
     [
       ("attack", False),
       ("of", False),
@@ -360,7 +361,7 @@ def _units(result: Mapping) -> dict:
 
 
 def settings(result: Mapping) -> dict:
-  elsewhere = ("attacks", "certificate", "input_shapes")
+  elsewhere = ("attacks", "certificate", "input_shapes", "mispair")
   rows = [
     (key.replace("_", " "), _unwrapped(value))
     for key, value in result["settings"].items()

@@ -148,7 +148,8 @@ def caption_report(
 def of_protocol(model, params, state, batch, protocol, tick) -> dict | None:
   """The report of a captioner; None of other models.
 
-  With the steps of the first attack and, in linf without units, the radii.
+  With the pairs of the protocol, the steps of its first attack and, in linf
+  without units, its radii.
   """
   if model.captions is None:
     return None
@@ -169,6 +170,7 @@ def of_protocol(model, params, state, batch, protocol, tick) -> dict | None:
     batch,
     state=state,
     valid_range=protocol.valid_range,
+    mispair=protocol.mispair,
     **options,
   )
   tick("captions")
