@@ -279,9 +279,8 @@ def test_a_stronger_objective_and_unfinished_efforts_are_named():
     white=0.5,
     least=0.02,
     surrogate=None,
-    check=lambda name, passed, message: {"name": name, "passed": passed},
   )
-  assert {check["name"]: check["passed"] for check in checks} == {
+  assert {name: passed for name, passed, _ in checks} == {
     "more_effort_finds_no_more": False,
     "no_objective_is_stronger": True,
   }
