@@ -83,6 +83,7 @@ class Protocol:
     masking_examples: so many examples for :func:`evaluation.masking_report`.
     masking_thorough: that report with its costly checks.
     missing_rates: of the missing-rate curve, ascending.
+    missing_protocol: of ``robust_mm.missing``, one of ``MISSING_PROTOCOLS``.
     missing_seeds: masks a rate.
     corruptions: arguments of ``corruptions.suite``, or None for no table.
     mispair: of captioners, whether modalities are shifted against each other.
