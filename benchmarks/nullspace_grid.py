@@ -220,7 +220,8 @@ def _kernel_noise(logits_fn, params, images) -> dict:
   # Off the bounds of pixels, where black patches leave no room.
   grey = 0.25 + 0.5 * images
   free = nullspace.largest_kernel_noise(kernel, grey, direction)
-  found = {"dim": kernel.dim}
+  dims = kernel.dimensions.values()
+  found = {"dim": kernel.dim, "dims": [min(dims), max(dims)]}
   for word, x, delta in (("black", images, noise), ("grey", grey, free)):
     clean = logits_fn({MODALITY: x})
     moved = logits_fn({MODALITY: x + delta}) - clean
@@ -313,6 +314,9 @@ def _tables(found: dict, arms: list[str], options) -> list[str]:
         f"{one['criterion']:.4f}, held in {one['held']} of {one['rounds']}"
       )
   lines += ["", "exact kernel of the trained models: largest relative change"]
+  dims = [m["kernel"]["dims"] for ms in of.values() for m in ms]
+  low, high = min(d[0] for d in dims), max(d[1] for d in dims)
+  lines.append(f"dimension {low} to {high} at tolerances of 1e-8 to 1e-2")
   for word in ("black", "grey"):
     change, generic, norm = (
       [m["kernel"][word][key] for ms in of.values() for m in ms]

@@ -65,6 +65,7 @@ def get_config(argument: str = ""):
   config.optimizer.warmup_steps = 100
   config.optimizer.clip_norm = 1.0
   config.training.eval_every = 500
+  config.selection.metric = "exact_match"
   config.data.max_eval_examples = 1000
   config.evaluation.norm = "linf"
   config.evaluation.radii = (1 / 255, 2 / 255, 4 / 255, 8 / 255)

@@ -101,7 +101,7 @@ def default() -> ml_collections.ConfigDict:
   config.training.average_decay = 0.0
 
   config.selection = ml_collections.ConfigDict()
-  config.selection.metric = "auto"  # accuracy, mae or map, by the task
+  config.selection.metric = "auto"  # accuracy, mae, map or exact_match
   config.selection.radius = 0.0
 
   config.evaluation = ml_collections.ConfigDict()

@@ -47,6 +47,7 @@ SELECTION_METRICS = (
   "auto",
   "accuracy",
   "certified_accuracy",
+  "exact_match",
   "mae",
   "correlation",
   "map",
@@ -57,7 +58,7 @@ SELECTION_METRICS = (
 
 # What only one of the tasks has; not "loss", "last" and over subsets.
 _METRICS = {
-  _tasks.CLASSIFICATION: ("accuracy", "certified_accuracy"),
+  _tasks.CLASSIFICATION: ("accuracy", "certified_accuracy", "exact_match"),
   _tasks.REGRESSION: ("mae", "correlation"),
   _tasks.MULTI_LABEL: ("map",),
 }
@@ -72,16 +73,24 @@ _OTHERS_TAKE = {
 def selection_metric(config: ml_collections.ConfigDict, task: str) -> str:
   """``config.selection.metric`` as validation names it for the task.
 
-  >>> config = ml_collections.ConfigDict({"selection": {"metric": "auto"}})
+  >>> config = ml_collections.ConfigDict(
+  ...   {"selection": {"metric": "auto"}, "recipe": {"name": "joint"}})
   >>> selection_metric(config, "regression")
   'mae'
   """
   metric = config.selection.metric
   if metric == "auto":
+    if config.recipe.name == "captioning":
+      return "exact_match"
     return _tasks.MAIN[task]
   if metric == "mean_over_subsets" and task != _tasks.CLASSIFICATION:
     return f"{_tasks.MAIN[task]}_over_subsets"
   return metric
+
+
+def mispairs(config: ml_collections.ConfigDict) -> bool:
+  """Whether captions are of modalities in new pairs, as the recipe has it."""
+  return config.recipe.options.get("mispair", True)
 
 
 def check_task(config: ml_collections.ConfigDict, task: str) -> None:
@@ -162,6 +171,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   _check_train_splits(config)
   _check_unlabelled(config)
   _check_pretraining(config)
+  _check_captions(config)
   _check_smoothing(settings.smoothing)
   _check_penalty(config)
   _validate.positive(**{"config.optimizer.lr": config.optimizer.lr})
@@ -254,6 +264,17 @@ def _check_pretraining(config: ml_collections.ConfigDict) -> None:
   if config.init_phase and not config.init_from:
     raise _validate.UserError(
       f"config.init_phase ({config.init_phase!r}) needs config.init_from."
+    )
+
+
+def _check_captions(config: ml_collections.ConfigDict) -> None:
+  if config.selection.metric != "exact_match":
+    return
+  if config.model.fusion != "captioner":
+    raise _validate.UserError(
+      f"config.selection.metric must not be 'exact_match' where "
+      f"config.model.fusion is {config.model.fusion!r}: only a 'captioner' "
+      f"spells captions."
     )
 
 

@@ -271,9 +271,9 @@ def _add_visualize(commands, run) -> None:
     "visualize",
     "Synthesise inputs of one modality that activate classes of a finished "
     "run, under transformations that keep a class; beside controls and real "
-    "items, with numbers. Into visualization/NAME.png, .json and .npz and "
-    "visualization.html in the work directory, and into the report of an "
-    "evaluated run.",
+    "items, with numbers. Into visualization/NAME.png, .json and .npz, a NAME "
+    "for each question, split and phase, and visualization.html in the work "
+    "directory, and into the report of an evaluated run.",
     run,
   )
   command.add_argument("--workdir", required=True)

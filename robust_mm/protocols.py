@@ -5,6 +5,7 @@ import pathlib
 
 from robust_mm import _tasks
 from robust_mm import attacks
+from robust_mm import config_checks
 from robust_mm import evaluation
 from robust_mm import training
 from robust_mm.training import runs
@@ -58,6 +59,7 @@ def of_run(config, facts: dict, radii=None, attack=None) -> evaluation.Protocol:
     # Runs of earlier versions do not state it.
     masking_examples=settings.get("masking_examples", 64),
     masking_thorough=settings.get("masking_thorough", False),
+    mispair=config_checks.mispairs(config),
     **shifts,
   )
 

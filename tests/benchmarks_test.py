@@ -150,6 +150,8 @@ def test_the_grid_of_noise_measures_every_arm_once(
   # Both are fine-tuned from the same network, and measured each by itself.
   assert (workdir / "pretrained" / "0").is_dir()
   assert noisy["kernel"] != control["kernel"]
+  low, high = noisy["kernel"]["dims"]
+  assert low <= noisy["kernel"]["dim"] == 17 <= high
   clean = sum(noisy["clean"]) / 48
   rows = [line for line in first.splitlines() if line.startswith("published  ")]
   assert f"{clean:.4f}" in rows[0]

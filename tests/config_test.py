@@ -143,6 +143,11 @@ def test_override_keeps_the_type(override, expected):
     ),
     ("configs/joint.py", ["--config.mesh.rules=('a', ('data',))"], "must look"),
     ("/nowhere/configs/joint.py:digits", [], "which is no file"),
+    (
+      "configs/joint.py",
+      ["--config.selection.metric=exact_match"],
+      "metric must not be 'exact_match' where .* 'concat': only a 'captioner'",
+    ),
   ],
 )
 def test_mistake_is_one_sentence_naming_it(spec, overrides, sentence):
@@ -255,5 +260,10 @@ def test_the_default_metric_of_an_earlier_version_is_the_same(tmp_path):
   path.write_text(json.dumps(stored))
   runs.check_config(tmp_path, config)
   config.selection.metric = "loss"
+  with pytest.raises(_validate.UserError, match=r"selection\.metric"):
+    runs.check_config(tmp_path, config)
+  config.selection.metric = "auto"
+  stored["recipe"]["name"] = config.recipe.name = "captioning"
+  path.write_text(json.dumps(stored))
   with pytest.raises(_validate.UserError, match=r"selection\.metric"):
     runs.check_config(tmp_path, config)

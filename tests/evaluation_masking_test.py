@@ -279,9 +279,8 @@ def test_a_stronger_objective_and_unfinished_efforts_are_named():
     white=0.5,
     least=0.02,
     surrogate=None,
-    check=lambda name, passed, message: {"name": name, "passed": passed},
   )
-  assert {check["name"]: check["passed"] for check in checks} == {
+  assert {name: passed for name, passed, _ in checks} == {
     "more_effort_finds_no_more": False,
     "no_objective_is_stronger": True,
   }
@@ -299,6 +298,25 @@ def test_a_surrogate_of_another_task_is_refused(change):
     ValueError, match=f"surrogate must have the {next(iter(change))}"
   ):
     _report(toy.linear_model(), thorough=True, surrogate=other)
+
+
+def test_a_surrogate_of_other_input_shapes_is_refused():
+  """Where both models state them; of another one nothing is known."""
+  shapes = {"left": (4,), "right": (3,)}
+
+  def having(found):
+    return dataclasses.replace(toy.linear_model(), input_shapes=found)
+
+  def checked(mine, other):
+    other = dataclasses.replace(_surrogate(), model=having(other))
+    thorough.check_surrogate(having(mine), other)
+
+  checked(shapes, dict(reversed(shapes.items())))
+  checked(shapes, None)
+  checked(None, shapes)
+  message = r"the model, \(3,\), for 'right'; got \(5,\)\."
+  with pytest.raises(ValueError, match=message):
+    checked(shapes, {**shapes, "right": (5,)})
 
 
 def test_surrogate_goes_with_thorough():

@@ -78,6 +78,7 @@ def test_attacked_modalities_and_gates_have_panels(results):
       "probe_p_right": 0.75,
       "probe_closed_left": 0.1 * step,
       "validation_mean_over_subsets": 0.5,
+      "validation_exact_match": 0.75,
     }
     for step in (1, 2)
   ]
@@ -88,6 +89,8 @@ def test_attacked_modalities_and_gates_have_panels(results):
   np.testing.assert_allclose(gates.lines[0].get_ydata(), [0.1, 0.2])
   selected = drawn["Validation: accuracy"]
   assert 0.5 in selected.lines[0].get_ydata()
+  spelled = drawn["Validation: captions right"]
+  assert 0.75 in spelled.lines[0].get_ydata()
 
 
 def test_phases_are_marked_by_name_where_they_start(results, histories):

@@ -1,19 +1,27 @@
 """Captions under attack: what is scored, what moves, what must not."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from robust_mm import config as config_lib
 from robust_mm import evaluation
 from robust_mm import models
+from robust_mm import protocols
 from robust_mm import recipes
+from robust_mm.data import sources
 from robust_mm.evaluation import caption_scores
 from robust_mm.evaluation import spelling
 from robust_mm.models import encoders
+from robust_mm.training import setup as setup_lib
+from robust_mm.training import sharding
 from robust_mm.training import state as state_lib
 from robust_mm.training import steps
+from robust_mm.training import validation
 
 SHAPES = {"image": (3,), "sound": (3,)}
 WORDS = ("one", "two", "six")
@@ -189,6 +197,67 @@ def test_a_changed_prompt_gains_loss_and_changes_its_letters_alone(
     assert places.sum(axis=1).max() <= 2
     assert np.all(second >= first - 1e-5)
     assert second.mean() > first.mean() + 1e-3
+
+
+@pytest.mark.parametrize(
+  "given, captions",
+  [
+    ([], 6),
+    (["--config.recipe.options.mispair=True"], 6),
+    (["--config.recipe.options.mispair=False"], 3),
+  ],
+)
+def test_an_evaluation_pairs_modalities_as_the_run_was_trained(
+  model, params, batch, given, captions
+):
+  """Of sorted classes a shift by one makes three pairs that differ."""
+  config = config_lib.load("configs/captioning.py:digits,smoke", given)
+  protocol = protocols.of_run(config, {"value_range": {}, "units": {}})
+  protocol = dataclasses.replace(
+    protocol, radii=(), modality_radii=(), attacks=(), subsets=False
+  )
+  order = np.argsort(batch["label"], kind="stable")
+  batch = jax.tree.map(lambda x: x[order], batch)
+  report = evaluation.evaluate(model, params, batch, protocol=protocol)
+  clean = report.results["captions"]["rows"][0]
+  assert clean["exact_match"] == 1
+  assert clean["distinct_2"] == pytest.approx(captions / 12)
+
+
+@pytest.mark.parametrize("mispair, right", [(True, 10), (False, 11)])
+def test_validation_counts_whole_captions_as_the_report_does(
+  model, params, batch, mispair, right
+):
+  """A wrong label spoils two captions in new pairs, and else its own."""
+  config = config_lib.load(
+    "configs/captioning.py:digits,smoke",
+    [
+      "--config.evaluation.batch_size=8",
+      f"--config.recipe.options.mispair={mispair}",
+    ],
+  )
+  label = np.where(np.arange(12) == 1, 2, batch["label"])
+  source = sources.Source(
+    name="toy",
+    split="validation",
+    columns={m: sources.Column(array=x) for m, x in batch["inputs"].items()},
+    present=dict.fromkeys(SHAPES),
+    labels=label,
+    ids=np.arange(12),
+    num_classes=3,
+    value_range=dict.fromkeys(SHAPES),
+  )
+  setup = setup_lib.Setup(
+    train=source, validation=source, model=model, facts={}, reference={}
+  )
+  mesh = sharding.make_mesh(data=1)
+  found = validation.make(config, setup, mesh)(params, {})
+  assert found["exact_match"] == pytest.approx(right / 12)
+  batch = {**batch, "label": label}
+  report = evaluation.caption_report(
+    model, params, batch, radii=(), mispair=mispair
+  )
+  assert report["rows"][0]["exact_match"] == pytest.approx(right / 12)
 
 
 @pytest.mark.parametrize(

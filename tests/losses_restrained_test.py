@@ -733,6 +733,29 @@ def test_bad_batches_are_refused_by_name(penalty, change, message):
     loss_fn(jnp.asarray(logits), label, **change)
 
 
+@pytest.mark.parametrize(
+  "given",
+  [
+    *({"name": name} for name in ("wrong_class_dispersion", "complement_kl")),
+    {"name": "wrong_class_dispersion", "space": "prob"},
+    {"name": "sorted_slice_dispersion", "top_n": 5, "kind": "drsl2"},
+    {"name": "topk_level", "window": (0, 2), "level_scope": 4},
+    {"name": "topk_dispersion", "window": (1, 3)},
+    {"name": "topk_margin", "form": "relu", "gamma": 0.5},
+    *({"name": name} for name in ("label_smoothing", "logit_norm")),
+    {"name": "confidence_penalty"},
+  ],
+  ids=str,
+)
+def test_a_penalty_is_shown_as_the_call_that_makes_it(given):
+  made = losses.penalty(**given)
+  again = eval(repr(made), vars(losses))
+  assert (again.name, again.options) == (made.name, made.options)
+  for option, value in given.items():
+    assert option == "name" or again.options[option] == value
+  assert repr(again) == repr(made)
+
+
 def test_a_window_beyond_two_classes_leaves_one_rank():
   """C = 2: one wrong class; a level and a margin exist, a dispersion not."""
   logits, label = sample(classes=2)

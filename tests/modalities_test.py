@@ -54,6 +54,26 @@ def test_restrict_keeps_the_subset_and_zeroes_the_rest():
   np.testing.assert_array_equal(out["inputs"]["a"], [[1, 2], [0, 0]])
 
 
+def test_stagger_pairs_each_modality_with_a_later_example():
+  rows = np.arange(4)
+  batch = {
+    "inputs": {m: 10 * i + rows for i, m in enumerate("abc")},
+    "present": {m: rows > i for i, m in enumerate("abc")},
+    "label": rows,
+  }
+  made = modalities.stagger(batch)
+  np.testing.assert_array_equal(made["label"], rows)
+  for i, m in enumerate("abc"):
+    shifted = (rows - i) % 4
+    np.testing.assert_array_equal(made["inputs"][m], 10 * i + shifted)
+    np.testing.assert_array_equal(made["present"][m], shifted > i)
+    np.testing.assert_array_equal(made["classes"][m], shifted)
+  same = modalities.stagger(batch, 0)
+  for m in "abc":
+    np.testing.assert_array_equal(same["inputs"][m], batch["inputs"][m])
+    np.testing.assert_array_equal(same["classes"][m], rows)
+
+
 def test_restrict_names_the_unknown_modality():
   with pytest.raises(ValueError, match=r"unknown modality 'aa'.*Did you mean"):
     modalities.restrict(_batch({"a": [True]}), ["aa"])

@@ -1,5 +1,7 @@
 """Exact kernels: nullspace.md 15, lines 1 to 5."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,8 @@ TABLE = [
   (768, 768, 0, 0),
   (768, 1024, 0, 0),
   (3072, 384, 2688, 1920),
+  (3072, 768, 2304, 768),
+  (3072, 1024, 2048, 0),
   (49, 32, 17, 17),
 ]
 
@@ -54,7 +58,9 @@ def test_rank_survives_rounding_and_nothing_is_invented():
   kernel = nullspace.patch_kernel(low.astype(np.float32))
   assert kernel.rank == 300
   assert kernel.gap > 1e4
-  assert kernel.dimension(1e-5) == 468  # over orders of magnitude
+  assert kernel.dimensions[1e-5] == 468  # over orders of magnitude
+  assert kernel.dimensions[1e-3] == 468
+  assert kernel.dimensions[1e-8] < 468  # what rounding has left counts there
   trivial, invented = 0, 0
   for seed in range(30):
     weight = gaussian(768, 768, seed=seed, dtype=np.float32)
@@ -105,6 +111,25 @@ def largest(network):
   kernel = nullspace.patch_kernel(net.patch_weight(params), std=STD)
   direction = jax.random.normal(jax.random.key(1), images.shape)
   return kernel, nullspace.largest_kernel_noise(kernel, images, direction)
+
+
+def test_the_kernel_of_a_network_is_that_of_its_embedding_in_pixels(
+  network, largest
+):
+  net, params, _ = network
+  kernel, _ = largest
+  found = nullspace.embedding_kernel(net, params)
+  assert found.patch_shape == (7, 7, 3)
+  inside = kernel.project(jnp.asarray(found.basis.T, jnp.float32))
+  np.testing.assert_allclose(inside, found.basis.T, atol=1e-5)
+  assert found.dim == kernel.dim == 147 - 32
+  single = nullspace.embedding_kernel(net, params, fidelity="published")
+  assert single.dim == 3 * (49 - 32)
+  plain = nullspace.embedding_kernel(
+    dataclasses.replace(net, preprocess=None), params
+  )
+  raw = nullspace.patch_kernel(net.patch_weight(params))
+  np.testing.assert_array_equal(plain.basis, raw.basis)
 
 
 def test_with_std_the_kernel_is_that_of_pixels(network, largest):

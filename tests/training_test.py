@@ -19,6 +19,7 @@ from robust_mm import training
 from robust_mm.training import checkpoints
 from robust_mm.training import runs
 from robust_mm.training import sharding
+from robust_mm.training import validation
 from robust_mm.training import writers
 
 
@@ -102,6 +103,26 @@ def test_sigterm_saves_and_the_same_call_goes_on(tmp_path, whole):
   result = train(load(), tmp_path)
   assert result.finished
   assert_same(leaves(tmp_path), leaves(whole))
+
+
+def test_a_captioner_keeps_what_spells_most_captions_right(
+  tmp_path, monkeypatch
+):
+  """Of three validations the second, whatever they say of accuracy."""
+  shares = iter((0.5, 0.9, 0.1))
+  monkeypatch.setattr(
+    validation, "_spelled", lambda *given: lambda *model: next(shares)
+  )
+  config = load(
+    "configs/captioning.py:digits,smoke",
+    "selection.metric=auto",
+    "num_steps=3",
+    "training.eval_every=1",
+  )
+  train(config, tmp_path)
+  (finished,) = runs.describe(tmp_path)["finished"].values()
+  assert finished["step"] == 2
+  assert finished["metrics"]["exact_match"] == 0.9
 
 
 def test_a_finished_run_called_again_changes_nothing(tmp_path, whole):

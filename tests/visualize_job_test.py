@@ -99,6 +99,11 @@ def test_grids_numbers_and_page_are_written_and_shown_in_the_report(
       ["image-in_place-published"],
       None,
     ),
+    (
+      ("--modality=image", "--split=validation", "--phase=joint"),
+      ["image-validation-phase_joint"],
+      None,
+    ),
   ],
 )
 def test_every_question_has_a_file_of_its_own(
@@ -115,6 +120,9 @@ def test_every_question_has_a_file_of_its_own(
   for path in found:
     told = json.loads(path.read_text())
     assert len(told["rows"]) == 4
+    assert told["title"].endswith(", validation items, phase joint") == (
+      "validation" in path.stem
+    )
     published = "published" in path.stem
     assert told["settings"]["reconstruction"] == published
     if shown is not None:
@@ -135,7 +143,13 @@ def test_a_question_is_told_from_every_other_by_its_file():
   names = {job._name("image", plain)}
   for field, value in asked.items():
     names.add(job._name("image", dataclasses.replace(plain, **{field: value})))
-  assert len(names) == 1 + len(asked)
+  places = [("validation", None), ("train", None), ("test", "joint")]
+  for split, phase in [*places, ("train", "joint")]:
+    names.add(job._name("image", plain, split, phase))
+  joint = dataclasses.replace(plain, others="joint")
+  assert job._name("image", joint) not in names
+  assert job._name("image", plain, "test", None) == "image"
+  assert len(names) == 1 + len(asked) + 4
   assert "image" in names
   assert set(asked) | set(job._DETAIL) == {
     field.name for field in dataclasses.fields(plain)

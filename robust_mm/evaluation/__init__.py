@@ -51,7 +51,8 @@ SCHEMA = {
   "seed": "integer",
   "settings": (
     "the protocol (radii, modality_radii, norm, units as asked, subsets, "
-    "valid_range, batch_size, max_examples, survivors_only); attacks {name: "
+    "valid_range, batch_size, max_examples, survivors_only, mispair of "
+    "captions); attacks {name: "
     "exact settings}; certificate {asked, source, sound, norm, reason}; "
     "corruptions (null, or {kinds {kind: {severity: strength}}, together, "
     "correlated, share}); "

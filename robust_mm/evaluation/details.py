@@ -225,11 +225,13 @@ def _members(result: Mapping, name: str) -> dict:
 def _captions(found: Mapping) -> dict:
   first = found["rows"][0]
   settings = found["settings"]
+  pairs = ", modalities in new pairs" if settings["mispair"] else ""
   return table(
     "Captions under attack",
-    f"{found['num_examples']} examples; PGD with {settings['num_steps']} steps "
-    f"and {_validate.counted(settings['num_restarts'], 'restart')} in linf, "
-    f"raw units; up to {settings['num_substitutions']} letters of a "
+    f"{found['num_examples']} examples{pairs}; PGD with "
+    f"{settings['num_steps']} steps and "
+    f"{_validate.counted(settings['num_restarts'], 'restart')} in linf, raw "
+    f"units; up to {settings['num_substitutions']} letters of a "
     f"prompt. The target of the targeted one is {found['target']!r}.",
     [
       ("attack", False),
@@ -361,7 +363,7 @@ def _units(result: Mapping) -> dict:
 
 
 def settings(result: Mapping) -> dict:
-  elsewhere = ("attacks", "certificate", "input_shapes")
+  elsewhere = ("attacks", "certificate", "input_shapes", "mispair")
   rows = [
     (key.replace("_", " "), _unwrapped(value))
     for key, value in result["settings"].items()

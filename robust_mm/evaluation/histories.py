@@ -47,6 +47,7 @@ def training(
     _validation(histories, "mean absolute error", "mae", "mae_over_subsets"),
     _validation(histories, "correlation", "correlation"),
     _validation(histories, "mean average precision", "map", "map_over_subsets"),
+    _validation(histories, "captions right", "exact_match"),
     _validation(histories, "cross-entropy", "loss"),
     *_probes(histories),
   ]

@@ -190,9 +190,8 @@ def measure_thoroughly(
     white=found["accuracy"]["white box"],
     least=_least(probe),
     surrogate=surrogate,
-    check=_check,
   )
-  checks = [*found["checks"], *checks]
+  checks = [*found["checks"], *(_check(*check) for check in checks)]
   return {
     **found,
     **more,

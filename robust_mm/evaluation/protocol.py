@@ -83,8 +83,10 @@ class Protocol:
     masking_examples: so many examples for :func:`evaluation.masking_report`.
     masking_thorough: that report with its costly checks.
     missing_rates: of the missing-rate curve, ascending.
+    missing_protocol: of ``robust_mm.missing``, one of ``MISSING_PROTOCOLS``.
     missing_seeds: masks a rate.
     corruptions: arguments of ``corruptions.suite``, or None for no table.
+    mispair: of captioners, whether modalities are shifted against each other.
   """
 
   radii: tuple[float, ...]
@@ -106,6 +108,7 @@ class Protocol:
   missing_protocol: str
   missing_seeds: int
   corruptions: Mapping[str, Any] | None
+  mispair: bool
 
   def modality_grid(self, modality: str) -> tuple[float, ...]:
     """The radii at which ``modality`` alone is attacked."""
@@ -171,6 +174,7 @@ def standard(
   missing_protocol: str = "per_sample",
   missing_seeds: int = 5,
   corruptions: Any = None,
+  mispair: bool = True,
 ) -> Protocol:
   """Clean, every subset of modalities, attacked and certified accuracy.
 
@@ -226,6 +230,7 @@ def standard(
       and how much; or ``{"kinds", "severities", "modalities", "correlated",
       "share", "forms", "unknown"}`` of ``corruptions.suite`` (all of it where
       not named); None for none.
+    mispair: of models that spell captions, as ``caption_report`` takes it.
 
   Returns:
     A frozen :class:`Protocol`.
@@ -274,6 +279,7 @@ def standard(
     missing_protocol=missing_protocol,
     missing_seeds=int(missing_seeds),
     corruptions=_corruptions(corruptions),
+    mispair=bool(mispair),
   )
 
 

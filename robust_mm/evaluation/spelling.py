@@ -17,6 +17,7 @@ import numpy as np
 from robust_mm import _compiling
 from robust_mm import _validate
 from robust_mm import attacks
+from robust_mm import modalities
 from robust_mm._types import Batch
 from robust_mm._types import Model
 from robust_mm.attacks import substitutions
@@ -148,7 +149,8 @@ def caption_report(
 def of_protocol(model, params, state, batch, protocol, tick) -> dict | None:
   """The report of a captioner; None of other models.
 
-  With the steps of the first attack and, in linf without units, the radii.
+  With the pairs of the protocol, the steps of its first attack and, in linf
+  without units, its radii.
   """
   if model.captions is None:
     return None
@@ -169,6 +171,7 @@ def of_protocol(model, params, state, batch, protocol, tick) -> dict | None:
     batch,
     state=state,
     valid_range=protocol.valid_range,
+    mispair=protocol.mispair,
     **options,
   )
   tick("captions")
@@ -186,14 +189,12 @@ class _Told:
   def __init__(self, model, params, state, data, mispair):
     self._captions, self._model = model.captions, model
     self._params, self._state = params, state
-    order = np.arange(data.size)
-    shift = {
-      name: np.roll(order, index if mispair else 0)
-      for index, name in enumerate(data.names)
-    }
-    self.classes = {m: data.label[rows] for m, rows in shift.items()}
-    self._present = {m: data.present[m][rows] for m, rows in shift.items()}
-    self.inputs = {m: data.inputs[m][rows] for m, rows in shift.items()}
+    paired = modalities.stagger(
+      {"inputs": data.inputs, "present": data.present, "label": data.label},
+      int(mispair),
+    )
+    self.classes, self._present = paired["classes"], paired["present"]
+    self.inputs = paired["inputs"]
     self.floats = tuple(
       m for m, x in self.inputs.items() if jnp.issubdtype(x.dtype, jnp.floating)
     )

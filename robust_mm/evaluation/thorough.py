@@ -4,7 +4,6 @@ Beside those of ``masking``, and only when asked for.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -63,6 +62,14 @@ def check_surrogate(
       raise ValueError(
         f"surrogate must have the {name} of the model, {mine}; got {other}."
       )
+  shapes = model.input_shapes, surrogate.model.input_shapes
+  for name in model.modalities if all(shapes) else ():
+    mine, other = (known[name] for known in shapes)
+    if mine != other:
+      raise ValueError(
+        f"surrogate must have the input shape of the model, {mine}, for "
+        f"{name!r}; got {other}."
+      )
 
 
 def measure(
@@ -76,9 +83,10 @@ def measure(
   white: float,
   least: float,
   surrogate: Surrogate | None,
-  check: Callable[..., dict],
-) -> tuple[dict[str, Any], list[dict]]:
+) -> tuple[dict[str, Any], list[tuple[str, bool, str]]]:
   """``(found, checks)``, to go into a masking report.
+
+  A check is ``(name, passed, message)``.
 
   Args:
     probe: of the examples.
@@ -90,7 +98,6 @@ def measure(
     white: what that attack leaves.
     least: the smallest difference that counts.
     surrogate: to borrow adversarial points from; None for no such check.
-    check: ``check(name, passed, message)`` makes an entry of the report.
   """
   effort = {
     (steps, restarts): probe.left(
@@ -130,13 +137,13 @@ def measure(
   gains = [effort[half] - effort[whole] for half, whole in DOUBLED]
   best = min(objectives, key=objectives.get)
   checks = [
-    check(
+    (
       "more_effort_finds_no_more",
       max(gains) <= least,
       f"Twice the steps break {gains[0]:.1%} more, twice the restarts "
       f"{gains[1]:.1%}.",
     ),
-    check(
+    (
       "no_objective_is_stronger",
       white <= objectives[best] + least,
       f"The attack leaves {white:.0%}; with {STEPS} steps the objective "
@@ -152,7 +159,7 @@ def measure(
     found["transfer"] = left
     found["statistics"]["surrogate"] = statistics(surrogate.model, data, other)
     checks.append(
-      check(
+      (
         "white_box_beats_transfer",
         white <= left + least,
         f"The attack leaves {white:.0%}, points made for another model "

@@ -29,9 +29,11 @@ from robust_mm import margins
 REDUCTIONS = ("mean", "sum_as_published")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Penalty:
   """A number for a batch of items, from their logits and labels.
+
+  Its ``repr`` is the call that made it.
 
   Attributes:
     name: of its factory.
@@ -57,6 +59,10 @@ class Penalty:
   summed: bool = False
   published: Callable[[], "Penalty"] | None = None
   fidelity_only: bool = False
+
+  def __repr__(self) -> str:
+    given = ", ".join(f"{name}={x!r}" for name, x in self.options.items())
+    return f"{self.name}({given})"
 
   def __call__(self, logits: Array, label=None, weights=None) -> Array:
     """The penalty of items ``[n, k]``.

@@ -7,12 +7,14 @@ from robust_mm.modalities.presence import DISTRIBUTIONS
 from robust_mm.modalities.presence import left_by_set
 from robust_mm.modalities.presence import mask
 from robust_mm.modalities.presence import random_presence
+from robust_mm.modalities.presence import recombine
 from robust_mm.modalities.presence import removed
 from robust_mm.modalities.presence import restrict
 from robust_mm.modalities.presence import sample_subsets
 from robust_mm.modalities.presence import select
 from robust_mm.modalities.presence import share
 from robust_mm.modalities.presence import stack
+from robust_mm.modalities.presence import stagger
 from robust_mm.modalities.presence import without
 from robust_mm.modalities.sets import SHIFTS
 from robust_mm.modalities.sets import as_subset
@@ -37,6 +39,7 @@ __all__ = [
   "mask",
   "names",
   "random_presence",
+  "recombine",
   "removed",
   "restrict",
   "sample_subsets",
@@ -45,6 +48,7 @@ __all__ = [
   "shift",
   "shift_pairs",
   "stack",
+  "stagger",
   "subset_name",
   "subsets",
   "without",

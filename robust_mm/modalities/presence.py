@@ -164,6 +164,31 @@ def without(batch: Batch, name: str) -> dict:
   return {**batch, "present": left, "inputs": mask(batch["inputs"], left)}
 
 
+def recombine(batch: Batch, rows: Mapping) -> dict:
+  """New examples, of each modality other rows of a batch.
+
+  The result has ``classes`` {m: int[b]}, what each modality is of, beside the
+  labels, which stay.
+
+  Args:
+    batch: ``{"inputs", "present", "label"}``, of NumPy or JAX arrays.
+    rows: ``{m: int[b]}``.
+  """
+  return {
+    **batch,
+    "inputs": {m: batch["inputs"][m][chosen] for m, chosen in rows.items()},
+    "present": {m: batch["present"][m][chosen] for m, chosen in rows.items()},
+    "classes": {m: batch["label"][chosen] for m, chosen in rows.items()},
+  }
+
+
+def stagger(batch: Batch, step: int = 1) -> dict:
+  """:func:`recombine`, modality i ``i * step`` examples on; 0 changes none."""
+  rows = np.arange(batch["label"].shape[0])
+  shifted = enumerate(names(batch["inputs"]))
+  return recombine(batch, {m: np.roll(rows, i * step) for i, m in shifted})
+
+
 def removed(present: Present, arm: int | Array) -> dict[str, Bool[Array, " b"]]:
   """``present`` without modality number ``arm`` in sorted order.
 

@@ -192,7 +192,8 @@ class VisionTransformer:
     """W ``[p, d]``; rows in the order of a flattened patch, (row, column, c).
 
     A view of ``params["embed"]["kernel"]``. In front of it the pixels are
-    divided by the ``std`` of ``preprocess``, channel by channel.
+    divided by the ``std`` of ``preprocess``, channel by channel: what images it
+    does not see is told by ``nullspace.embedding_kernel``.
     """
     return params["embed"]["kernel"]
 

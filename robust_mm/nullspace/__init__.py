@@ -1,10 +1,11 @@
 r"""What a network does not see: exact kernels, and noise that hardly matters.
 
 Of a linear stem the kernel is exact: :func:`patch_kernel`,
-:func:`linear_kernel`, :func:`project_kernel` for maps that are functions, and
+:func:`embedding_kernel` of a vision transformer, :func:`linear_kernel`,
+:func:`project_kernel` for maps that are functions, and
 :func:`largest_kernel_noise` for how large it gets inside the range of pixels::
 
-  kernel = nullspace.patch_kernel(weight, std=std)  # [p, d]
+  kernel = nullspace.embedding_kernel(net, params)
   noise = nullspace.largest_kernel_noise(kernel, images, direction)
 
 Of a whole encoder it is approximate: :func:`encoder_noise` finds one tensor,
@@ -32,6 +33,7 @@ from robust_mm.nullspace.boxes import largest_kernel_noise
 from robust_mm.nullspace.criteria import Items
 from robust_mm.nullspace.criteria import criterion
 from robust_mm.nullspace.kernels import PatchKernel
+from robust_mm.nullspace.kernels import embedding_kernel
 from robust_mm.nullspace.kernels import head_kernel
 from robust_mm.nullspace.kernels import linear_kernel
 from robust_mm.nullspace.kernels import patch_kernel
@@ -66,6 +68,7 @@ __all__ = [
   "augmented_loss",
   "center",
   "criterion",
+  "embedding_kernel",
   "empty_bank",
   "encoder_noise",
   "head_kernel",

@@ -22,7 +22,7 @@ from robust_mm import _validate
 # Rounding a rank-deficient matrix leaves singular values of about one eps.
 _SAFETY = 8
 _LARGEST = 4096  # rows: beyond it the square factor of the SVD is too large
-CURVE = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+_CURVE = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,11 +58,16 @@ class PatchKernel:
     """What the dimension would be at another relative tolerance.
 
     Of the joint kernel. A kernel that is real keeps its dimension over orders
-    of magnitude; print it for those of :data:`CURVE`.
+    of magnitude: see :attr:`dimensions`.
     """
     values = self.singular_values
     kept = np.sum(values > tolerance * values[:1]) if len(values) else 0
     return self.basis.shape[0] - int(kept)
+
+  @property
+  def dimensions(self) -> dict[float, int]:
+    """``{tolerance: dimension}`` from 1e-8 to 1e-2, by powers of ten."""
+    return {tolerance: self.dimension(tolerance) for tolerance in _CURVE}
 
   def project(self, delta: jax.Array) -> jax.Array:
     """The nearest element of the kernel, ``[..., p] -> [..., p]``.
@@ -159,6 +164,24 @@ def patch_kernel(
     tolerance=tolerance,
     patch_shape=shape,
   )
+
+
+def embedding_kernel(net: Any, params: Any, **options: Any) -> PatchKernel:
+  """:func:`patch_kernel` of the embedding of a vision transformer, in pixels.
+
+  Args:
+    net: with ``patch_weight``, ``patch_size`` and ``preprocess``, whose
+      standard deviation comes in: a ``models.vit.VisionTransformer``.
+    params: its parameters.
+    **options: ``tolerance``, ``per_channel`` and ``fidelity``.
+
+  Raises:
+    ValueError: as of :func:`patch_kernel`.
+  """
+  weight = np.asarray(net.patch_weight(params))
+  weight = np.reshape(weight, (*net.patch_size, -1, weight.shape[-1]))
+  std = None if net.preprocess is None else net.preprocess[1]
+  return patch_kernel(weight, std=std, **options)
 
 
 def linear_kernel(

@@ -223,12 +223,11 @@ def random_at_criterion(
   *,
   eps: float,
   key: PRNGKeyArray,
-  start: Any = None,
   chunk_size: int = 256,
 ) -> tuple[jax.Array, jax.Array]:
   """Random noise shrunk until it changes as little: the control of the size.
 
-  Standard normal (or ``start``) times 0.8 again and again, until the mean
+  Standard normal noise times 0.8 again and again, until the mean
   criterion of ``items`` is at most eps. Pure, jit-able.
 
   Returns:
@@ -239,8 +238,6 @@ def random_at_criterion(
     ValueError: ``eps`` not positive.
   """
   _validate.positive(eps=eps)
-  if start is None:
-    start = jax.random.normal(key, items.tokens.shape[1:])
   clean = criteria.in_chunks(encode, params, items, None, chunk_size)
 
   def criterion(noise):
@@ -257,7 +254,7 @@ def random_at_criterion(
     noise = _SHRINK * noise
     return noise, criterion(noise), number + 1
 
-  start = start.astype(jnp.float32)
+  start = jax.random.normal(key, items.tokens.shape[1:], jnp.float32)
   noise, found, _ = jax.lax.while_loop(
     cond, body, (start, criterion(start), jnp.int32(0))
   )

@@ -146,7 +146,6 @@ def search(
   settings: Search,
   key: Any,
   *,
-  start: Any = None,
   start_radius: Any = None,
 ) -> Found:
   """Noise of nearly the largest radius that is feasible; pure, jit-able.
@@ -158,7 +157,6 @@ def search(
     holdout: items that decide what is feasible.
     settings: see :class:`Search`.
     key: typed.
-    start: w to begin with, ``[N, d]``; random by default.
     start_radius: first radius, such as a little less than the last search of a
       network gave; that of ``settings`` by default, and at least that. Traced.
 
@@ -172,10 +170,9 @@ def search(
     )
   params = jax.lax.stop_gradient(params)
   start_key, stage_key = jax.random.split(key)
-  if start is None:
-    start = tokens_lib.random_direction(
-      start_key, optimise.tokens.shape[1:], settings.profile
-    )
+  start = tokens_lib.random_direction(
+    start_key, optimise.tokens.shape[1:], settings.profile
+  )
   size = tokens_lib.scale(optimise.tokens, optimise.counted)
   judge = _judge(encode, params, holdout, settings, size)
   improve = _improve(encode, params, optimise, settings, size)

@@ -71,16 +71,13 @@ def captioning(
 def shuffle(key, params, state, batch):
   """An intervention: new pairs, and ``classes`` {m: int[b]} of what each is."""
   del params, state
-  inputs, present, classes = {}, {}, {}
+  rows = {}
   for index, name in enumerate(modalities.names(batch["inputs"])):
-    order = jnp.arange(batch["label"].shape[0])
+    rows[name] = jnp.arange(batch["label"].shape[0])
     if index:
       own = jax.random.fold_in(key, index)
-      order = jax.random.permutation(own, order)
-    inputs[name] = batch["inputs"][name][order]
-    present[name] = batch["present"][name][order]
-    classes[name] = batch["label"][order]
-  return {**batch, "inputs": inputs, "present": present, "classes": classes}
+      rows[name] = jax.random.permutation(own, rows[name])
+  return modalities.recombine(batch, rows)
 
 
 def caption_loss(

@@ -4,6 +4,7 @@ import contextlib
 import json
 import pathlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -77,9 +78,7 @@ def check_config(
   for key in sorted(keys, key=lambda key: (key not in _SAID_FIRST, key)):
     if key.startswith(_MAY_CHANGE) and key not in _MAY_NOT_CHANGE:
       continue
-    if stored.get(key) != given.get(key) and not _same(
-      key, stored.get(key), given.get(key)
-    ):
+    if stored.get(key) != given.get(key) and not _same(key, stored, given):
       raise _validate.UserError(
         f"the work directory {workdir} holds a run of another configuration: "
         f"config.{key} is {stored.get(key)!r} there and {given.get(key)!r} "
@@ -133,9 +132,12 @@ _SINCE = (
 )
 
 
-def _same(key: str, stored: Any, given: Any) -> bool:
+def _same(key: str, stored: Mapping, given: Mapping) -> bool:
   """Whether the two mean one thing, said differently by another version."""
-  return key == "selection.metric" and {stored, given} == {"accuracy", "auto"}
+  # Captioners were selected by accuracy, and "auto" is another metric now.
+  if key != "selection.metric" or given["recipe.name"] == "captioning":
+    return False
+  return {stored.get(key), given[key]} == {"accuracy", "auto"}
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:

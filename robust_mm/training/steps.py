@@ -178,6 +178,27 @@ def make_predict(
   return predict
 
 
+def make_spell(model: Model) -> Callable:
+  """``spell(params, model_state, batch) -> {"whole", "counted"}``, bool[b].
+
+  Whether the greedy caption of the batch's ``classes`` is right in every
+  letter, and which examples have any modality.
+  """
+  captions = model.captions
+
+  def spell(params, model_state, batch):
+    present = batch["present"]
+    embeddings, _ = model.encode(params, model_state, batch["inputs"], present)
+    said = captions.generate(params, embeddings, present)
+    meant = captions.spell(batch["classes"], present)
+    return {
+      "whole": jnp.all(said == meant, axis=-1),
+      "counted": jnp.any(modalities.stack(present), axis=0),
+    }
+
+  return spell
+
+
 def _by_subset(model: Model, params, embeddings, batch) -> dict:
   """What is right, how far off, or said, with each availability set.
 

@@ -15,6 +15,7 @@ from robust_mm import _validate
 from robust_mm import certification
 from robust_mm import config_checks
 from robust_mm import data
+from robust_mm import modalities
 from robust_mm._types import PyTree
 from robust_mm.recipes import Phase
 from robust_mm.training import setup as setup_lib
@@ -37,6 +38,10 @@ def make(config, setup: setup_lib.Setup, mesh) -> Validator:
   selected by it, ``mean_over_subsets``: accuracy with each availability set
   (``modalities.availability_sets``) in turn, averaged; it is
   ``mae_over_subsets`` or ``map_over_subsets`` of the other tasks.
+
+  ``exact_match`` of models that spell captions: the share that are right in
+  every letter, greedily decoded, of modalities in new pairs where the recipe
+  makes some (``mispair``).
 
   Examples without any modality are left out of every mean.
 
@@ -67,6 +72,7 @@ def make(config, setup: setup_lib.Setup, mesh) -> Validator:
     config.evaluation.batch_size, len(setup.validation), mesh
   )
   radius = config.selection.radius
+  spelled = _spelled(config, setup, axis, batch_size)
 
   def validate(params, model_state):
     rows = sharding.map_batches(
@@ -87,9 +93,33 @@ def make(config, setup: setup_lib.Setup, mesh) -> Validator:
       metrics["certified_accuracy"] = float(np.mean(sure[counted]))
     if "subset_correct" in rows:
       metrics["mean_over_subsets"] = _over_subsets(rows, "subset_correct")
+    if spelled is not None:
+      metrics["exact_match"] = spelled(params, model_state)
     return metrics
 
   return validate
+
+
+def _spelled(config, setup, axis, batch_size) -> Callable | None:
+  """``share(params, model_state)`` of whole captions right, of captioners.
+
+  Of all examples: their accuracy, which spells every class, costs as much.
+  """
+  if setup.model.captions is None:
+    return None
+  spell = jax.jit(steps.make_spell(setup.model), out_shardings=axis)
+  step = int(config_checks.mispairs(config))
+  pair = functools.partial(modalities.stagger, step=step)
+
+  def share(params, model_state):
+    rows = sharding.map_batches(
+      lambda batch: spell(params, model_state, batch),
+      data.evaluation_batches(setup.validation, batch_size, transforms=(pair,)),
+      axis,
+    )
+    return float(np.mean(rows["whole"][rows["counted"]]))
+
+  return share
 
 
 def own(config, setup: setup_lib.Setup, mesh, phase: Phase) -> Callable | None:

@@ -183,7 +183,7 @@ def class_visualization(
   objective = objective or "margin"
   _validate.one_of(objectives.OBJECTIVES, objective=objective)
   spaces = _spaces(
-    view, mode, parameterization, value_range, reference, init_std, blur_every
+    view, mode, parameterization, value_range, reference, init_std
   )
   if held_out is None and len(view.names) == 1:
     # Of the border as it was given: alike for all modes and controls.
@@ -330,9 +330,7 @@ def _published(chosen, objective, tv_weight, annealing):
   return {n: t.replace(jitter=0.0) for n, t in chosen.items()}, "logit"
 
 
-def _spaces(
-  view, mode, parameterization, value_range, reference, init_std, blur_every
-):
+def _spaces(view, mode, parameterization, value_range, reference, init_std):
   if not isinstance(reference, Mapping):
     reference = dict.fromkeys(view.names, reference)
   bounded = parameterization != "unbounded"

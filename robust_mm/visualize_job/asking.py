@@ -70,6 +70,8 @@ class Run:
     dataset: its name.
     train: reference examples of the training split.
     test: examples of the split that real items are taken of.
+    split: its name.
+    phase: whose model; None for the last.
   """
 
   model: Any
@@ -79,6 +81,8 @@ class Run:
   dataset: str
   train: dict
   test: dict
+  split: str = "test"
+  phase: str | None = None
 
 
 def kind(facts: Mapping, dataset: str, name: str) -> str | None:
@@ -107,6 +111,8 @@ def open_run(folder: pathlib.Path, split: str, phase: str | None) -> Run:
     dataset=config.data.name,
     train=setup_lib.reference_batch(train),
     test=limited.batch(),
+    split=split,
+    phase=phase,
   )
 
 

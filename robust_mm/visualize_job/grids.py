@@ -98,7 +98,7 @@ def _grid(opened, question, asked, name, labels, made, transform):
   if first.settings["reconstruction"]:
     notes.append("Our reconstruction of what was published.")
   told = {
-    "title": f"{name}: {_words(question)}",
+    "title": f"{name}: {_words(question)}{_place(opened)}",
     "rows": list(rows),
     "columns": list(labels),
     "value_range": value_range,
@@ -188,6 +188,11 @@ def _words(question: asking.Question) -> str:
   place = ", transformed in place" if question.mode == "in_place" else ""
   published = ", as published" if question.fidelity == "published" else ""
   return told + place + published
+
+
+def _place(opened: asking.Run) -> str:
+  split = "" if opened.split == "test" else f", {opened.split} items"
+  return split + (f", phase {opened.phase}" if opened.phase else "")
 
 
 def _slug(text: str) -> str:

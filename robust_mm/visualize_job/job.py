@@ -39,8 +39,9 @@ def run(
   Each grid is ``NAME.png``, ``NAME.json`` (settings, numbers, range of values)
   and ``NAME.npz`` (the inputs) in ``visualization/`` of the run's folder, where
   the report of the run finds them; ``visualization.html`` shows them all, and
-  the report of an evaluated run is drawn again. NAME says what is asked; a grid
-  of other classes, starts or steps alone replaces the one before.
+  the report of an evaluated run is drawn again. NAME says what is asked, and
+  the split and phase where they are not the usual; a grid of other classes,
+  starts or steps alone replaces the one before.
 
   Args:
     folder: of the run.
@@ -63,7 +64,7 @@ def run(
   home = folder / visuals.FOLDER
   written = []
   for name, (array, told, arrays) in made.items():
-    path = home / f"{_name(name, question)}.png"
+    path = home / f"{_name(name, question, split, phase)}.png"
     if output is not None:
       path = pathlib.Path(output)
       if len(made) > 1:
@@ -133,11 +134,19 @@ def _draw_pages(folder: pathlib.Path, dataset: str) -> None:
     )
 
 
-def _name(modality: str, question: asking.Question) -> str:
+def _name(
+  modality: str,
+  question: asking.Question,
+  split: str = "test",
+  phase: str | None = None,
+) -> str:
   """A file for each question; one of other detail alone is drawn over."""
   parts = [modality]
   for field in dataclasses.fields(question):
     value = getattr(question, field.name)
     if field.name not in _DETAIL and value != field.default:
       parts.append(f"{'' if isinstance(value, str) else field.name}{value}")
+  parts += [split] if split != "test" else []
+  # A phase may be called as an answer is, such as joint.
+  parts += [f"phase_{phase}"] if phase is not None else []
   return "-".join(parts)
