@@ -1,6 +1,7 @@
 """Metrics to JSON lines and TensorBoard event files, side by side."""
 
 import json
+import math
 import os
 import pathlib
 
@@ -33,7 +34,8 @@ class Writer:
     self._file.write(json.dumps(row) + "\n")
     self._file.flush()
     for name, value in metrics.items():
-      self._events.add_scalar(name, value, step)
+      if math.isfinite(value):  # a point of a curve; a gate may not have one
+        self._events.add_scalar(name, value, step)
 
   def close(self) -> None:
     """Flushes both."""
