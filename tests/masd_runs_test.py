@@ -263,7 +263,6 @@ def test_no_label_of_rows_without_one_reaches_a_parameter(
   changed(monkeypatch, relabelled)
   train(load(DIGITS, *LEFT), tmp_path)
   assert_same(kept(tmp_path), kept(plain))
-  # The last column of numbers that are measured, not drawn.
   assert logged(tmp_path, "masd") == logged(plain, "masd")
 
 
