@@ -24,6 +24,7 @@ def ensemble(
   test_sets: Iterable[Subset],
   prior: np.ndarray,
   *,
+  present: Mapping[str, np.ndarray] | None = None,
   multi_label: bool = False,
 ) -> dict[Subset, np.ndarray]:
   """Late fusion of models of one modality: the mean of log-probabilities.
@@ -31,27 +32,28 @@ def ensemble(
   Args:
     single: ``{(m,): logits [n, k]}`` of the models, NaN where an item lacks m.
     test_sets: E.
-    prior: log-frequencies of the classes, said where an item has none of the
-      modalities of T and E.
+    prior: log-frequencies of the classes, said where an item has something of
+      E and nothing of T in it.
+    present: ``{m: bool[n]}``, what items have; None for everything.
     multi_label: whether every class is there or not, apart from the others.
 
   Returns:
-    ``{E: [n, k]}``.
+    ``{E: [n, k]}``, NaN where an item has nothing of E.
   """
   log = _log_sigmoid if multi_label else _log_softmax
   said = {name: log(x) for (name,), x in single.items()}
   found = {}
+  shape = next(iter(said.values())).shape
   for subset in test_sets:
-    parts = [x for name, x in said.items() if name in subset]
-    if not parts:
-      shape = next(iter(said.values())).shape
-      found[subset] = np.broadcast_to(prior, shape).copy()
-      continue
-    stacked = np.stack(parts)
+    stacked = np.reshape(
+      [x for m, x in said.items() if m in subset], (-1, *shape)
+    )
     known = ~np.isnan(stacked).any(axis=-1)
     total = np.where(known[..., None], stacked, 0).sum(axis=0)
     mean = total / np.maximum(known.sum(axis=0), 1)[:, None]
     found[subset] = np.where(known.any(axis=0)[:, None], mean, prior[None])
+    if present is not None:
+      found[subset][~_some(present, subset)] = np.nan
   return found
 
 
@@ -68,7 +70,13 @@ def class_means(
 ) -> dict[Subset, np.ndarray]:
   """Cosine of pooled features to the mean of every class.
 
-  Features are centred by the mean of those that were labelled.
+  Features are centred by the mean of those that were labelled, and examples
+  without anything of T are none of them.
+
+  The features are those that the linear head sees, also of a model pretrained
+  with contrasts. The space in which contrasts compare has a projection for each
+  modality alone; those are no part of the model that a pretraining run keeps
+  (``recipes.pretrain``), and say nothing of several modalities together.
 
   Args:
     model: with ``features``.
@@ -81,7 +89,11 @@ def class_means(
     batch_size: examples a pass.
 
   Returns:
-    ``{E: [n, k]}``.
+    ``{E: [n, k]}``: NaN where an example has nothing of E; -inf, so never
+    chosen, for a class without a labelled example.
+
+  Raises:
+    ValueError: no example of ``train`` has anything of T.
   """
 
   @jax.jit
@@ -101,17 +113,30 @@ def class_means(
       parts.append(np.asarray(pooled(inputs, there)))
     return np.concatenate(parts)
 
-  given = features(train, labelled)
+  known = _some(train["present"], labelled)
+  if not known.any():
+    raise ValueError(
+      f"train has no example with any of labelled ({', '.join(labelled)})."
+    )
+  given = features(train, labelled)[known]
   centre = given.mean(axis=0)
   units = _unit(given - centre)
-  label = train["label"]
+  label = train["label"][known]
   if label.ndim == 1:
     label = label[:, None] == np.arange(model.num_classes)
   means = _unit(label.astype(units.dtype).T @ units)
-  return {
-    subset: (_unit(features(test, subset) - centre) @ means.T).astype("f4")
-    for subset in test_sets
-  }
+  found = {}
+  for subset in test_sets:
+    cosine = _unit(features(test, subset) - centre) @ means.T
+    cosine = np.where(label.any(axis=0)[None], cosine, -np.inf)
+    cosine[~_some(test["present"], subset)] = np.nan
+    found[subset] = cosine.astype("f4")
+  return found
+
+
+def _some(present: Mapping[str, np.ndarray], subset: Subset) -> np.ndarray:
+  """Which examples have any modality of a set, ``bool[n]``."""
+  return np.any([present[name] for name in subset], axis=0)
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

@@ -17,7 +17,11 @@ from robust_mm.training import validation
 
 
 class Best:
-  """Keeps the model of a phase that validation prefers, on disk."""
+  """Keeps the model of a phase that validation prefers, on disk.
+
+  Of models of the same score the latest: where a validation set is small, many
+  scores are equal, and the first of them is the model that is trained least.
+  """
 
   def __init__(self, run: context.Run, phase: Phase):
     self._run = run
@@ -32,7 +36,7 @@ class Best:
     )
 
   def consider(self, step: int, state) -> None:
-    """Validates, writes the metrics, saves when better than what is there."""
+    """Validates, writes the metrics, saves unless what is there is better."""
     run = self._run
     params = state.params
     if self._choose is not None:
@@ -45,13 +49,14 @@ class Best:
     run.writer.write(step, self._phase.name, named)
     latest = self._store.latest_step
     if latest is not None and step <= latest:
-      # A resumed run: what lies there beat this very model before the kill.
+      # A resumed run: before the kill what lies there was preferred to this
+      # very model, or is it.
       return
     metric = validation.metric(run.config, run.setup)
     chosen = metric != "last" and not self._phase.judges_last
     if latest is not None and chosen:
       held = validation.score(self._store.metrics(), metric)
-      if not validation.score(metrics, metric) > held:
+      if validation.score(metrics, metric) < held:
         return
     model = {"params": params, "model_state": state.model_state}
     self._store.save(step, model, metrics=metrics)

@@ -202,7 +202,7 @@ def metric(config, setup: setup_lib.Setup) -> str:
 
 
 def score(metrics: dict[str, float], name: str) -> float:
-  """Larger is better; NaN is worst; ties go to the earlier model."""
+  """Larger is better; NaN is worst."""
   _validate.one_of(metrics, **{"config.selection.metric": name})
   if np.isnan(metrics[name]):
     return -np.inf
