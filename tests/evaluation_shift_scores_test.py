@@ -162,6 +162,26 @@ def test_chance_levels():
   assert math.isclose(found, 3 / 8)
 
 
+def test_random_scores_are_worth_no_more_than_chance_with_an_empty_class():
+  rng = np.random.default_rng(0)
+  label = rng.random((4000, 4)) < np.array([0.1, 0.2, 0.3, 0.0])
+  sure = label + rng.normal(size=label.shape) * 0.3
+  logits = np.stack([np.stack([sure] * 3)] * 3)[None]
+  found = evaluation.shift_report(
+    {"ft": logits, "random": rng.normal(size=logits.shape)},
+    ["a", "b"],
+    evaluation.chance_level(label, score="map"),
+    "ft",
+    score="map",
+    label=label,
+    num_samples=2,
+  )
+  assert math.isclose(found.chance, label[:, :3].mean())
+  # A quarter less chance, that of all four, would leave 0.06.
+  assert abs(found.estimate("random", "missing").value) < 0.01
+  assert evaluation.chance_level(np.zeros((3, 2)), score="map") == 0.0
+
+
 def test_bad_labels_are_refused_by_name():
   with pytest.raises(ValueError, match="label must be int"):
     shift_scores.chance_level(np.zeros((3, 2)))

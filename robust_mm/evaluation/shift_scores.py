@@ -27,8 +27,8 @@ def chance_level(
   """What a score is worth without looking at any input.
 
   The share of the commonest class for accuracy, 1 / k for balanced accuracy
-  by convention for macro-F1, the mean share of positives for mAP, 1 / 2 for
-  AUROC.
+  by convention for macro-F1, the mean share of positives for mAP (over the
+  classes that have any, as in the score), 1 / 2 for AUROC.
 
   >>> chance_level([0, 0, 0, 1]), chance_level([0, 1], score="macro_f1")
   (0.75, 0.5)
@@ -45,7 +45,7 @@ def chance_level(
   _validate.one_of(SCORES, score=score)
   label = check_label(label, score)
   if score == "map":
-    return float(np.mean(label))
+    return float(np.mean(label[:, label.any(axis=0)])) if label.any() else 0.0
   if score == "auroc":
     return 0.5
   found = np.unique(label, return_counts=True)[1]
