@@ -38,7 +38,21 @@ def made():
   return report_of(results)
 
 
+# Missing, added and transfer together.
+SHIFTED = [0.56, 0.64, 0.62, 0.70, 0.40, 0.35]
+MATCHED = [0.60, 0.70, 0.80, 0.80, 0.70, 0.60]
 BY_HAND = {
+  "shifted": {
+    "performance": sum(SHIFTED) / 6,
+    "worst": 0.35,
+    "relative": (0.36 / 0.4 + 0.44 / 0.5 + 0.92 / 0.6 + 0.2 / 0.5 + 0.15 / 0.4)
+    / 6,
+    "pooled": (sum(SHIFTED) - 1.2) / (sum(MATCHED) - 1.2),
+    "relative_raw": sum(s / r for s, r in zip(SHIFTED, MATCHED)) / 6,
+    "pooled_raw": sum(SHIFTED) / sum(MATCHED),
+    "drop": ((0.78 - 0.56) + (0.78 - 0.64)) / 2,
+    "gain": ((0.62 - 0.58) + (0.70 - 0.66)) / 2,
+  },
   "matched": {
     "performance": (0.58 + 0.66 + 0.78) / 3,
     "worst": 0.58,
@@ -84,6 +98,7 @@ def test_aggregates_of_a_hand_made_matrix(made):
       expected = row.get(statistic, math.nan)
       np.testing.assert_allclose(found, expected, atol=1e-12, err_msg=statistic)
   assert made.num_pairs == {
+    "shifted": 6,
     "matched": 3,
     "missing": 2,
     "added": 2,
@@ -130,6 +145,28 @@ def test_improvements_in_every_form_with_and_without_chance(made):
   np.testing.assert_allclose(found.value, 0.6 / 0.2, atol=1e-12)
 
 
+def test_the_headline_pools_every_shifted_pair(made):
+  """Improvement over all of missing, added and transfer, paired."""
+  below = [0.50, 0.60, 0.55, 0.65, 0.30, 0.25]  # of the reference
+  found = made.improvement("masd", "ft")
+  expected = (sum(SHIFTED) - 1.2) / (sum(below) - 1.2)
+  np.testing.assert_allclose(found.value, expected, atol=1e-12)
+  assert found.low < expected < found.high
+  inside = [made.draws[m]["shifted"]["pooled"] for m in ("masd", "ft")]
+  np.testing.assert_allclose(
+    found[1:3], np.quantile(inside[0] / inside[1], [0.025, 0.975])
+  )
+  # Its interval is that of all pairs together, not of one kind.
+  alone = made.improvement("masd", "ft", "transfer")
+  assert alone.high - alone.low > found.high - found.low
+  stored = made.to_dict()["against_reference"]["masd"]["shifted"]
+  stored = stored["improvement"]["pooled"]["corrected"]["value"]
+  np.testing.assert_allclose(stored, expected, atol=1e-12)
+  lines = [line.split() for line in made.table().splitlines()]
+  kinds = [line[0] for line in lines if line and line[0] in made.categories]
+  assert kinds[:2] == ["shifted", "matched"]
+
+
 def test_own_reference_flatters_who_spoils_the_matched_score():
   spoiled = np.array(REFERENCE)
   np.fill_diagonal(spoiled, [0.45, 0.5, 0.62])
@@ -144,7 +181,8 @@ def test_own_reference_flatters_who_spoils_the_matched_score():
 def test_published_is_the_mean_of_ratios_to_the_own_score():
   results = {"ft": right(REFERENCE), "masd": right(METHOD)}
   found = report_of(results, fidelity="published")
-  assert found.categories == ("matched", "missing", "added", "transfer")
+  kinds = ("shifted", "matched", "missing", "added", "transfer")
+  assert found.categories == kinds
   assert found.reference == "own"
   expected = (0.56 / 0.58 + 0.64 / 0.66) / 2
   np.testing.assert_allclose(
@@ -169,6 +207,7 @@ def test_a_reference_near_chance_has_no_ratio_but_stays_pooled():
   assert np.isnan(ratios[:, 0]).all()
   assert not np.isnan(ratios[:, 1:]).any()
   assert found.num_undefined["masd"] == {
+    "shifted": 2,
     "matched": 1,
     "missing": 1,
     "added": 0,
@@ -307,6 +346,7 @@ def test_all_pairs_of_a_study_with_few_train_sets():
   }
   found = report_of(results, matched={"ft": extra}, **options)
   assert found.num_pairs == {
+    "shifted": 10,
     "matched": 2,
     "missing": 2,
     "added": 4,

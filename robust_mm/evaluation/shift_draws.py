@@ -119,7 +119,7 @@ def aggregates(
           below,
           value[..., rows, own],
           pairs=study.pairs(kind),
-          kind=kind,
+          kinds=study.kinds,
           chance=chance,
           **keep,
         )

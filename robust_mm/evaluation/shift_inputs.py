@@ -9,6 +9,7 @@ import numpy as np
 from robust_mm import _validate
 from robust_mm import modalities
 from robust_mm.evaluation import shift_scores
+from robust_mm.evaluation import shift_statistics
 
 Subset = tuple[str, ...]
 
@@ -21,7 +22,7 @@ class Study:
     names: of the modalities.
     train_sets: T.
     test_sets: E.
-    categories: kinds of shift that are reported.
+    categories: kinds of shift that are reported, "shifted" among them.
     kinds: ``[T, E]``.
     reference: a method or "own".
     score: what is measured.
@@ -63,7 +64,9 @@ class Study:
     return ~(self.empty & self.skip_empty)
 
   def pairs(self, kind: str) -> np.ndarray:
-    """``bool[T, E]``, the pairs of a kind."""
+    """``bool[T, E]``, the pairs of a kind, or of those that are pooled."""
+    if kind == shift_statistics.SHIFTED:
+      return np.isin(self.kinds, shift_statistics.SHIFTED_KINDS)
     return self.kinds == kind
 
   def facts(self) -> dict[str, Any]:
