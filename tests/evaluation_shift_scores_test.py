@@ -2,13 +2,18 @@
 
 import doctest
 import math
+import pathlib
+import types
 
 import numpy as np
 import pytest
 import sklearn.metrics
 
 from robust_mm import evaluation
+from robust_mm import modalities
 from robust_mm.evaluation import shift_scores
+from robust_mm.shift_study import job as job_lib
+from robust_mm.shift_study import plan
 
 ITEMS, K = 60, 4
 
@@ -119,6 +124,81 @@ def test_reports_from_logits_count_nan_as_wrong(score):
     assert found.matrix("ft")[0, 0] == hits[50:].sum() / 200
   draws = found.draws["ft"]["missing"]["performance"]
   assert draws.std() > 0.005  # computed again in every replicate
+
+
+def test_items_without_a_modality_are_empty_and_no_nan():
+  """NaN is what a model says of nothing: told from a bad one by present."""
+  rng = np.random.default_rng(3)
+  label = rng.integers(K, size=40)
+  logits = np.eye(K, dtype=np.float32)[label] + np.zeros((2, 3, 3, 40, K), "f4")
+  logits[:, :, 0, :10] = np.nan  # no a
+  logits[0, 1, 2, 5:8, 1] = np.nan  # a+b, all there is
+  logits[1, 0, 0, 15, 2] = np.nan
+  logits[1, 0, 1, 3, :2] = [np.inf, -np.inf]  # no NaN
+  present = {"a": np.arange(40) >= 10, "b": np.ones(40, bool)}
+  options = {"score": "accuracy", "label": label, "num_samples": 2}
+  found = evaluation.shift_report(
+    {"ft": logits}, ["a", "b"], 0.25, "ft", present=present, **options
+  )
+  assert found.num_nan == {"ft": 4}
+  assert found.num_empty == {"a": 10}
+  np.testing.assert_allclose(found.scores["ft"][0, 1], [0.75, 1, 37 / 40])
+  extra = {"a": logits[:, 0, 0], "b": logits[:, 1, 2]}
+  found = evaluation.shift_report(
+    {"ft": logits[:, 2:]},
+    ["a", "b"],
+    0.25,
+    "ft",
+    train_sets=["a+b"],
+    matched={"ft": extra},
+    present=present,
+    **options,
+  )
+  assert found.num_nan == {"ft": 4}  # all of them in matched
+
+
+def test_a_study_of_accuracy_counts_nan():
+  rng = np.random.default_rng(0)
+  train_sets = modalities.subsets(["a", "b"])
+  label = rng.integers(K, size=30)
+  present = {"a": np.arange(30) >= 10, "b": np.ones(30, bool)}
+  study = plan.Study(
+    config=types.SimpleNamespace(
+      study=types.SimpleNamespace(
+        methods=("finetune", "masd"), seeds=2, num_samples=2
+      )
+    ),
+    folder=pathlib.Path(),
+    names=("a", "b"),
+    train_sets=train_sets,
+    test_sets=train_sets,
+    test={"label": label, "present": present},
+    clusters=None,
+    prior=np.zeros(K),
+    score="accuracy",
+  )
+  logits = {
+    job: np.stack([np.eye(K, dtype=np.float32)[label]] * 3)
+    for job in study.jobs()
+  }
+  for said in logits.values():
+    said[0, :10] = np.nan  # nothing of a
+  logits["masd", 1, ("b",)][2, 20:25, 0] = np.nan
+  report = job_lib._report(study, logits)
+  assert report.num_nan == {"finetune": 0, "masd": 5}
+  assert report.num_empty == {"a": 10}
+  np.testing.assert_allclose(report.scores["masd"][1, 1], [2 / 3, 1, 5 / 6])
+  assert report.results["masd"].dtype == np.float32
+
+
+def test_the_class_of_a_nan_is_none():
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(50, 7, K)).astype("f4")
+  logits[rng.random(logits.shape) < 0.1] = np.nan
+  bad = np.isnan(logits).any(axis=-1)
+  assert 0 < bad.mean() < 1
+  expected = np.where(bad, -1, np.nan_to_num(logits, nan=-9).argmax(-1))
+  np.testing.assert_array_equal(shift_scores.predictions(logits), expected)
 
 
 def test_macro_f1_is_no_mean_over_items():

@@ -69,8 +69,9 @@ class ShiftReport:
     num_clusters: that are drawn.
     num_seeds: of every method.
     seeds_drawn: whether replicates draw seeds as well (5 or more).
-    num_nan: ``{method: predictions with NaN}``, all of them counted wrong.
-    num_empty: ``{E: items that have nothing of E}``.
+    num_nan: ``{method: predictions with NaN}`` of items that have something of
+      E, all of them counted wrong; 0 where results are no logits.
+    num_empty: ``{E: items that have nothing of E}``; wrong where NaN.
     skipped_empty: whether these were left out.
     level: of the intervals.
   """

@@ -105,8 +105,9 @@ def scorer(
 
 def predictions(logits: np.ndarray) -> np.ndarray:
   """The largest of ``[*lead, item, k]``; -1, never right, for a NaN."""
-  bad = np.isnan(logits).any(axis=-1)
-  return np.where(bad, -1, np.where(np.isnan(logits), 0, logits).argmax(-1))
+  guess = logits.argmax(axis=-1)  # the first NaN, where there is one
+  best = np.take_along_axis(logits, guess[..., None], axis=-1)[..., 0]
+  return np.where(np.isnan(best), -1, guess)
 
 
 def _by_class(guess, counted, label, cluster, score: str) -> Weighted:

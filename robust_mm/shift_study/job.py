@@ -75,42 +75,37 @@ def _pretrain(study: plan.Study, seed: int, say) -> None:
 
 
 def _report(study: plan.Study, logits: dict) -> shift.ShiftReport:
-  label = study.test["label"]
-  scored = study.score != "accuracy"  # of whole sets: logits, not what is right
+  label, reference = study.test["label"], shift_methods.REFERENCE
+  seeds, trains = list(study.seeds), study.train_sets
 
-  def result(name, seed, train):
-    found = logits[name, seed, train]
-    return found if scored else shift_scores.predictions(found) == label
+  def stacked(name):
+    shape = len(seeds), len(trains), *logits[name, seeds[0], trains[0]].shape
+    found = np.empty(shape, np.float32)
+    for s, seed in enumerate(seeds):
+      for t, train in enumerate(trains):
+        found[s, t] = logits[name, seed, train]
+    return found
 
-  results = {
-    name: np.array(
-      [
-        [result(name, seed, train) for train in study.train_sets]
-        for seed in study.seeds
-      ]
-    )
-    for name in study.config.study.methods
-  }
-  reference = shift_methods.REFERENCE
   matched = {
     subset: np.array(
       [
-        result(reference, seed, subset)[study.test_sets.index(subset)]
-        for seed in study.seeds
-      ]
+        logits[reference, seed, subset][study.test_sets.index(subset)]
+        for seed in seeds
+      ],
+      np.float32,
     )
     for subset in study.reference_sets
   }
   return shift.shift_report(
-    results,
+    {name: stacked(name) for name in study.config.study.methods},
     study.names,
     shift_scores.chance_level(label, score=study.score),
     reference,
-    train_sets=study.train_sets,
+    train_sets=trains,
     test_sets=study.test_sets,
     matched={reference: matched},
     score=study.score,
-    label=label if scored else None,
+    label=label,
     present=study.test["present"],
     clusters=study.clusters,
     num_samples=study.config.study.num_samples,
