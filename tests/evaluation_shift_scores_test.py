@@ -3,6 +3,7 @@
 import doctest
 import math
 import pathlib
+import tracemalloc
 import types
 
 import numpy as np
@@ -83,6 +84,21 @@ def test_a_cluster_is_drawn_whole(score):
   for r, row in enumerate(weights):
     expected = _by_hand(score, logits[1, 2], label, row[cluster])
     np.testing.assert_allclose(found[r, 1, 2], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("score", ["macro_f1", "map", "auroc"])
+def test_scores_take_less_room_than_the_logits(score):
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(3, 7, 500, 40)).astype("f4")
+  label = rng.integers(40, size=500)
+  if score in shift_scores.MULTI_LABEL:
+    label = rng.random((500, 40)) < 0.1
+  prepare = shift_scores.scorer(score, label, np.arange(500))
+  tracemalloc.start()
+  prepare(logits, np.ones((1, 1, 500), bool))(np.ones((20, 500)))
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < logits.nbytes / 2
 
 
 def test_a_class_that_was_not_drawn_is_left_out():
