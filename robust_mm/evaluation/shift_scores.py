@@ -3,12 +3,10 @@
 A bootstrap replicate is a weight for every cluster of items. Accuracy,
 balanced accuracy and macro-F1 are ratios of sums over clusters, so all
 replicates are one matrix product; mean average precision and AUROC are computed
-again for each. That is their cost: every class of every model and set of
-modalities is ranked once for each block of replicates, and summed along in all
-of them, so time goes as seeds * T * E * classes * items * replicates: about an
-hour a method and seed on one core for AudioSet (two modalities, 527 classes,
-20,000 items, 2,000 replicates). Beside
-the logits a block of :data:`shift_draws.CHUNK` numbers is held a few times.
+again for each. That costs seeds * T * E * classes * items * replicates steps,
+about an hour a method and seed on one core for AudioSet (two modalities, 527
+classes, 20,000 items, 2,000 replicates); in memory, beside the logits, a few
+blocks of ``shift_draws.CHUNK`` numbers.
 """
 
 from collections.abc import Callable
