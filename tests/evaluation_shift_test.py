@@ -1,38 +1,20 @@
 """Reports of modality shift: hand-computed views, bootstrap, refusals."""
 
-import html
 import json
 import math
-import re
 
 import numpy as np
 import pytest
+from evaluation_shift_results import CHANCE
+from evaluation_shift_results import METHOD
+from evaluation_shift_results import REFERENCE
+from evaluation_shift_results import N
+from evaluation_shift_results import report_of
+from evaluation_shift_results import right
 
-from robust_mm import evaluation
 from robust_mm import modalities
 from robust_mm.evaluation import shift
-from robust_mm.evaluation import shift_page
 from robust_mm.evaluation import shift_statistics
-from robust_mm.evaluation import shift_texts
-
-NAMES = ("a", "b")
-N = 1000
-# Rows T, columns E: a, b, a+b.
-REFERENCE = [[0.60, 0.30, 0.55], [0.25, 0.70, 0.65], [0.50, 0.60, 0.80]]
-METHOD = [[0.58, 0.40, 0.62], [0.35, 0.66, 0.70], [0.56, 0.64, 0.78]]
-CHANCE = 0.2
-
-
-def right(matrix, num_items=N, num_seeds=1):
-  """Results with exactly these shares: the first items are right."""
-  counts = np.rint(np.asarray(matrix) * num_items)[None, ..., None]
-  found = np.arange(num_items) < counts
-  return np.repeat(found, num_seeds, axis=0)
-
-
-def report_of(results, chance=CHANCE, reference="ft", names=NAMES, **options):
-  options = {"num_samples": 200, **options}
-  return evaluation.shift_report(results, names, chance, reference, **options)
 
 
 @pytest.fixture(scope="module")
@@ -227,113 +209,6 @@ def test_a_reference_near_chance_has_no_ratio_but_stays_pooled():
   assert report_of({"ft": right(weak)}).num_undefined["ft"]["missing"] == 0
 
 
-def test_standard_errors_are_those_of_a_binomial(made):
-  p = np.diag(REFERENCE)
-  found = report_of({"ft": right(REFERENCE)}, num_samples=2000)
-  expected = np.sqrt(p * (1 - p) / N)
-  np.testing.assert_allclose(found.matched_error["ft"], expected, rtol=0.08)
-  low, high = found.intervals["ft"][:, 0, 0]
-  np.testing.assert_allclose(
-    [low, high], 0.6 + expected[0] * np.array([-1.96, 1.96]), atol=0.004
-  )
-
-
-def test_copies_of_an_item_are_one_cluster_and_no_information():
-  few = right(REFERENCE, num_items=100)
-  copies = np.repeat(few, 10, axis=-1)
-  clusters = np.repeat(np.arange(100)[::-1], 10)
-  alone = report_of({"ft": few}, num_samples=1000)
-  whole = report_of({"ft": copies}, clusters=clusters, num_samples=1000)
-  blind = report_of({"ft": copies}, num_samples=1000)
-  assert (whole.num_items, whole.num_clusters) == (1000, 100)
-  errors = [r.matched_error["ft"][0] for r in (alone, whole, blind)]
-  np.testing.assert_allclose(errors[1] / errors[0], 1, rtol=0.1)
-  np.testing.assert_allclose(errors[2] / errors[0], 10**-0.5, rtol=0.1)
-
-
-def test_clusters_of_unlike_size_are_ratios_of_sums():
-  """Items weigh alike, not clusters: one of 90 right, ten of 1 wrong."""
-  matrix = np.zeros((1, 3, 3, 100), bool)
-  matrix[..., :90] = True
-  clusters = np.minimum(np.arange(100) // 90 * np.arange(100), 99)
-  found = report_of({"ft": matrix}, clusters=clusters, num_samples=2000)
-  assert found.num_clusters == 11
-  assert found.matrix("ft")[0, 0] == 0.9
-  draws = found.draws["ft"]["missing"]["performance"]
-  # Drawn k times of 11: 90 k / (90 k + 11 - k).
-  k = np.arange(12)
-  possible = 90 * k / (90 * k + 11 - k)
-  assert np.abs(draws[:, None] - possible[None]).min(axis=1).max() < 1e-12
-  np.testing.assert_allclose(np.mean(draws == 0), (10 / 11) ** 11, atol=0.04)
-
-
-def test_few_seeds_are_shown_and_many_are_drawn():
-  rates = np.linspace(0.4, 0.8, 5)
-  stacked = [right(np.full((3, 3), rate))[0] for rate in rates]
-  few = report_of({"ft": np.stack(stacked[:3])})
-  assert not few.seeds_drawn
-  found = few.estimate("ft", "missing", "performance")
-  np.testing.assert_allclose(found[0], 0.5, atol=1e-12)
-  np.testing.assert_allclose(found[3:], [0.4, 0.6], atol=1e-12)
-  many = report_of({"ft": np.stack(stacked)}, num_samples=2000)
-  assert many.seeds_drawn
-  draws = many.draws["ft"]["missing"]["performance"]
-  # Means of 5 of 5 seeds: variance of the seeds over 5; items add little.
-  expected = np.sqrt(rates.var() / 5 + 0.6 * 0.4 / N)
-  np.testing.assert_allclose(draws.std(), expected, rtol=0.1)
-  assert "(0.400..0.600)" in few.table()
-  assert "(0.400..0.800)" not in many.table()
-
-
-def _simulated(rng, kind):
-  first = rng.random((1, 3, 3, N)) < 0.6
-  if kind == "same":
-    second = first
-  elif kind == "more":
-    second = first | (rng.random(first.shape) < 0.05 / 0.4)
-  else:
-    # Each errs on its own 5 % of the items of one truth.
-    truth = first
-    first, second = (truth ^ (rng.random(truth.shape) < 0.05) for _ in "ab")
-  return {"ft": first, "masd": second}
-
-
-def test_identical_methods_differ_by_exactly_nothing():
-  rng = np.random.default_rng(0)
-  for reference in ("ft", "own"):
-    found = report_of(_simulated(rng, "same"), reference=reference)
-    for kind in ("matched", "missing", "added", "transfer"):
-      for statistic in shift_statistics.STATISTICS:
-        estimate = found.difference("masd", "ft", kind, statistic)
-        if not math.isnan(found.estimate("ft", kind, statistic).value):
-          assert estimate == (0.0, 0.0, 0.0, 0.0, 0.0)
-      assert found.improvement("masd", "ft", kind)[:3] == (1.0, 1.0, 1.0)
-
-
-@pytest.mark.parametrize(
-  "kind, least, most", [("more", 95, 100), ("flips", 0, 10)]
-)
-def test_how_often_a_difference_is_separated_from_0(kind, least, most):
-  """One pair, T = a and E = a+b, of 1,000 items; 100 simulations."""
-  rng = np.random.default_rng(11)
-  separated = 0
-  for number in range(100):
-    results = {
-      name: value[:, :1, ::2] for name, value in _simulated(rng, kind).items()
-    }
-    found = report_of(
-      results,
-      train_sets=["a"],
-      test_sets=["a", "a+b"],
-      matched={"ft": {"a+b": results["ft"][:, 0, 1]}},
-      num_samples=2000,
-      seed=number,
-    )
-    _, low, high, *_ = found.difference("masd", "ft", "added", "performance")
-    separated += low > 0 or high < 0
-  assert least <= separated <= most
-
-
 def test_all_pairs_of_a_study_with_few_train_sets():
   """T named, E all: the reference beyond the rows comes from ``matched``."""
   names = ("a", "b", "c")
@@ -406,96 +281,6 @@ def test_json_and_text_hold_the_matrix_and_both_ratios(made):
   for number in ("0.375", "0.350", "0.389", "0.388"):
     assert f"{number} [" in row
   assert "mixed" not in text  # there are none of two modalities
-
-
-@pytest.mark.parametrize(
-  "options", [{"fidelity": "published"}, {"reference": "own"}]
-)
-def test_a_report_of_own_references_is_written_and_shown(options):
-  results = {"ft": right(REFERENCE), "masd": right(METHOD)}
-  found = report_of(results, **options)
-  assert (found.reference, found.baseline) == ("own", "ft")
-  page = shift_page.render(found, title="t", drawn={})
-  assert "times ft" in page
-  assert "of each method itself trained and evaluated on E" in page
-  assert "the method itself is within two" in page
-  against = found.to_dict()["against_reference"]
-  assert set(against) == {"masd"}
-  form = "relative" if found.headline == "relative_raw" else "pooled"
-  word = "raw" if found.headline == "relative_raw" else "corrected"
-  stored = against["masd"]["shifted"]["improvement"][form][word]
-  shown = found.improvement("masd", "ft")
-  assert stored["value"] == shown.value
-  assert f"{shown.value:.3f} [{shown.low:.3f}, {shown.high:.3f}]" in page
-  assert found.estimate("masd").value == pytest.approx(
-    found.estimate("masd", "shifted", found.headline).value
-  )
-  assert f"{found.estimate('masd').value:.3f} [" in page
-
-
-def _rows(page, title):
-  """``{method: cells}`` of the table with a title, and its head."""
-  part = page[page.index(f"<h3>{title}") :]
-  part = part[: part.index("</table>")]
-  head = re.findall("<th scope=.col.>(.*?)</th>", part)
-  rows = [re.findall("<td>(.*?)</td>", row) for row in part.split("<tr>")[2:]]
-  return head, {row[0]: row[1:] for row in rows}
-
-
-def test_the_page_shows_the_headline_drop_gain_strengths_and_seeds():
-  stacked = [np.array(METHOD) + shift for shift in (-0.02, 0.0, 0.02)]
-  results = {
-    "ft": right(REFERENCE, num_seeds=3),
-    "masd": np.concatenate([right(matrix) for matrix in stacked]),
-  }
-  found = report_of(results)
-  page = html.unescape(shift_page.render(found, title="t", drawn={}))
-  titles = re.findall("<h3>(.*?)</h3>", page)
-  assert titles[:2] == ["relative robustness, pooled", "times ft (pooled)"]
-  for title, estimate in (
-    ("relative robustness", found.estimate("masd")),
-    ("times ft", found.improvement("masd", "ft")),
-  ):
-    head, rows = _rows(page, title)
-    assert head[:2] == ["method", "shifted"]
-    seeds = f"({estimate.seed_low:.3f}..{estimate.seed_high:.3f})"
-    assert estimate.seed_low < estimate.value < estimate.seed_high
-    assert rows["masd"][0] == f"{shift_texts.with_interval(estimate)} {seeds}"
-  head, rows = _rows(page, "drop and gain")
-  assert head == ["method", "drop (missing)", "gain (added)"]
-  assert [cell.split()[0] for cell in rows["masd"]] == ["0.180", "0.040"]
-  head, rows = _rows(page, "one modality")
-  assert head == ["method", "a", "b"]
-  assert [cell.split()[0] for cell in rows["masd"]] == ["0.580", "0.660"]
-  assert rows["masd"][0].endswith("(0.560..0.600)")
-  assert "smallest and largest of single seeds" in page
-  text = found.table()
-  part = text[text.index("one modality, trained and evaluated on") :]
-  for cell in (*rows["ft"], *rows["masd"]):
-    assert cell in part
-  many = report_of({"ft": right(REFERENCE, num_seeds=5)})
-  page = shift_page.render(many, title="t", drawn={})
-  assert ".." not in page[page.index("<h3>") :]
-  assert "single seeds" not in page
-
-
-def test_draws_take_clusters_whole():
-  """Speakers of 4 items, all right or all wrong: shares of speakers only."""
-  speaker = np.array([f"s{i % 25}" for i in range(100)])
-  good = speaker < "s2"  # s0, s1, s10..s19
-  results = np.broadcast_to(good, (1, 3, 3, 100))
-  options = {"chance": 0.1, "num_samples": 2000}
-  found = report_of({"ft": results}, clusters=speaker, **options)
-  assert (found.num_items, found.num_clusters) == (100, 25)
-  draws = found.draws["ft"]["missing"]["performance"] * 25
-  np.testing.assert_allclose(draws, np.rint(draws), atol=1e-9)
-  p = good.mean()
-  spread = np.sqrt(p * (1 - p) * 25)
-  np.testing.assert_allclose(draws.std(), spread, rtol=0.08)
-  apart = report_of({"ft": results}, **options)
-  single = apart.draws["ft"]["missing"]["performance"] * 25
-  np.testing.assert_allclose(single.std(), spread / 2, rtol=0.08)
-  assert np.abs(single - np.rint(single)).max() > 0.2
 
 
 def _bad(**options):
