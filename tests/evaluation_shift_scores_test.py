@@ -200,7 +200,10 @@ def test_a_study_of_accuracy_counts_nan():
   for said in logits.values():
     said[0, :10] = np.nan  # nothing of a
   logits["masd", 1, ("b",)][2, 20:25, 0] = np.nan
-  report = job_lib._report(study, logits)
+  job_lib._report(study, logits)
+  assert set(logits) == set(study.jobs())
+  report = job_lib._report(study, logits, free=True)
+  assert not logits
   assert report.num_nan == {"finetune": 0, "masd": 5}
   assert report.num_empty == {"a": 10}
   np.testing.assert_allclose(report.scores["masd"][1, 1], [2 / 3, 1, 5 / 6])

@@ -47,7 +47,7 @@ def run(
       logits = _all_logits(study, progress, say)
     except making.StoppedError:
       return None
-    report = _report(study, logits)
+    report = _report(study, logits, free=True)
     writing.write(study, report)
   return report
 
@@ -74,22 +74,26 @@ def _pretrain(study: plan.Study, seed: int, say) -> None:
     making.pretrained(study, seed)
 
 
-def _report(study: plan.Study, logits: dict) -> shift.ShiftReport:
+def _report(
+  study: plan.Study, logits: dict, *, free: bool = False
+) -> shift.ShiftReport:
+  """The report; with ``free`` logits leave the dict, so none are held twice."""
+  take = logits.pop if free else logits.__getitem__
   label, reference = study.test["label"], shift_methods.REFERENCE
   seeds, trains = list(study.seeds), study.train_sets
 
   def stacked(name):
-    shape = len(seeds), len(trains), *logits[name, seeds[0], trains[0]].shape
-    found = np.empty(shape, np.float32)
+    shape = len(study.test_sets), len(label), len(study.prior)
+    found = np.empty((len(seeds), len(trains), *shape), np.float32)
     for s, seed in enumerate(seeds):
       for t, train in enumerate(trains):
-        found[s, t] = logits[name, seed, train]
+        found[s, t] = take((name, seed, train))
     return found
 
   matched = {
     subset: np.array(
       [
-        logits[reference, seed, subset][study.test_sets.index(subset)]
+        take((reference, seed, subset))[study.test_sets.index(subset)]
         for seed in seeds
       ],
       np.float32,
