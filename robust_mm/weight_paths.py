@@ -1,6 +1,7 @@
 """``robust-mm interpolate``: the models between two of a run (WiSE-FT)."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from robust_mm import weights
 from robust_mm.evaluation import metrics
 from robust_mm.evaluation import sets
 from robust_mm.evaluation import shift_plots
+from robust_mm.evaluation import shift_scores
+from robust_mm.evaluation import shift_texts
 from robust_mm.evaluation import style
 from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
@@ -72,10 +75,11 @@ def trace(
   Returns:
     What is written: ``points``, a :class:`Point` each as a dict, and
     ``chosen``, the alpha of the best matched validation score, the nearest to
-    0.5 of equals.
+    0.5 of equals, never one whose score is NaN. NaN is null in the file.
 
   Raises:
-    UserError: a sentence; nothing has been written.
+    UserError: a sentence, also where every matched score is NaN; nothing has
+      been written.
   """
   facts = runs.describe(folder)
   start, end = _phases(folder, facts, start, end)
@@ -113,10 +117,10 @@ def trace(
     points.append(
       Point(
         alpha=float(alpha),
-        matched=_score(model, validated, data["validation"]["label"]),
+        matched=_score(model, validated, data["validation"], matched),
         scores={
           modalities.subset_name(subset): _score(
-            model, logits, data[split]["label"]
+            model, logits, data[split], subset
           )
           for subset, logits in found[split].items()
         },
@@ -135,7 +139,7 @@ def trace(
     "points": [dataclasses.asdict(point) for point in points],
   }
   json_path, plot_path = paths(folder, limit)
-  _files.write_json(json_path, found)
+  _files.write_json(json_path, shift_texts.plain(found))  # NaN is null
   _files.write_bytes(plot_path, style.png(_figure(found)))
   return found
 
@@ -198,22 +202,31 @@ def _phases(folder, facts, start, end) -> tuple[str, str]:
   return chosen
 
 
-def _score(model, logits: np.ndarray, label: np.ndarray) -> float:
-  """What ``_SCORES`` says, of the examples that a set leaves something."""
-  counted = ~np.isnan(logits).all(axis=1)
+def _score(model, logits: np.ndarray, batch: dict, subset) -> float:
+  """What ``_SCORES`` says, of the examples that a set leaves something.
+
+  A NaN among their logits is wrong; for mAP and MAE the score is NaN.
+  """
+  counted = np.any([batch["present"][name] for name in subset], axis=0)
   if not counted.any():
-    return float("nan")
-  said, label = logits[counted], label[counted]
+    return math.nan
+  said, label = logits[counted], batch["label"][counted]
   if model.task == "regression":
     return metrics.mean_absolute_error(label, said[:, 0])
   if model.task == "multi_label":
     return metrics.mean_average_precision(label, said)
-  return metrics.accuracy(label, np.argmax(said, axis=1))
+  return metrics.accuracy(label, shift_scores.predictions(said))
 
 
 def _choose(points: Sequence[Point], *, higher: bool) -> Point:
+  known = [point for point in points if not math.isnan(point.matched)]
+  if not known:
+    raise _validate.UserError(
+      "no alpha can be chosen: the validation score is NaN at every one (a "
+      "model that diverged, or no example with the modalities trained on)."
+    )
   sign = 1 if higher else -1
-  return max(points, key=lambda p: (sign * p.matched, -abs(p.alpha - UNTUNED)))
+  return max(known, key=lambda p: (sign * p.matched, -abs(p.alpha - UNTUNED)))
 
 
 def _figure(found: dict):

@@ -47,7 +47,7 @@ def test_every_cell_has_its_number_its_sign_and_its_frame(report):
     if isinstance(p, Rectangle)
   }
   for (row, column), value in np.ndenumerate(matrix):
-    sign, colour, _ = shift_plots.MARKS[report.kinds[row, column]]
+    sign, colour = shift_plots.MARKS[report.kinds[row, column]]
     assert cells[column, row].get_text() == f"{value:.2f}\n{sign}"
     edge = frames[column, row].get_edgecolor()
     assert to_hex(edge) == colour.lower()
@@ -68,8 +68,8 @@ def test_numbers_can_be_read_on_every_colour(report):
 
 
 def test_kinds_are_told_apart_without_colour():
-  signs, colours, dashes = zip(*shift_plots.MARKS.values())
-  for looks in (signs, colours, dashes):
+  signs, colours = zip(*shift_plots.MARKS.values())
+  for looks in (signs, colours):
     assert len(set(looks)) == 5
   assert set(colours) <= set(style.COLOURS)
 
@@ -84,42 +84,28 @@ def test_an_undefined_ratio_is_no_number(report):
   assert all(t.get_text().startswith("n/a\n") for t in axes.texts)
 
 
-def test_the_path_has_a_line_a_kind_with_the_numbers_of_the_report(report):
-  alphas = {alpha: f"wise {alpha:g}" for alpha in reversed(ALPHAS)}
-  figure = shift_plots.path(report, alphas, chosen=0.3)
+def test_the_path_has_a_line_a_set_and_marks_the_choice():
+  lines = {"a": [0.1, 0.5, 0.4], "a+b": [0.2, 0.6, 0.7]}
+  figure = shift_plots.curves(
+    [0.0, 0.3, 1.0], lines, score="accuracy", chosen=0.3
+  )
   axes = figure.axes[0]
-  lines = {line.get_label(): line for line in axes.lines}
-  assert set(lines) == {
-    *shift_plots.MARKS,
-    "untuned",
-    "chosen on matched validation",
-  }
-  for kind in shift_plots.MARKS:
-    assert list(lines[kind].get_xdata()) == list(ALPHAS)
-    expected = [
-      report.matrix(f"wise {alpha:g}")[report.kinds == kind].mean()
-      for alpha in ALPHAS
-    ]
-    np.testing.assert_allclose(lines[kind].get_ydata(), expected)
-  assert set(lines["untuned"].get_xdata()) == {0.5}
-  assert set(lines["chosen on matched validation"].get_xdata()) == {0.3}
-  looks = {line.get_linestyle() for line in axes.lines}
-  assert len(looks) >= 4
+  drawn = {line.get_label(): line for line in axes.lines}
+  assert set(drawn) == {*lines, "untuned", "chosen on matched validation"}
+  for name, values in lines.items():
+    assert list(drawn[name].get_xdata()) == [0.0, 0.3, 1.0]
+    assert list(drawn[name].get_ydata()) == values
+  assert set(drawn["untuned"].get_xdata()) == {0.5}
+  assert set(drawn["chosen on matched validation"].get_xdata()) == {0.3}
   (legend,) = figure.legends
-  assert len(legend.get_texts()) == 7
-
-
-def test_a_statistic_that_some_kinds_lack_is_drawn_for_the_others(report):
-  alphas = {alpha: f"wise {alpha:g}" for alpha in ALPHAS}
-  axes = shift_plots.path(report, alphas, statistic="drop").axes[0]
-  assert [x.get_label() for x in axes.lines] == ["missing", "untuned"]
+  assert len(legend.get_texts()) == 4
 
 
 def test_texts_are_large_and_dark_enough_and_do_not_overlap(report):
-  alphas = {alpha: f"wise {alpha:g}" for alpha in ALPHAS}
+  path = {"a": [0.1, 0.5], "b": [0.2, 0.6]}
   for figure in (
     shift_plots.heat_map(report, "wise 1"),
-    shift_plots.path(report, alphas, chosen=0.3),
+    shift_plots.curves([0.0, 1.0], path, score="accuracy", chosen=0.3),
   ):
     style.png(figure)
     inside = set(figure.axes[0].texts)
@@ -138,15 +124,6 @@ def test_texts_are_large_and_dark_enough_and_do_not_overlap(report):
     assert not any(legend.get_window_extent().overlaps(b) for b in axes_boxes)
 
 
-def test_bad_figures_are_refused_by_name(report):
-  alphas = {0.0: "wise 0", 1.0: "wise 1"}
-  for call, word in (
-    (lambda: shift_plots.heat_map(report, "wise 2"), "method must be one of"),
-    (lambda: shift_plots.path(report, {0.0: "wise 0"}), "alphas must hold"),
-    (lambda: shift_plots.path(report, {0.0: "a", 1.0: "b"}), "alphas must be"),
-    (lambda: shift_plots.path(report, alphas, statistic="m"), "statistic"),
-    (lambda: shift_plots.path(report, alphas, kinds=["m"]), "kinds must be"),
-    (lambda: shift_plots.path(report, alphas, chosen=0.2), "chosen must be"),
-  ):
-    with pytest.raises(ValueError, match=word):
-      call()
+def test_an_unknown_method_is_refused_by_name(report):
+  with pytest.raises(ValueError, match="method must be one of"):
+    shift_plots.heat_map(report, "wise 2")

@@ -2,13 +2,19 @@
 
 import doctest
 import math
+import pathlib
+import tracemalloc
+import types
 
 import numpy as np
 import pytest
 import sklearn.metrics
 
 from robust_mm import evaluation
+from robust_mm import modalities
 from robust_mm.evaluation import shift_scores
+from robust_mm.shift_study import job as job_lib
+from robust_mm.shift_study import plan
 
 ITEMS, K = 60, 4
 
@@ -80,6 +86,21 @@ def test_a_cluster_is_drawn_whole(score):
     np.testing.assert_allclose(found[r, 1, 2], expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("score", ["macro_f1", "map", "auroc"])
+def test_scores_take_less_room_than_the_logits(score):
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(3, 7, 500, 40)).astype("f4")
+  label = rng.integers(40, size=500)
+  if score in shift_scores.MULTI_LABEL:
+    label = rng.random((500, 40)) < 0.1
+  prepare = shift_scores.scorer(score, label, np.arange(500))
+  tracemalloc.start()
+  prepare(logits, np.ones((1, 1, 500), bool))(np.ones((20, 500)))
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < logits.nbytes / 2
+
+
 def test_a_class_that_was_not_drawn_is_left_out():
   label = np.array([0, 0, 1, 2])
   logits = np.eye(3)[[0, 1, 1, 2]]
@@ -121,6 +142,84 @@ def test_reports_from_logits_count_nan_as_wrong(score):
   assert draws.std() > 0.005  # computed again in every replicate
 
 
+def test_items_without_a_modality_are_empty_and_no_nan():
+  """NaN is what a model says of nothing: told from a bad one by present."""
+  rng = np.random.default_rng(3)
+  label = rng.integers(K, size=40)
+  logits = np.eye(K, dtype=np.float32)[label] + np.zeros((2, 3, 3, 40, K), "f4")
+  logits[:, :, 0, :10] = np.nan  # no a
+  logits[0, 1, 2, 5:8, 1] = np.nan  # a+b, all there is
+  logits[1, 0, 0, 15, 2] = np.nan
+  logits[1, 0, 1, 3, :2] = [np.inf, -np.inf]  # no NaN
+  present = {"a": np.arange(40) >= 10, "b": np.ones(40, bool)}
+  options = {"score": "accuracy", "label": label, "num_samples": 2}
+  found = evaluation.shift_report(
+    {"ft": logits}, ["a", "b"], 0.25, "ft", present=present, **options
+  )
+  assert found.num_nan == {"ft": 4}
+  assert found.num_empty == {"a": 10}
+  np.testing.assert_allclose(found.scores["ft"][0, 1], [0.75, 1, 37 / 40])
+  extra = {"a": logits[:, 0, 0], "b": logits[:, 1, 2]}
+  found = evaluation.shift_report(
+    {"ft": logits[:, 2:]},
+    ["a", "b"],
+    0.25,
+    "ft",
+    train_sets=["a+b"],
+    matched={"ft": extra},
+    present=present,
+    **options,
+  )
+  assert found.num_nan == {"ft": 4}  # all of them in matched
+
+
+def test_a_study_of_accuracy_counts_nan():
+  rng = np.random.default_rng(0)
+  train_sets = modalities.subsets(["a", "b"])
+  label = rng.integers(K, size=30)
+  present = {"a": np.arange(30) >= 10, "b": np.ones(30, bool)}
+  study = plan.Study(
+    config=types.SimpleNamespace(
+      study=types.SimpleNamespace(
+        methods=("finetune", "masd"), seeds=2, num_samples=2
+      )
+    ),
+    folder=pathlib.Path(),
+    names=("a", "b"),
+    train_sets=train_sets,
+    test_sets=train_sets,
+    test={"label": label, "present": present},
+    clusters=None,
+    prior=np.zeros(K),
+    score="accuracy",
+  )
+  logits = {
+    job: np.stack([np.eye(K, dtype=np.float32)[label]] * 3)
+    for job in study.jobs()
+  }
+  for said in logits.values():
+    said[0, :10] = np.nan  # nothing of a
+  logits["masd", 1, ("b",)][2, 20:25, 0] = np.nan
+  job_lib._report(study, logits)
+  assert set(logits) == set(study.jobs())
+  report = job_lib._report(study, logits, free=True)
+  assert not logits
+  assert report.num_nan == {"finetune": 0, "masd": 5}
+  assert report.num_empty == {"a": 10}
+  np.testing.assert_allclose(report.scores["masd"][1, 1], [2 / 3, 1, 5 / 6])
+  assert report.results["masd"].dtype == np.float32
+
+
+def test_the_class_of_a_nan_is_none():
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(50, 7, K)).astype("f4")
+  logits[rng.random(logits.shape) < 0.1] = np.nan
+  bad = np.isnan(logits).any(axis=-1)
+  assert 0 < bad.mean() < 1
+  expected = np.where(bad, -1, np.nan_to_num(logits, nan=-9).argmax(-1))
+  np.testing.assert_array_equal(shift_scores.predictions(logits), expected)
+
+
 def test_macro_f1_is_no_mean_over_items():
   """Its interval holds what resampled scikit-learn gives, replicate by one."""
   logits, label, _, _ = _made(4)
@@ -160,6 +259,26 @@ def test_chance_levels():
   several = np.array([[1, 0], [1, 1], [0, 0], [0, 0]])
   found = shift_scores.chance_level(several, score="map")
   assert math.isclose(found, 3 / 8)
+
+
+def test_random_scores_are_worth_no_more_than_chance_with_an_empty_class():
+  rng = np.random.default_rng(0)
+  label = rng.random((4000, 4)) < np.array([0.1, 0.2, 0.3, 0.0])
+  sure = label + rng.normal(size=label.shape) * 0.3
+  logits = np.stack([np.stack([sure] * 3)] * 3)[None]
+  found = evaluation.shift_report(
+    {"ft": logits, "random": rng.normal(size=logits.shape)},
+    ["a", "b"],
+    evaluation.chance_level(label, score="map"),
+    "ft",
+    score="map",
+    label=label,
+    num_samples=2,
+  )
+  assert math.isclose(found.chance, label[:, :3].mean())
+  # A quarter less chance, that of all four, would leave 0.06.
+  assert abs(found.estimate("random", "missing").value) < 0.01
+  assert evaluation.chance_level(np.zeros((3, 2)), score="map") == 0.0
 
 
 def test_bad_labels_are_refused_by_name():

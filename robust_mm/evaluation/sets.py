@@ -1,5 +1,6 @@
 """What a model says with every set of modalities: logits, one compilation."""
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,8 +24,9 @@ def logits_by_set(
 ) -> dict[tuple[str, ...], np.ndarray]:
   """Logits of every example with only the modalities of a set left.
 
-  Which those are is data: all sets share one compilation, and each costs one
-  pass over the examples.
+  Which those are is data: all sets share one compilation, and so do later calls
+  with the same model, whatever its parameters; each costs one pass over the
+  examples.
 
   Args:
     model: the model.
@@ -45,7 +47,7 @@ def logits_by_set(
   data = batches.host_data(model, batch)
   device = batches.Device(params, state, sharding=sharding)
   size = device.chunk_size(min(batch_size, data.size))
-  forward = device.compile(forwards.logits_fn(model))
+  forward = _compiled(model, sharding)
   chosen = modalities.subsets(data.names) if sets is None else sets
   found = {}
   for subset in chosen:
@@ -60,3 +62,10 @@ def logits_by_set(
       )
     found[subset] = logits
   return found
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(model: Model, sharding: Any):
+  """A function jitted anew compiles anew: the last few are kept."""
+  device = batches.Device({}, {}, sharding=sharding)
+  return device.compile(forwards.logits_fn(model))

@@ -9,7 +9,10 @@ methods.
     report = shift_report({"ft": right, "masd": better}, ["audio", "image"],
                           chance=0.1, reference="ft")
     print(report.table())
+    report.improvement("masd", "ft")  # over all shifted pairs, the headline
     report.improvement("masd", "ft", "missing")
+
+The kind "shifted" pools the pairs of missing, added and transfer.
 
 Measured scores on absence; nothing here bounds a perturbation, and corruption
 is another question.
@@ -31,7 +34,7 @@ from robust_mm.evaluation import shift_statistics
 from robust_mm.evaluation import shift_texts
 
 FIDELITIES = ("default", "published")
-PUBLISHED = ("matched", "missing", "added", "transfer")
+PUBLISHED = ("matched", *shift_statistics.SHIFTED_KINDS)
 
 Subset = tuple[str, ...]
 
@@ -44,11 +47,14 @@ class ShiftReport:
     names: of the modalities, sorted.
     train_sets: T, the rows.
     test_sets: E, the columns.
-    categories: kinds of shift that are reported.
+    categories: kinds of shift that are reported; the first, "shifted", has the
+      pairs of missing, added and transfer together.
     kinds: ``[T, E]``, the kind of every pair.
     score: what is measured, larger is better.
     chance: s0.
     reference: the method whose matched scores are the denominators, or "own".
+    baseline: the method that others are compared with: the reference as it was
+      asked for, or the first method where that is "own".
     fidelity: "default" or "published".
     results: ``{method: [seed, T, E, item]}`` as given, or logits with a last
       axis more.
@@ -65,8 +71,9 @@ class ShiftReport:
     num_clusters: that are drawn.
     num_seeds: of every method.
     seeds_drawn: whether replicates draw seeds as well (5 or more).
-    num_nan: ``{method: predictions with NaN}``, all of them counted wrong.
-    num_empty: ``{E: items that have nothing of E}``.
+    num_nan: ``{method: predictions with NaN}`` of items that have something of
+      E, all of them counted wrong; 0 where results are no logits.
+    num_empty: ``{E: items that have nothing of E}``; wrong where NaN.
     skipped_empty: whether these were left out.
     level: of the intervals.
   """
@@ -79,6 +86,7 @@ class ShiftReport:
   score: str
   chance: float
   reference: str
+  baseline: str
   fidelity: str
   results: Mapping[str, np.ndarray]
   scores: Mapping[str, np.ndarray]
@@ -145,7 +153,10 @@ class ShiftReport:
     }
 
   def estimate(
-    self, method: str, kind: str, statistic: str | None = None
+    self,
+    method: str,
+    kind: str = shift_statistics.SHIFTED,
+    statistic: str | None = None,
   ) -> shift_statistics.Estimate:
     """One aggregate with its interval; the headline where none is named."""
     statistic = statistic or self.headline
@@ -157,7 +168,11 @@ class ShiftReport:
     return shift_statistics.summary(*parts, self.level)
 
   def difference(
-    self, first: str, second: str, kind: str, statistic: str | None = None
+    self,
+    first: str,
+    second: str,
+    kind: str = shift_statistics.SHIFTED,
+    statistic: str | None = None,
   ) -> shift_statistics.Estimate:
     """``first - second``, taken inside every replicate: a paired interval."""
     statistic = statistic or self.headline
@@ -172,7 +187,7 @@ class ShiftReport:
     self,
     first: str,
     second: str,
-    kind: str,
+    kind: str = shift_statistics.SHIFTED,
     form: str | None = None,
     *,
     corrected: bool | None = None,
@@ -187,7 +202,7 @@ class ShiftReport:
     Args:
       first: a method.
       second: what it is compared with.
-      kind: of shift.
+      kind: of shift; "shifted" for missing, added and transfer together.
       form: "pooled", "performance", "worst" or "relative"; None for pooled, as
         published for relative.
       corrected: whether chance is taken off; None for yes, as published for no.
@@ -257,7 +272,8 @@ def shift_report(
 ) -> ShiftReport:
   r"""Scores, aggregates and paired intervals of several methods.
 
-  For the pairs :math:`\Pi_c` of a kind c that were run:
+  For the pairs :math:`\Pi_c` of a kind c that were run ("shifted": missing,
+  added and transfer together):
 
   ============  ============================================================
   performance   mean of s(T -> E)
@@ -265,7 +281,8 @@ def shift_report(
                 methods on the same pairs, items and number of seeds
   relative      mean of (s(T -> E) - s0) / (s_ref(E -> E) - s0) where defined
   pooled        the sum of numerators over that of denominators, all pairs
-  drop, gain    s(T -> T) - s(T -> E) of missing, the negative of added
+  drop, gain    mean of s(T -> T) - s(T -> E) over the missing, of its negative
+                over the added, each with the T of its own pair
   ============  ============================================================
 
   ``relative_raw`` and ``pooled_raw`` are without s0. A pair whose reference is
@@ -279,7 +296,8 @@ def shift_report(
   are computed again in every replicate.
 
   ``fidelity="published"`` reports matched, missing, added and transfer, with
-  the mean of ratios to each method's own matched score without s0 as headline.
+  the mean of ratios to each method's own matched score without s0 as headline;
+  ``reference`` is then what improvements in the page and in JSON are over.
 
   Args:
     results: ``{method: bool[seed, T, E, item]}``, right or not (or shares in
@@ -333,11 +351,16 @@ def shift_report(
     clusters=clusters,
     present=present,
     skip_empty=skip_empty,
-    categories=PUBLISHED if published else modalities.SHIFTS,
+    categories=(
+      shift_statistics.SHIFTED,
+      *(PUBLISHED if published else modalities.SHIFTS),
+    ),
   )
   draws = shift_draws.bootstrap(study, num_samples, seed)
+  first = next(iter(study.results))
   return ShiftReport(
     chance=float(chance),
+    baseline=first if reference == "own" else reference,
     fidelity=fidelity,
     level=level,
     **study.facts(),

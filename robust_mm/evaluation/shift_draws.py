@@ -34,35 +34,38 @@ class Draws(NamedTuple):
 
 
 def bootstrap(study: shift_inputs.Study, num_samples: int, seed: int) -> Draws:
-  """One resampling of clusters, and of seeds, for all methods and pairs."""
-  prepared = {method: _prepare(study, method) for method in study.results}
-  count, num_seeds = study.num_clusters, study.num_seeds
-  whole = {m: run(np.ones((1, count))) for m, run in prepared.items()}
+  """One resampling of clusters, and of seeds, for all methods and pairs.
+
+  A method at a time: the draws are made again for each, from the same seed.
+  """
+  found = Draws({}, {}, {}, {}, study.num_seeds >= MIN_SEEDS)
+  for method in study.results:
+    run = _prepare(study, method)
+    scores, matched = run(np.ones((1, study.num_clusters)))
+    found.scores[method], found.matched[method] = scores[0], matched[0]
+    kept = [
+      [np.einsum("rs,rs...->r...", shares, value) for value in run(weights)]
+      for weights, shares in _resamples(study, num_samples, seed)
+    ]
+    drawn, drawn_matched = (np.concatenate(part) for part in zip(*kept))
+    found.drawn[method] = drawn
+    found.drawn_matched[method] = drawn_matched
+  return found
+
+
+def _resamples(study, num_samples, seed):
+  """Blocks of ``(weights [r, cluster], shares [r, seed])``."""
+  num_seeds = study.num_seeds
   columns = num_seeds * study.kinds.size
   chunk = max(1, min(num_samples, CHUNK // max(columns, len(study.cluster))))
-  drawn = {method: ([], []) for method in prepared}
   rng = np.random.default_rng(seed)
-  seeds_drawn = num_seeds >= MIN_SEEDS
   for begin in range(0, num_samples, chunk):
     size = min(chunk, num_samples - begin)
-    weights = _resample(rng, size, count)
+    weights = _resample(rng, size, study.num_clusters)
     shares = np.full((size, num_seeds), 1 / num_seeds)
-    if seeds_drawn:
+    if num_seeds >= MIN_SEEDS:
       shares = _resample(rng, size, num_seeds) / num_seeds
-    for method, run in prepared.items():
-      for kept, value in zip(drawn[method], run(weights)):
-        kept.append(np.einsum("rs,rs...->r...", shares, value))
-  joined = {
-    method: [np.concatenate(part) for part in parts]
-    for method, parts in drawn.items()
-  }
-  return Draws(
-    scores={m: value[0][0] for m, value in whole.items()},
-    matched={m: value[1][0] for m, value in whole.items()},
-    drawn={m: value[0] for m, value in joined.items()},
-    drawn_matched={m: value[1] for m, value in joined.items()},
-    seeds_drawn=seeds_drawn,
-  )
+    yield weights, shares
 
 
 def aggregates(
@@ -119,7 +122,7 @@ def aggregates(
           below,
           value[..., rows, own],
           pairs=study.pairs(kind),
-          kind=kind,
+          kinds=study.kinds,
           chance=chance,
           **keep,
         )

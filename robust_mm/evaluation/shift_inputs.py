@@ -9,6 +9,7 @@ import numpy as np
 from robust_mm import _validate
 from robust_mm import modalities
 from robust_mm.evaluation import shift_scores
+from robust_mm.evaluation import shift_statistics
 
 Subset = tuple[str, ...]
 
@@ -21,7 +22,7 @@ class Study:
     names: of the modalities.
     train_sets: T.
     test_sets: E.
-    categories: kinds of shift that are reported.
+    categories: kinds of shift that are reported, "shifted" among them.
     kinds: ``[T, E]``.
     reference: a method or "own".
     score: what is measured.
@@ -63,12 +64,13 @@ class Study:
     return ~(self.empty & self.skip_empty)
 
   def pairs(self, kind: str) -> np.ndarray:
-    """``bool[T, E]``, the pairs of a kind."""
+    """``bool[T, E]``, the pairs of a kind, or of those that are pooled."""
+    if kind == shift_statistics.SHIFTED:
+      return np.isin(self.kinds, shift_statistics.SHIFTED_KINDS)
     return self.kinds == kind
 
   def facts(self) -> dict[str, Any]:
     """The fields of a report that need no score."""
-    logits = self.label is not None
     return {
       "names": self.names,
       "train_sets": self.train_sets,
@@ -82,10 +84,7 @@ class Study:
       "num_items": len(self.cluster),
       "num_clusters": self.num_clusters,
       "num_seeds": self.num_seeds,
-      "num_nan": {
-        method: int(np.isnan(value).any(axis=-1).sum()) if logits else 0
-        for method, value in self.results.items()
-      },
+      "num_nan": {method: self._num_nan(method) for method in self.results},
       "num_empty": {
         modalities.subset_name(subset): int(row.sum())
         for subset, row in zip(self.test_sets, self.empty)
@@ -93,6 +92,18 @@ class Study:
       },
       "skipped_empty": self.skip_empty,
     }
+
+  def _num_nan(self, method: str) -> int:
+    """Predictions with NaN, of items that have something of E."""
+    if self.label is None:
+      return 0
+    parts = [(self.results[method], self.empty)]
+    for subset, logits in self.matched.get(method, {}).items():
+      parts.append((logits, self.empty[self.test_sets.index(subset)]))
+    return sum(
+      int(np.sum((shift_scores.predictions(logits) < 0) & ~empty))
+      for logits, empty in parts
+    )
 
 
 def read(

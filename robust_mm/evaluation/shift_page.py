@@ -11,11 +11,11 @@ from robust_mm.evaluation import shift as shift_lib
 from robust_mm.evaluation import shift_texts
 from robust_mm.evaluation import templating
 
-_STATISTICS = {
-  "performance": "mean score",
-  "worst": "worst pair",
+_RELATIVE = {
   "pooled": "relative robustness, pooled",
+  "relative_raw": "relative robustness, mean of ratios",
 }
+_CHANGES = {"missing": "drop", "added": "gain"}
 
 
 def render(
@@ -39,44 +39,6 @@ def render(
     made: ``{what: how}``, facts of how the numbers were made.
     settings: the configuration, nested.
   """
-  kinds = [kind for kind in report.categories if report.num_pairs[kind]]
-  tables = [
-    {
-      "title": what,
-      "head": ["method", *kinds],
-      "rows": [
-        [
-          method,
-          *(
-            shift_texts.with_interval(report.estimate(method, k, name))
-            for k in kinds
-          ),
-        ]
-        for method in report.methods
-      ],
-    }
-    for name, what in _STATISTICS.items()
-  ]
-  others = [m for m in report.methods if m != report.reference]
-  if others:
-    tables.append(
-      {
-        "title": f"times {report.reference} (pooled)",
-        "head": ["method", *kinds],
-        "rows": [
-          [
-            method,
-            *(
-              shift_texts.with_interval(
-                report.improvement(method, report.reference, k)
-              )
-              for k in kinds
-            ),
-          ]
-          for method in others
-        ],
-      }
-    )
   figures = [
     {
       "alt": f"scores of {method}, trained on T and evaluated on E",
@@ -86,10 +48,9 @@ def render(
   ]
   return templating.template("shift.html.j2").render(
     title=title,
-    reference=report.reference,
+    relative=_relative(report),
     notes=[_about(report), *notes],
-    tables=tables,
-    undefined=shift_texts.undefined(report),
+    tables=_tables(report),
     about=about or {},
     made=made or {},
     settings=json.dumps(settings, indent=2) if settings else "",
@@ -97,13 +58,89 @@ def render(
   )
 
 
+def _tables(report) -> list[dict[str, Any]]:
+  """What is asked for first, then what it is made of."""
+  kinds = [kind for kind in report.categories if report.num_pairs[kind]]
+
+  def by_kind(title, estimate, methods=report.methods):
+    rows = [
+      [m, *(shift_texts.cell(estimate(m, kind), report) for kind in kinds)]
+      for m in methods
+    ]
+    return {"title": title, "head": ["method", *kinds], "rows": rows}
+
+  def values(title, name):
+    return by_kind(title, lambda m, kind: report.estimate(m, kind, name))
+
+  tables = [values(_RELATIVE[report.headline], report.headline)]
+  others = [m for m in report.methods if m != report.baseline]
+  if others:
+    form = "pooled" if report.headline == "pooled" else "mean of ratios"
+    tables.append(
+      by_kind(
+        f"times {report.baseline} ({form})",
+        lambda m, kind: report.improvement(m, report.baseline, kind),
+        others,
+      )
+    )
+  tables += [
+    values("mean score", "performance"),
+    values("worst pair", "worst"),
+    *_changes(report, kinds),
+  ]
+  head, *rows = shift_texts.strengths(report)
+  if len(head) > 1:
+    title = "one modality, trained and evaluated on"
+    tables.append({"title": title, "head": head, "rows": rows})
+  return tables
+
+
+def _changes(report, kinds) -> list[dict[str, Any]]:
+  found = {kind: word for kind, word in _CHANGES.items() if kind in kinds}
+  if not found:
+    return []
+  rows = [
+    [
+      method,
+      *(
+        shift_texts.cell(report.estimate(method, kind, word), report)
+        for kind, word in found.items()
+      ),
+    ]
+    for method in report.methods
+  ]
+  head = [f"{word} ({kind})" for kind, word in found.items()]
+  title = "drop and gain, from the method's own matched score"
+  return [{"title": title, "head": ["method", *head], "rows": rows}]
+
+
+def _relative(report) -> str:
+  """What is divided by what, in the sentence of the page."""
+  whose = "each method itself"
+  if report.reference != "own":
+    whose = report.reference
+  above = f"above 1 is better than that; {shift_texts.undefined(report)}."
+  if report.headline == "pooled":
+    return (
+      f"Relative robustness is pooled: scores above chance, as a share of "
+      f"those of {whose} trained and evaluated on E; {above}"
+    )
+  return (
+    f"Relative robustness is the mean over pairs of the score as a share of "
+    f"that of {whose} trained and evaluated on E, chance not taken off; {above}"
+  )
+
+
 def _about(report) -> str:
   drawn = "clusters and seeds" if report.seeds_drawn else "clusters"
+  seeds = ""
+  if report.num_seeds > 1 and not report.seeds_drawn:
+    seeds = ", behind them the smallest and largest of single seeds"
   return (
     f"{report.score.replace('_', ' ')}, chance {report.chance:.3f}; "
     f"{_validate.counted(report.num_items, 'test item')} in "
     f"{_validate.counted(report.num_clusters, 'cluster')}, "
     f"{_validate.counted(report.num_seeds, 'seed')}; "
-    f"{report.level:.0%} intervals of a paired bootstrap over {drawn}. "
+    f"{report.level:.0%} intervals of a paired bootstrap over {drawn}{seeds}. "
     "Measured on absence: nothing here bounds a perturbation."
   )

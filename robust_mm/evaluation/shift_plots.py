@@ -8,23 +8,20 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from robust_mm import _validate
 from robust_mm import modalities
 from robust_mm.evaluation import shift as shift_lib
-from robust_mm.evaluation import shift_statistics
 from robust_mm.evaluation import style
 
-# Told apart by sign and dash too, not by colour alone.
+# Told apart by sign too, not by colour alone.
 MARKS = {
-  "matched": ("=", style.COLOURS[0], "-"),
-  "missing": ("\N{MINUS SIGN}", style.COLOURS[1], "--"),
-  "added": ("+", style.COLOURS[2], "-."),
-  "transfer": ("\N{MULTIPLICATION SIGN}", style.COLOURS[3], ":"),
-  "mixed": ("~", style.COLOURS[4], (0, (1, 4))),
+  "matched": ("=", style.COLOURS[0]),
+  "missing": ("\N{MINUS SIGN}", style.COLOURS[1]),
+  "added": ("+", style.COLOURS[2]),
+  "transfer": ("\N{MULTIPLICATION SIGN}", style.COLOURS[3]),
+  "mixed": ("~", style.COLOURS[4]),
 }
 CELL = 0.62
 UNTUNED = 0.5
-_MARKERS = dict(zip(MARKS, "osD^v"))
 _DASHES = ("-", "--", "-.", ":")
 
 
@@ -71,69 +68,6 @@ def heat_map(
   return figure
 
 
-def path(
-  report: shift_lib.ShiftReport,
-  alphas: Mapping[float, str],
-  *,
-  statistic: str = "performance",
-  kinds: Sequence[str] | None = None,
-  chosen: float | None = None,
-) -> Figure:
-  """What the weights between two models are worth (WiSE-FT).
-
-  A line a kind of shift, matched among them, against alpha, with the intervals
-  of the report as bands.
-
-  Args:
-    report: in which every alpha is a method: one bootstrap for all.
-    alphas: ``{alpha: method}``.
-    statistic: what is drawn.
-    kinds: of shift; None for those that have pairs.
-    chosen: the alpha that was picked on matched validation; marked beside the
-      untuned 0.5.
-
-  Raises:
-    ValueError: naming ``alphas`` with fewer than two or an unknown method,
-      ``statistic``, ``kinds`` or ``chosen``.
-  """
-  if len(alphas) < 2:
-    raise ValueError(f"alphas must hold at least two, got {len(alphas)}.")
-  for method in alphas.values():
-    _validate.one_of(report.methods, alphas=method)
-  _validate.one_of(shift_statistics.STATISTICS, statistic=statistic)
-  for kind in kinds or ():
-    _validate.one_of(report.categories, kinds=kind)
-  if chosen is not None:
-    _validate.one_of(alphas, chosen=chosen)
-  figure, (axes,) = style.panels(1, height=4.4, width=6.4)
-  ordered = sorted(alphas)
-  for kind in kinds or report.categories:
-    found = [report.estimate(alphas[a], kind, statistic) for a in ordered]
-    if all(np.isnan(estimate.value) for estimate in found):
-      continue
-    _, colour, dashes = MARKS[kind]
-    axes.plot(
-      ordered,
-      [estimate.value for estimate in found],
-      color=colour,
-      linestyle=dashes,
-      marker=_MARKERS[kind],
-      markersize=4,
-      linewidth=1.4,
-      label=kind,
-    )
-    axes.fill_between(
-      ordered,
-      [estimate.low for estimate in found],
-      [estimate.high for estimate in found],
-      color=colour,
-      alpha=0.12,
-      linewidth=0,
-    )
-  axes.set_ylabel(f"{statistic.replace('_', ' ')} ({report.score})")
-  return _along(figure, axes, chosen)
-
-
 def curves(
   alphas: Sequence[float],
   lines: Mapping[str, Sequence[float]],
@@ -141,7 +75,7 @@ def curves(
   score: str,
   chosen: float | None = None,
 ) -> Figure:
-  """The same of single runs: a line a set of modalities.
+  """What the weights between two models are worth (WiSE-FT), a line a set.
 
   Args:
     alphas: ascending.
@@ -177,7 +111,7 @@ def _along(figure, axes, chosen: float | None) -> Figure:
 
 
 def _cell(axes, row, column, value, kind, colours, top) -> None:
-  sign, frame, _ = MARKS[kind]
+  sign, frame = MARKS[kind]
   known = not np.isnan(value)
   dark = known and _luminance(colours(value / top)) < 0.18
   axes.text(

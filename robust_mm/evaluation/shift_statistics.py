@@ -19,6 +19,9 @@ STATISTICS = (
   "drop",
   "gain",
 )
+SHIFTED = "shifted"
+"""All pairs of ``SHIFTED_KINDS`` together."""
+SHIFTED_KINDS = ("missing", "added", "transfer")
 FORMS = ("pooled", "performance", "worst", "relative")
 # A reference nearer to chance than so many standard errors has no ratio.
 ERRORS = 2.0
@@ -55,7 +58,7 @@ def aggregate(
   own: np.ndarray,
   *,
   pairs: np.ndarray,
-  kind: str,
+  kinds: np.ndarray,
   chance: float,
   corrected: np.ndarray,
   raw: np.ndarray,
@@ -67,7 +70,8 @@ def aggregate(
     reference: s_ref(E -> E), ``[..., E]``.
     own: s(T -> T) of the same method, ``[..., T]``.
     pairs: ``bool[T, E]``, those of this kind.
-    kind: what they are called; drop and gain belong to one kind each.
+    kinds: ``[T, E]``; drop is over the missing among the pairs, gain over the
+      added.
     chance: s0.
     corrected: ``bool[E]``, where the ratio with s0 is defined.
     raw: ``bool[E]``, where it is without.
@@ -82,6 +86,11 @@ def aggregate(
   values = scores[..., rows, columns]
   matched = reference[..., columns]
   change = values - own[..., rows]
+
+  def over(kind):
+    chosen = kinds[rows, columns] == kind
+    return change[..., chosen].mean(axis=-1) if chosen.any() else nothing
+
   found = {
     "performance": values.mean(axis=-1),
     "worst": values.min(axis=-1),
@@ -91,8 +100,8 @@ def aggregate(
     "relative_raw": _of_ratios(values, matched, raw[columns]),
     "pooled": _pooled(values - chance, matched - chance),
     "pooled_raw": _pooled(values, matched),
-    "drop": -change.mean(axis=-1) if kind == "missing" else nothing,
-    "gain": change.mean(axis=-1) if kind == "added" else nothing,
+    "drop": -over("missing"),
+    "gain": over("added"),
   }
   return {name: np.asarray(value) for name, value in found.items()}
 

@@ -34,6 +34,7 @@ def as_dict(report) -> dict[str, Any]:
     "score": report.score,
     "chance": report.chance,
     "reference": report.reference,
+    "baseline": report.baseline,
     "fidelity": report.fidelity,
     "headline": report.headline,
     "level": report.level,
@@ -48,7 +49,7 @@ def as_dict(report) -> dict[str, Any]:
     "against_reference": {
       m: {kind: _against(report, m, kind) for kind in report.categories}
       for m in methods
-      if report.reference in methods and m != report.reference
+      if m != report.baseline
     },
   }
   return plain(found)
@@ -68,6 +69,10 @@ def table(report) -> str:
   blocks = [intro]
   for method in report.methods:
     blocks += [_aggregates(report, method), _matrix(report, method)]
+  if any(len(train) == 1 for train in report.train_sets):
+    blocks.append(
+      "one modality, trained and evaluated on\n" + _aligned(strengths(report))
+    )
   notes = [
     f"{method}: {count} predictions with NaN count as wrong."
     for method, count in report.num_nan.items()
@@ -83,9 +88,11 @@ def table(report) -> str:
 
 def undefined(report) -> str:
   """What "undefined" stands for, a sentence without its point."""
+  own = report.reference == "own"
+  off = "0" if report.fidelity == "published" else "chance"
   return (
-    f"undefined: {report.reference} is within two standard errors of chance "
-    "there, too close to divide by"
+    f"undefined: {'the method itself' if own else report.reference} is within "
+    f"two standard errors of {off} there, too close to divide by"
   )
 
 
@@ -100,8 +107,9 @@ def _aggregates(report, method: str) -> str:
     if not report.num_pairs[kind]:
       continue
     cells = [
-      _cell(report.estimate(method, kind, name), report) for name in statistics
+      cell(report.estimate(method, kind, name), report) for name in statistics
     ]
+    cells = ["-" if text == "undefined" else text for text in cells]
     counts = report.num_pairs[kind], report.num_undefined[method][kind]
     rows.append([kind, *cells, *[str(count) for count in counts]])
   return f"{method}\n" + _aligned([heads, *rows])
@@ -116,13 +124,34 @@ def with_interval(estimate: shift_statistics.Estimate) -> str:
   return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
 
 
-def _cell(estimate: shift_statistics.Estimate, report) -> str:
-  if math.isnan(estimate.value):
-    return "-"
+def cell(estimate: shift_statistics.Estimate, report) -> str:
+  """:func:`with_interval`, and the range of seeds where none are drawn.
+
+  ``0.912 [0.874, 0.950] (0.899..0.921)``.
+  """
   text = with_interval(estimate)
-  if report.num_seeds > 1 and not report.seeds_drawn:
+  known = not (math.isnan(estimate.value) or math.isnan(estimate.seed_low))
+  if known and report.num_seeds > 1 and not report.seeds_drawn:
     text += f" ({estimate.seed_low:.3f}..{estimate.seed_high:.3f})"
   return text
+
+
+def strengths(report) -> list[list[str]]:
+  """s({m} -> {m}) of every modality trained alone: a head, a row a method."""
+  names = [train[0] for train in report.train_sets if len(train) == 1]
+  rows = [
+    [method, *[cell(_strength(report, method, name), report) for name in names]]
+    for method in report.methods
+  ]
+  return [["method", *names], *rows]
+
+
+def _strength(report, method: str, name: str) -> shift_statistics.Estimate:
+  at = report.train_sets.index((name,)), report.test_sets.index((name,))
+  seeds = report.scores[method][:, *at]
+  ends = report.intervals[method][:, *at]
+  numbers = seeds.mean(), *ends, seeds.min(), seeds.max()
+  return shift_statistics.Estimate(*map(float, numbers))
 
 
 def _matrix(report, method: str) -> str:
@@ -165,8 +194,8 @@ def _method(report, method: str) -> dict[str, Any]:
 
 
 def _against(report, method: str, kind: str) -> dict[str, Any]:
-  """Differences and ratios to the reference, in every form."""
-  reference = report.reference
+  """Differences and ratios to the baseline, in every form."""
+  reference = report.baseline
   return {
     "difference": {
       name: report.difference(method, reference, kind, name)._asdict()

@@ -47,7 +47,7 @@ def run(
       logits = _all_logits(study, progress, say)
     except making.StoppedError:
       return None
-    report = _report(study, logits)
+    report = _report(study, logits, free=True)
     writing.write(study, report)
   return report
 
@@ -74,43 +74,42 @@ def _pretrain(study: plan.Study, seed: int, say) -> None:
     making.pretrained(study, seed)
 
 
-def _report(study: plan.Study, logits: dict) -> shift.ShiftReport:
-  label = study.test["label"]
-  scored = study.score != "accuracy"  # of whole sets: logits, not what is right
+def _report(
+  study: plan.Study, logits: dict, *, free: bool = False
+) -> shift.ShiftReport:
+  """The report; with ``free`` logits leave the dict, so none are held twice."""
+  take = logits.pop if free else logits.__getitem__
+  label, reference = study.test["label"], shift_methods.REFERENCE
+  seeds, trains = list(study.seeds), study.train_sets
 
-  def result(name, seed, train):
-    found = logits[name, seed, train]
-    return found if scored else shift_scores.predictions(found) == label
+  def stacked(name):
+    shape = len(study.test_sets), len(label), len(study.prior)
+    found = np.empty((len(seeds), len(trains), *shape), np.float32)
+    for s, seed in enumerate(seeds):
+      for t, train in enumerate(trains):
+        found[s, t] = take((name, seed, train))
+    return found
 
-  results = {
-    name: np.array(
-      [
-        [result(name, seed, train) for train in study.train_sets]
-        for seed in study.seeds
-      ]
-    )
-    for name in study.config.study.methods
-  }
-  reference = shift_methods.REFERENCE
   matched = {
     subset: np.array(
       [
-        result(reference, seed, subset)[study.test_sets.index(subset)]
-        for seed in study.seeds
-      ]
+        take((reference, seed, subset))[study.test_sets.index(subset)]
+        for seed in seeds
+      ],
+      np.float32,
     )
     for subset in study.reference_sets
   }
   return shift.shift_report(
-    results,
+    {name: stacked(name) for name in study.config.study.methods},
     study.names,
     shift_scores.chance_level(label, score=study.score),
     reference,
-    train_sets=study.train_sets,
+    train_sets=trains,
     test_sets=study.test_sets,
     matched={reference: matched},
     score=study.score,
-    label=label if scored else None,
+    label=label,
     present=study.test["present"],
     clusters=study.clusters,
     num_samples=study.config.study.num_samples,
