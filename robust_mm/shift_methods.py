@@ -18,6 +18,9 @@ from robust_mm import config as config_lib
 # (3 units each), and both once more without gradient (1 unit).
 _MASD_SHARE = 3 / 8
 
+# Of config.data: what pretraining has of its own.
+_OWN_DATA = {"batch_size", "labelled", "unlabelled_ratio", "unlabelled_splits"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trained:
@@ -222,7 +225,10 @@ def _check_made_of(config: ml_collections.ConfigDict, name: str) -> None:
 def pretraining(
   config: ml_collections.ConfigDict, seed: int = 0
 ) -> ml_collections.ConfigDict:
-  """The configuration that ``config.study.pretraining`` names.
+  """The configuration that ``config.study.pretraining`` names, on one's data.
+
+  Data set, splits, modalities and limits are those of the study, so that no
+  example is pretrained on that the study does not train on.
 
   Raises:
     UserError: naming that key.
@@ -233,7 +239,11 @@ def pretraining(
     said = str(error).removeprefix("--config").lstrip(": ")
     raise _validate.UserError(f"config.study.pretraining: {said}") from error
   with found.unlocked():
-    found.data.path = config.data.path
+    for key in set(config.data) - _OWN_DATA:
+      found.data[key] = config.data[key]
+    if "validation" in config.data.train_splits:
+      found.selection.metric = "last"  # nothing is left to select on
+  config_lib.check(found)
   return found
 
 

@@ -123,6 +123,7 @@ def prepare(config, folder: pathlib.Path) -> Study:
     prior=shift_derived.log_prior(label, test.num_classes),
     score=_score(test.task, asked.score),
   )
+  _check_start(study)
   _check_kept(study)
   return study
 
@@ -198,6 +199,18 @@ def _check_sets(train_sets, test_sets, methods) -> None:
         f"config.study.test_sets must have {name!r} alone for 'ensemble', "
         "which is made of models of one modality."
       )
+
+
+def _check_start(study: Study) -> None:
+  """Refuses models that were pretrained otherwise than is asked now."""
+  if not study.config.study.pretraining:
+    return
+  for seed in study.seeds:
+    asked = shift_methods.pretraining(study.config, seed)
+    try:
+      runs.check_config(study.start(seed), asked)
+    except _validate.UserError as error:
+      raise _validate.UserError(f"config.study.pretraining: {error}") from error
 
 
 def _check_kept(study: Study) -> None:
