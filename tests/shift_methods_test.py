@@ -67,5 +67,7 @@ def test_numbers_are_not_relabelled_with_another_pretraining(tmp_path):
   runs.save_config(study.start(1), shift_methods.pretraining(config, 1))
   shift_study.prepare(config, tmp_path)
   config.study.pretraining = "configs/pretraining.py:digits,contrastive,smoke"
-  with pytest.raises(ValueError, match="config.study.pretraining: .*objective"):
+  with pytest.raises(
+    ValueError, match=r"config\.study\.pretraining: .*objective"
+  ):
     shift_study.prepare(config, tmp_path)
