@@ -9,8 +9,12 @@ pretraining); smoke (a few steps). Everything but ``config.study`` is the
 configuration of one fine-tuning run (``configs/finetune.py``), changed by each
 method (``robust_mm.shift_methods``).
 
-Budgets: an update of MASD passes twice as many rows, and once more without
-gradient, so it has 3 / 8 of the epochs; what each method passed is printed.
+``config.recipe.options`` go to every method; those of one are
+``--config.study.options.masd.weight=3.0``.
+
+Budgets: an update of MASD passes twice as many rows, and those without a label
+once more without gradient, so it has 3 / 7 of the epochs; with a teacher of
+supersets that is 3 / (6 + 2^(n - |T|)). What each method passed is printed.
 """
 
 import pathlib

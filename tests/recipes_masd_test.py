@@ -127,7 +127,7 @@ def test_rows_beside_go_to_several_devices():
   batch = mixed_batch(size=24)
   batch["labelled"] = jnp.arange(24) % 3 == 0
   batch["present"]["b"] = ~batch["labelled"]
-  model, state, alone, _ = one_step(batch, unlabelled_ratio=2)
+  *_, alone, _ = one_step(batch, unlabelled_ratio=2)
   spread = jax.device_put(batch, sharding.batch_sharding(mesh))
   *_, together, _ = one_step(spread, unlabelled_ratio=2)
   *_, anywhere, _ = one_step(batch)

@@ -61,9 +61,6 @@ def logits(study: plan.Study, name: str, train, seed: int) -> np.ndarray:
 
 
 def _path(study: plan.Study, name: str, train, seed: int) -> pathlib.Path:
-  method = shift_methods.METHODS[name]
-  if isinstance(method, shift_methods.Trained) and method.oracle:
-    train = study.names  # the same model whatever T is
   return study.place(name, train, seed) / "logits.npz"
 
 
@@ -127,7 +124,7 @@ def _trained(study: plan.Study, name: str, train, seed: int) -> pathlib.Path:
 
 
 def _configured(study: plan.Study, name: str, train, seed: int):
-  config = shift_methods.METHODS[name].configure(study.config, train)
+  config = shift_methods.configured(study.config, name, train, study.names)
   config.seed = seed
   if study.config.study.pretraining:
     config.init_from = str(study.start(seed))
