@@ -209,13 +209,74 @@ def test_an_update_costs_the_flops_it_is_charged(monkeypatch):
   np.testing.assert_allclose(flops[1:], flops[0], rtol=0.03)
 
 
-def _flops(config):
-  """Of one update, by XLA's own count."""
+def test_a_control_that_is_taught_nothing_moves_as_fine_tuning_does():
+  config = config_lib.load(SPEC, ["--config.optimizer.name=sgd"])
+  moved = {}
+  for method in ("finetune", "masd_control", "masd_published"):
+    made = shift_methods.configured(
+      config, method, ("left",), ("left", "right")
+    )
+    step, state, batch = _first(made)
+    after, _ = jax.jit(step)(state, batch, jax.random.key(0))
+    moved[method] = jax.tree.map(np.asarray, after.params)
+  apart = {
+    method: max(
+      jax.tree.leaves(
+        jax.tree.map(
+          lambda a, b: np.max(np.abs(a - b)), moved["finetune"], moved[method]
+        )
+      )
+    )
+    for method in ("masd_control", "masd_published")
+  }
+  assert apart["masd_control"] < 1e-6
+  assert apart["masd_published"] > 1e-5
+
+
+@pytest.mark.parametrize(
+  "labelled, number", [(("left", "right"), 16), (("left",), 0)]
+)
+def test_without_other_examples_only_parts_of_a_set_are_taught(
+  labelled, number
+):
+  config = config_lib.load(SPEC)
+  made = shift_methods.configured(
+    config, "masd_labelled", labelled, ("left", "right")
+  )
+  config_lib.check(made)
+  assert not made.data.unlabelled_splits
+  step, state, batch = _first(made)
+  assert "labelled" not in batch
+  _, metrics = jax.jit(step)(state, batch, jax.random.key(0))
+  assert float(metrics["distilled"]) == number
+  assert np.isfinite(float(metrics["loss"]))
+
+
+def test_mosi_is_drawn_by_video_and_scored_by_balanced_accuracy(
+  data_dir, tmp_path
+):
+  config = config_lib.load(
+    "configs/shift.py:mosi,smoke", [f"--config.data.path={data_dir}"]
+  )
+  study = shift_study.prepare(config, tmp_path)
+  assert study.names == ("audio", "text", "video")
+  assert len(study.train_sets) == 7
+  assert study.score == "balanced_accuracy"
+  assert 1 < len(np.unique(study.clusters)) < len(study.clusters)
+
+
+def _first(config):
+  """(step, state, batch) at the beginning of a run's last phase."""
   setup = setup_lib.prepare(config)
   phase = recipe_lib.make(config, setup).phases[-1]
   mesh = sharding.make_mesh(data=1)
   batch = next(iter(streams.training_batches(config, setup, mesh)))
   state = state_lib.initializer(setup.model, phase)(jax.random.key(0))
-  step = steps.make_train_step(phase)
+  return steps.make_train_step(phase), state, batch
+
+
+def _flops(config):
+  """Of one update, by XLA's own count."""
+  step, state, batch = _first(config)
   lowered = jax.jit(step).lower(state, batch, jax.random.key(0))
   return lowered.compile().cost_analysis()["flops"]
