@@ -129,9 +129,14 @@ def test_an_option_that_makes_a_method_is_not_changed():
     shift_methods.check(config)
 
 
-def test_values_of_options_are_refused_before_anything_is_trained(tmp_path):
-  config = config_lib.load(SPEC, ["--config.study.options.masd.weight=-1.0"])
-  with pytest.raises(ValueError, match=r"study\.options\.masd .*weight"):
+@pytest.mark.parametrize("value", ["-1.0", "much"])
+def test_values_of_options_are_refused_before_anything_is_trained(
+  value, tmp_path
+):
+  config = config_lib.load(
+    SPEC, [f"--config.study.options.masd.weight={value}"]
+  )
+  with pytest.raises(ValueError, match=r"study\.options\.masd "):
     shift_study.prepare(config, tmp_path)
   assert not [*tmp_path.iterdir()]
 
@@ -144,8 +149,11 @@ def test_an_oracle_lies_in_one_folder_for_all_sets(tmp_path):
   (place,) = places
   made = making._configured(study, "oracle", ("left",), 0)
   made.optimizer.lr = 0.5
-  runs.save_config(place, made)
+  place.mkdir(parents=True)
   (place / "logits.npz").write_bytes(b"")
+  assert not making.is_made(study, "oracle", ("left",), 0)
+  runs.save_config(place, made)
+  assert making.is_made(study, "oracle", ("left",), 0)
   with pytest.raises(ValueError, match=r"optimizer\.lr"):
     making.logits(study, "oracle", ("left",), 0)
 

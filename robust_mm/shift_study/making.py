@@ -31,7 +31,10 @@ class StoppedError(Exception):
 
 def is_made(study: plan.Study, name: str, train, seed: int) -> bool:
   """Whether :func:`logits` reads a file."""
-  return _path(study, name, train, seed).is_file()
+  path = _path(study, name, train, seed)
+  # Logits beside no run are of an earlier version, and of who knows what.
+  ran = (path.parent / runs.CONFIG_FILE).is_file()
+  return path.is_file() and (ran or shift_methods.is_derived(name))
 
 
 def logits(study: plan.Study, name: str, train, seed: int) -> np.ndarray:
@@ -41,7 +44,7 @@ def logits(study: plan.Study, name: str, train, seed: int) -> np.ndarray:
   if isinstance(method, shift_methods.Trained):
     # A study of other settings is refused, whatever it has left.
     runs.check_config(path.parent, _configured(study, name, train, seed))
-  if not path.is_file():
+  if not is_made(study, name, train, seed):
     found = _made(study, name, train, seed)
     # The name must end so, or numpy adds it.
     scratch = path.with_name("unfinished.npz")

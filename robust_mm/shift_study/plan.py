@@ -218,7 +218,7 @@ def _check_recipes(study: Study) -> None:
     )
     try:
       recipe_lib.make(made, setup)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
       raise _validate.UserError(
         f"config.study.options.{name} (or config.recipe.options): {error}"
       ) from error
