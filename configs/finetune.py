@@ -4,10 +4,11 @@
       --config.init_from=runs/pre --config.data.labelled=inertial,skeleton
 
 The argument names the data set (digits, av_digits, utd_mhad, mosi, mfeat, or of
-which nothing has been measured audioset, kinetics, imagenet_captions) and
-variants: probe (a linear head on frozen features), finetune (all parameters at
-once, from a fresh head) in place of the one after the other (LP-FT); dropout
-(fine-tuning sees random subsets of what is labelled); smoke (a few steps).
+which nothing has been measured av_digits/hard, av_digits/speaker_disjoint,
+audioset, kinetics, imagenet_captions) and variants: probe (a linear head on
+frozen features), finetune (all parameters at once, from a fresh head) in place
+of the one after the other (LP-FT); dropout (fine-tuning sees random subsets of
+what is labelled); smoke (a few steps).
 
 --config.init_from is the work directory of a run of configs/pretraining.py on
 the same data set; without it training begins from scratch.
@@ -18,11 +19,20 @@ selection see no others. Evaluation sees all of them.
 
 from robust_mm import config as base
 
-DATASETS = ("digits", "av_digits", "utd_mhad", "mosi", "mfeat", *base.LARGE)
+DATASETS = (
+  "digits",
+  "av_digits",
+  "av_digits/hard",
+  "av_digits/speaker_disjoint",
+  "utd_mhad",
+  "mosi",
+  "mfeat",
+  *base.LARGE,
+)
 VARIANTS = ("probe", "finetune", "dropout", "smoke")
 APART = (("probe", "finetune"), ("probe", "dropout"))
 
-EPOCHS = {"av_digits": 3}  # 55,000 pairs; 30 of the others
+EPOCHS = {"av_digits": 3}  # and its other splits, 55,000 pairs; else 30
 BATCH = {"utd_mhad": 64, "mosi": 64}
 
 
@@ -35,7 +45,7 @@ def get_config(argument: str = ""):
   config.data.name = dataset
   base.token_model(config, small="smoke" in variants)
   config.data.batch_size = BATCH.get(dataset, 256)
-  config.num_epochs = EPOCHS.get(dataset, 30)
+  config.num_epochs = EPOCHS.get(dataset.split("/")[0], 30)
   config.recipe.name = "finetune"
   config.recipe.options.method = next(
     (v for v in ("probe", "finetune") if v in variants), "lp_ft"

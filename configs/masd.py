@@ -11,7 +11,8 @@ steps).
 
 --config.data.labelled names the modalities that have labels. Every batch has as
 many training examples again without their label and with all modalities:
---config.data.unlabelled_splits, --config.data.unlabelled_ratio.
+--config.data.unlabelled_splits, --config.data.unlabelled_ratio. Without any,
+--config.data.unlabelled_splits=(), labelled examples teach sets within T alone.
 """
 
 import pathlib

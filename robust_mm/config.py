@@ -112,8 +112,7 @@ def default() -> ml_collections.ConfigDict:
   config.evaluation.norm = "l2"
   config.evaluation.radii = (0.1, 0.25, 0.5, 0.75, 1.0)
   config.evaluation.attack = "pgd"  # "auto": the ensemble
-  # What the attack has no use for is ignored.
-  config.evaluation.loss = "margin"
+  config.evaluation.loss = "margin"  # ignored by attacks without use for it
   config.evaluation.num_steps = 50
   config.evaluation.num_restarts = 5
   config.evaluation.num_queries = 1000  # of "square"
@@ -139,8 +138,7 @@ def default() -> ml_collections.ConfigDict:
   config.evaluation.smoothing.keep = ml_collections.ConfigDict()
   config.evaluation.smoothing.num_selection = 100
   config.evaluation.smoothing.num_estimation = 1000
-  # Copies of an example in one forward pass: less needs less memory.
-  config.evaluation.smoothing.chunk_size = 1000
+  config.evaluation.smoothing.chunk_size = 1000  # copies a pass, for memory
   config.evaluation.smoothing.alpha = 1e-3  # for each example
   # Multiples of each example's own radius at which it is attacked; () = none.
   config.evaluation.tightness = (1.0, 1.2, 1.5, 2.0, 3.0)
@@ -166,6 +164,7 @@ def study() -> ml_collections.ConfigDict:
   config.test_sets = ()
   # FILE.py:ARGUMENT of the run that all start from; "" = from scratch.
   config.pretraining = ""
+  config.options = ml_collections.ConfigDict()  # {method: recipe.options}
   config.alpha = 0.5  # of weights between the probe and what follows it
   config.num_samples = 2000  # replicates of the bootstrap
   # accuracy, balanced_accuracy or macro_f1; map or auroc of several labels.
@@ -386,7 +385,7 @@ def _apply(config: ml_collections.ConfigDict, override: str) -> None:
       with node.unlocked():
         node[part] = arguments.literal(text)
       return
-    if group.startswith("config.recipe.options") and part not in node:
+    if group.startswith(_NESTED) and part not in node:
       with node.unlocked():
         node[part] = ml_collections.ConfigDict()  # such as gate_options.tau
     if not isinstance(node, ml_collections.ConfigDict) or part not in node:
@@ -431,7 +430,9 @@ _FREE = (
   "config.penalty.options",
   "config.recipe.options",
   "config.evaluation.smoothing.keep",
+  "config.study.options",
 )
+_NESTED = ("config.recipe.options", "config.study.options")
 
 
 def _same_keys(reference, config, path: str) -> None:

@@ -230,10 +230,10 @@ def _check_unlabelled(config: ml_collections.ConfigDict) -> None:
   _validate.at_least(
     1, **{"config.data.unlabelled_ratio": config.data.unlabelled_ratio}
   )
-  if bool(splits) != (config.recipe.name == "masd"):
+  if splits and config.recipe.name != "masd":
     raise _validate.UserError(
-      "config.data.unlabelled_splits must name splits for recipe 'masd', and "
-      f"nothing for others; got {splits!r} for {config.recipe.name!r}."
+      "config.data.unlabelled_splits must name nothing but for recipe 'masd'; "
+      f"got {splits!r} for {config.recipe.name!r}."
     )
 
 

@@ -14,9 +14,25 @@ import ml_collections
 from robust_mm import _validate
 from robust_mm import config as config_lib
 
-# An update of MASD passes 2 rows for one of fine-tuning, forward and backward
-# (3 units each), and both once more without gradient (1 unit).
-_MASD_SHARE = 3 / 8
+# What the recipes take; there is no signature to read without jax.
+_BOTH = (
+  *("method", "label_smoothing"),
+  *("probe_steps", "probe_lr", "probe_decay"),
+)
+OPTIONS = MappingProxyType(
+  {
+    "finetune": (*_BOTH, "trainable", "dropout_rate", "l2_sp"),
+    "masd": (
+      *_BOTH,
+      *("weight", "temperature", "ramp"),
+      *("teacher", "teacher_subset", "ema_decay"),
+      *("distribution", "include_labelled"),
+    ),
+  }
+)
+PROBE_STEPS = 1000  # of both, where config.recipe.options does not say it
+# Of config.data: what pretraining has of its own.
+_OWN_DATA = {"batch_size", "labelled", "unlabelled_ratio", "unlabelled_splits"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +43,8 @@ class Trained:
     about: what it is, for who reads the page.
     options: ``config.recipe.options`` that change.
     keys: other keys that change.
-    share: of the epochs, for an equal number of passes.
+    changeable: which of these options a study may set otherwise, because they
+      are no part of what the method is.
     oracle: whether labels of all modalities are used, which the setting does
       not have: an upper reference, trained once for all T.
   """
@@ -35,27 +52,13 @@ class Trained:
   about: str
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   keys: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  share: float = 1.0
+  changeable: tuple[str, ...] = ()
   oracle: bool = False
 
-  def configure(
-    self, config: ml_collections.ConfigDict, labelled: tuple[str, ...]
-  ) -> ml_collections.ConfigDict:
-    """The configuration of the run with labels on ``labelled``."""
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-      del config["study"]
-      config.recipe.options.update(self.options)
-    config.data.labelled = () if self.oracle else labelled
-    for key, value in self.keys.items():
-      parent = config
-      *path, last = key.split(".")
-      for name in path:
-        parent = parent[name]
-      parent[last] = value
-    for name in ("num_epochs", "num_steps"):
-      config[name] = _at_least_one(self.share, config[name])
-    return config
+  @property
+  def recipe(self) -> str:
+    """The name of the recipe."""
+    return self.keys.get("recipe.name", "finetune")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,30 +106,38 @@ METHODS = MappingProxyType(
     "dropout": Trained(
       about="fine-tuning that sees a random part of T at every step",
       options={"dropout_rate": 1.0},
+      changeable=("dropout_rate",),
     ),
     "masd": Trained(
       about="what the model says of T teaches it about other modalities, on "
       "examples without a label",
       keys=_MASD,
-      share=_MASD_SHARE,
     ),
     "masd_supersets": Trained(
       about="masd, taught by the mean over T and all sets that contain it",
       options={"teacher_subset": "supersets"},
       keys=_MASD,
-      share=_MASD_SHARE,
     ),
     "masd_ema": Trained(
       about="masd, taught by a moving average of its parameters",
       options={"teacher": "ema"},
       keys=_MASD,
-      share=_MASD_SHARE,
     ),
     "masd_published": Trained(
       about="masd at its full weight from the first step on, as published",
       options={"ramp": 0.0},
       keys=_MASD,
-      share=_MASD_SHARE,
+    ),
+    "masd_labelled": Trained(
+      about="masd without other examples: what the model says of T teaches it "
+      "about parts of T, on the labelled ones; nothing where T is one modality",
+      keys={"recipe.name": "masd"},
+    ),
+    "masd_control": Trained(
+      about="masd whose term is 0, as where examples without a label show "
+      "T alone: the same passes, and nothing learnt from those examples",
+      options={"weight": 0.0},
+      keys=_MASD,
     ),
     "ema": Trained(
       about="fine-tuning; the model is a moving average of its parameters",
@@ -135,12 +146,14 @@ METHODS = MappingProxyType(
     "l2_sp": Trained(
       about="fine-tuning with a pull towards where it started",
       options={"l2_sp": 0.01},
+      changeable=("l2_sp",),
     ),
     "oracle": Trained(
       about="one model for every T, with labels of all modalities and a random "
       "part of them shown at every step: what T does not have, so an upper "
       "reference; its matched score can lie below that of a model of T alone",
       options={"dropout_rate": 1.0},
+      changeable=("dropout_rate",),
       oracle=True,
     ),
     "wise_ft": Between(
@@ -190,6 +203,8 @@ def check(config: ml_collections.ConfigDict) -> None:
       )
     if name in names[:place]:
       raise _validate.UserError(f"config.study.methods names {name!r} twice.")
+  _check_options(config)
+  for name in names:
     _check_made_of(config, name)
   if REFERENCE not in names:
     raise _validate.UserError(
@@ -206,12 +221,14 @@ def _check_made_of(config: ml_collections.ConfigDict, name: str) -> None:
       f"config.study.methods must have {needed!r} beside {name!r}, which is "
       "made of its runs."
     )
-  probed = config.recipe.options.get("method", "lp_ft") == "lp_ft"
-  if isinstance(method, Between) and not probed:
-    raise _validate.UserError(
-      f"config.recipe.options.method must be 'lp_ft' for {name!r}, which lies "
-      "between a probe and what follows it."
-    )
+  if isinstance(method, Between):
+    way = options(config, needed).get("method", "lp_ft")
+    if way != "lp_ft":
+      raise _validate.UserError(
+        f"config.recipe.options.method (config.study.options.{needed}.method) "
+        f"must be 'lp_ft' for {name!r}, which lies between a probe and what "
+        f"follows it; got {way!r}."
+      )
   if isinstance(method, ClassMean) and not study.pretraining:
     raise _validate.UserError(
       f"config.study.pretraining must be set for {name!r}, which works in "
@@ -219,10 +236,126 @@ def _check_made_of(config: ml_collections.ConfigDict, name: str) -> None:
     )
 
 
+def _check_options(config: ml_collections.ConfigDict) -> None:
+  """Refuses options that a method of the study has no use for, by name."""
+  for name, group in config.study.options.items():
+    _check_group(config, name, group)
+  for name in config.study.methods:
+    method = METHODS[name]
+    if is_derived(name):
+      continue
+    for key in config.recipe.options:
+      if key not in OPTIONS[method.recipe]:
+        raise _validate.UserError(
+          f"config.recipe.options.{key} goes to every method of the study, and "
+          f"{name!r} takes no such option; config.study.options.METHOD.{key} "
+          "goes to one."
+          f"{_validate.suggestion(key, OPTIONS[method.recipe])}"
+        )
+
+
+def _check_group(config, name: str, group) -> None:
+  path = f"config.study.options.{name}"
+  trained = [m for m in config.study.methods if not is_derived(m)]
+  if name not in trained:
+    why = "trains nothing" if name in METHODS and is_derived(name) else ""
+    raise _validate.UserError(
+      f"{path}: {name!r} {why or 'is no method of the study'}; those that "
+      f"train are {', '.join(trained)}.{_validate.suggestion(name, trained)}"
+    )
+  if not isinstance(group, ml_collections.ConfigDict):
+    raise _validate.UserError(
+      f"{path} must be a group of options, as in {path}.probe_lr=0.01; got "
+      f"{group!r}."
+    )
+  method = METHODS[name]
+  takes = OPTIONS[method.recipe]
+  for key in group:
+    if key not in takes:
+      raise _validate.UserError(
+        f"{path}.{key}: {name!r} takes no such option; it takes "
+        f"{', '.join(takes)}.{_validate.suggestion(key, takes)}"
+      )
+    if key in method.options and key not in method.changeable:
+      raise _validate.UserError(
+        f"{path}.{key} must be left out: {method.options[key]!r} is what makes "
+        f"it {name!r}."
+      )
+
+
+def options(config: ml_collections.ConfigDict, name: str) -> dict[str, Any]:
+  """``config.recipe.options`` of a trained method of a study."""
+  own = config.study.options.get(name, {})
+  return {**config.recipe.options, **METHODS[name].options, **own}
+
+
+def configured(
+  config: ml_collections.ConfigDict,
+  name: str,
+  labelled: tuple[str, ...],
+  modalities: tuple[str, ...],
+) -> ml_collections.ConfigDict:
+  """The configuration of one run of a trained method.
+
+  Args:
+    config: of the study.
+    name: of the method.
+    labelled: T.
+    modalities: all of the data, P.
+  """
+  method = METHODS[name]
+  made = config.copy_and_resolve_references()
+  with made.unlocked():
+    del made["study"]
+    made.recipe.options.update(options(config, name))
+  made.data.labelled = () if method.oracle else labelled
+  for key, value in method.keys.items():
+    parent = made
+    *path, last = key.split(".")
+    for part in path:
+      parent = parent[part]
+    parent[last] = value
+  if made.data.unlabelled_splits:
+    with made.unlocked():
+      made.recipe.options.unlabelled_ratio = made.data.unlabelled_ratio
+  share = 3 / passes(made, len(modalities))
+  for key in ("num_epochs", "num_steps"):
+    made[key] = _at_least_one(share, made[key])
+  return made
+
+
+def passes(config: ml_collections.ConfigDict, number: int) -> int:
+  """What an update costs, a labelled row of its batch; 3 in fine-tuning.
+
+  A pass of one row forward and backward is 3, one without gradient 1.
+
+  Args:
+    config: of one run, :func:`configured`.
+    number: of modalities.
+  """
+  if config.recipe.name != "masd":
+    return 3
+  asked = config.recipe.options
+  beside = config.data.unlabelled_ratio if config.data.unlabelled_splits else 0
+  taught = 1  # passes of the teacher over every row it teaches on
+  if asked.get("teacher_subset") == "supersets":
+    taught = 2 ** (number - (len(config.data.labelled) or number))
+  # The teacher that is then frozen is fine-tuned for as many updates.
+  before = 3 if asked.get("teacher") == "frozen" else 0
+  if (
+    not beside
+  ):  # labelled rows pass once for their label and once to be taught
+    return before + 3 + 3 + taught
+  return before + 3 * (1 + beside) + taught * beside
+
+
 def pretraining(
   config: ml_collections.ConfigDict, seed: int = 0
 ) -> ml_collections.ConfigDict:
-  """The configuration that ``config.study.pretraining`` names.
+  """The configuration that ``config.study.pretraining`` names, on one's data.
+
+  Data set, splits, modalities and limits are those of the study, so that no
+  example is pretrained on that the study does not train on.
 
   Raises:
     UserError: naming that key.
@@ -233,43 +366,11 @@ def pretraining(
     said = str(error).removeprefix("--config").lstrip(": ")
     raise _validate.UserError(f"config.study.pretraining: {said}") from error
   with found.unlocked():
-    found.data.path = config.data.path
-  return found
-
-
-def budgets(config: ml_collections.ConfigDict) -> dict[str, dict[str, float]]:
-  """What training every method of a study costs.
-
-  Returns:
-    ``{method: {"epochs", "steps", "relative_cost"}}``: how long it trains (one
-    of the two is 0), and how many times the passes of plain fine-tuning an
-    epoch, or a step, takes. A pass forward and backward is 3, one without
-    gradient 1.
-  """
-  found = {}
-  for name in config.study.methods:
-    method = METHODS[name]
-    if isinstance(method, Trained):
-      made = method.configure(config, ())
-      found[name] = {
-        "epochs": made.num_epochs,
-        "steps": made.num_steps,
-        "relative_cost": 1 / method.share,
-      }
-  return found
-
-
-def budget_lines(config: ml_collections.ConfigDict) -> list[str]:
-  """The same as sentences."""
-  found = []
-  for name, cost in budgets(config).items():
-    unit = "epoch" if cost["epochs"] else "step"
-    number = cost["epochs"] or cost["steps"]
-    line = f"{name}: {number} {unit}{'' if number == 1 else 's'}"
-    times = cost["relative_cost"]
-    if times != 1:
-      line += f"; each costs {times:.2f} times one of {REFERENCE}"
-    found.append(f"{line}.")
+    for key in set(config.data) - _OWN_DATA:
+      found.data[key] = config.data[key]
+    if "validation" in config.data.train_splits:
+      found.selection.metric = "last"  # nothing is left to select on
+  config_lib.check(found)
   return found
 
 

@@ -14,6 +14,7 @@ from robust_mm import distillation
 from robust_mm import losses
 from robust_mm import modalities
 from robust_mm import recipes
+from robust_mm.training import sharding
 from robust_mm.training import state as state_lib
 
 TX = optax.sgd(0.1)
@@ -83,6 +84,81 @@ def test_a_step_is_one_of_the_two_terms():
     expected,
   )
   assert float(metrics["distilled"]) == 8
+
+
+def test_the_teacher_passes_rows_without_a_label_alone(monkeypatch):
+  batch = mixed_batch()
+  passed = []
+  model = concat_model()
+  apply = type(model).apply
+
+  def watched(self, params, state, inputs, *args, **options):
+    passed.append((options.get("train", False), len(inputs["a"])))
+    return apply(self, params, state, inputs, *args, **options)
+
+  monkeypatch.setattr(type(model), "apply", watched)
+  found = {}
+  for ratio in (0, 1):
+    passed.clear()
+    recipe = recipes.masd(
+      model,
+      num_steps=10,
+      tx=TX,
+      labelled=("a",),
+      unlabelled_ratio=ratio,
+      method="finetune",
+      ramp=0.0,
+    )
+    state = started(recipe, model)
+    update = recipe.phases[-1].update
+    found[ratio] = update(state, batch, jax.random.key(5))
+    assert passed == [(True, 16), (False, 16 // (1 + ratio))]
+  (first, told), (second, same) = found.values()
+  assert float(same["distilled"]) == 8
+  for one, other in ((first.params, second.params), (told, same)):
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one, other
+    )
+
+
+def test_rows_beside_go_to_several_devices():
+  """3 rows of a kind over 8 devices: groups lie across their borders."""
+  mesh = sharding.make_mesh()
+  batch = mixed_batch(size=24)
+  batch["labelled"] = jnp.arange(24) % 3 == 0
+  batch["present"]["b"] = ~batch["labelled"]
+  *_, alone, _ = one_step(batch, unlabelled_ratio=2)
+  spread = jax.device_put(batch, sharding.batch_sharding(mesh))
+  *_, together, _ = one_step(spread, unlabelled_ratio=2)
+  *_, anywhere, _ = one_step(batch)
+  for other in (together, anywhere):
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+      alone.params,
+      other.params,
+    )
+
+
+def test_a_frozen_teacher_is_trained_on_labelled_rows_alone():
+  model = concat_model()
+  losses_of = []
+  for ratio in (0, 1):
+    recipe = recipes.masd(
+      model,
+      num_steps=10,
+      tx=TX,
+      labelled=("a",),
+      unlabelled_ratio=ratio,
+      method="finetune",
+      teacher="frozen",
+    )
+    state = started(recipe, model)
+    batch = {**mixed_batch(), "progress": jnp.asarray(0.5)}
+    loss, _ = recipe.phases[0].loss(
+      state.params, state.model_state, batch, key=jax.random.key(0)
+    )
+    losses_of.append(float(loss))
+  np.testing.assert_allclose(*losses_of, rtol=1e-6)
 
 
 def test_a_label_that_is_not_there_is_not_read():
@@ -170,6 +246,7 @@ def test_the_term_rises_from_nothing():
   [
     ({"labelled": ("c",)}, "labelled"),
     ({"weight": -1.0}, "weight"),
+    ({"unlabelled_ratio": -1}, "unlabelled_ratio"),
     ({"temperature": 0.0}, "temperature"),
     ({"ramp": 2.0}, "ramp"),
     ({"teacher": "other"}, "teacher"),

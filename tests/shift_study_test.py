@@ -103,7 +103,6 @@ def test_what_was_written_is_what_was_found(study):
   stored = json.loads((folder / "shift.json").read_text())
   assert set(report.methods) == set(stored["budget"]) | {
     "wise_ft",
-    "ensemble",
     "class_mean",
   }
   page = (folder / "shift.html").read_text()
@@ -137,7 +136,8 @@ def test_the_page_says_what_it_shows(study):
   text = (folder / "shift.txt").read_text()
   assert "nan" not in text
   assert "1 seed;" in text
-  assert "finetune: 4 steps." in text
+  head = "4 updates of the head on all training examples"
+  assert f"finetune: {head}, then 4 steps." in text
 
 
 def test_the_matrix_of_the_console_is_that_of_the_figure(study):
@@ -305,6 +305,12 @@ def test_a_path_that_cannot_be_is_refused(study, words, said, capsys):
     ("study.nothing=1", "study.nothing"),
     ("study.cluster=speaker", "config.study.cluster"),
     ("data.labelled=left", "config.data.labelled"),
+    ("study.options.masd.wieght=3.0", "Did you mean 'weight'"),
+    ("study.options.mask.weight=3.0", "no method of the study"),
+    ("study.options.wise_ft.weight=3.0", "trains nothing"),
+    ("study.options.masd=3", "must be a group"),
+    ("study.options.finetune.method=probe", "must be 'lp_ft' for 'wise_ft'"),
+    ("recipe.options.l2_sp=0.1", "'masd' takes no such option"),
   ],
 )
 def test_bad_studies_are_refused(override, said, tmp_path, capsys):
@@ -335,19 +341,6 @@ def test_runs_and_studies_are_not_mistaken(tmp_path, capsys):
   assert "robust-mm shift runs it" in capsys.readouterr().err
   assert run("shift", "--config=configs/joint.py:digits", workdir) == 2
   assert "group study" in capsys.readouterr().err
-
-
-def test_masd_passes_as_many_rows_as_fine_tuning():
-  config = config_lib.load("configs/shift.py:utd_mhad")
-  plain, masd = (
-    shift_methods.METHODS[name].configure(config, ("depth",))
-    for name in ("finetune", "masd")
-  )
-  rows = 1 + masd.data.unlabelled_ratio
-  # Forward and backward is 3, the teacher's forward pass 1.
-  assert masd.num_epochs * rows * (3 + 1) == plain.num_epochs * 3
-  oracle = shift_methods.METHODS["oracle"].configure(config, ("depth",))
-  assert oracle.data.labelled == ()
 
 
 def test_an_ensemble_says_the_mean_or_the_prior():

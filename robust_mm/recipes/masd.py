@@ -10,6 +10,7 @@ References:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from collections.abc import Sequence
 
@@ -43,6 +44,7 @@ class Settings:
   model: Model
   num_steps: int
   labelled: tuple[str, ...]
+  unlabelled_ratio: int
   weight: float
   temperature: float
   ramp: float
@@ -61,6 +63,7 @@ def masd(
   num_steps: int,
   tx: optax.GradientTransformation,
   labelled: Sequence[str] = (),
+  unlabelled_ratio: int = 0,
   method: str = "lp_ft",
   weight: float = 1.0,
   temperature: float = 1.0,
@@ -84,17 +87,22 @@ def masd(
 
   with S drawn anew for every row, and g the teacher, without gradient. A step
   costs one pass of training over all rows of the batch, and one without
-  gradient for the teacher (:math:`2^{n - |T|}` for ``"supersets"``).
+  gradient for the teacher (:math:`2^{n - |T|}` for ``"supersets"``), over the
+  rows without a label where ``unlabelled_ratio`` says which they are, else over
+  all rows.
 
   Batches have ``labelled`` bool[b] (``data.pipeline(unlabelled=)``); one
   without is labelled throughout, and serves as unlabelled too: then only sets
-  within T are taught.
+  within T are taught, in a second pass of training.
 
   Args:
     model: any classifier or regression that takes absent modalities.
     num_steps: updates.
     tx: the optimiser.
     labelled: T; all modalities of the model where not given.
+    unlabelled_ratio: r, where every labelled row of a batch is followed by r
+      rows without a label, as ``data.pipeline(ratio=r)`` has them: a row in the
+      place of another kind does not count. 0: rows may come in any order.
     method: ``lp_ft``: a linear probe first (``recipes.finetune``);
       ``finetune``: from the head as it is.
     weight: lambda, after the ramp.
@@ -124,6 +132,7 @@ def masd(
   _validate.one_of(distillation.TEACHER_SUBSETS, teacher_subset=teacher_subset)
   _validate.one_of(modalities.DISTRIBUTIONS, distribution=distribution)
   _validate.non_negative(weight=weight)
+  _validate.at_least(0, unlabelled_ratio=unlabelled_ratio)
   _validate.positive(temperature=temperature)
   _validate.in_unit_interval(ramp=ramp)
   _validate.below_one(ema_decay=ema_decay, label_smoothing=label_smoothing)
@@ -140,6 +149,7 @@ def masd(
     model=model,
     num_steps=num_steps,
     labelled=tuple(labelled) or tuple(model.modalities),
+    unlabelled_ratio=unlabelled_ratio,
     weight=weight,
     temperature=temperature,
     ramp=ramp,
@@ -188,7 +198,16 @@ def masd(
 def _taught(settings: Settings) -> Callable:
   """The loss of the rows that have a label, of T alone."""
 
+  def first(tree):
+    return jax.tree.map(lambda x: _split(settings, x)[:, 0], tree)
+
   def loss_fn(params, state, batch, *, key):
+    if settings.unlabelled_ratio and "labelled" in batch:
+      batch = {
+        # Progress is of the run, not of a row.
+        name: x if name == "progress" else first(x)
+        for name, x in batch.items()
+      }
     shown = {**batch, "present": _within(settings, batch)}
     outputs, state = settings.model.apply(
       params, state, batch["inputs"], shown["present"], train=True, key=key
@@ -227,6 +246,7 @@ def make_update(
     extra, present = state.extra, batch["present"]
     flag = batch.get("labelled", jnp.ones_like(next(iter(present.values()))))
     mixed = "labelled" in batch
+    unlabelled = _unlabelled_rows(settings, mixed)
     subset = modalities.sample_subsets(
       draw_key,
       present,
@@ -247,11 +267,10 @@ def make_update(
       for m in present
     }
 
+    inputs = unlabelled(batch["inputs"])
+
     def teacher_fn(params, present):
-      outputs, _ = model.apply(
-        params, state.model_state, batch["inputs"], present
-      )
-      return outputs.logits
+      return model.apply(params, state.model_state, inputs, present)[0].logits
 
     def loss_fn(params):
       outputs, model_state = model.apply(
@@ -279,15 +298,15 @@ def make_update(
       teacher = distillation.teacher_logits(
         teacher_fn,
         extra.get("teacher", params),
-        present,
+        unlabelled(present),
         settings.labelled,
         subset=settings.teacher_subset,
       )
       counts = distillation.item_weights(present, settings.labelled, asked)
-      counts = jnp.where(flag & mixed, 0, counts)
+      counts = unlabelled(jnp.where(flag & mixed, 0, counts))
       apart = distillation.divergence(
         _scaled(model, teacher),
-        _scaled(model, student),
+        _scaled(model, unlabelled(student)),
         task=task,
         temperature=settings.temperature,
       )
@@ -325,6 +344,22 @@ def make_update(
     return state, {"loss": loss, **metrics, "gradient_norm": norm}
 
   return update
+
+
+def _split(settings: Settings, x):
+  """``[b, ...]`` as ``[b / (1 + r), 1 + r, ...]``: the labelled row first."""
+  return x.reshape(-1, 1 + settings.unlabelled_ratio, *x.shape[1:])
+
+
+def _unlabelled_rows(settings: Settings, mixed: bool) -> Callable:
+  """``rows(tree)``: those in the places of rows without a label, or all."""
+  if not (mixed and settings.unlabelled_ratio):
+    return lambda tree: tree
+
+  def rows(x):
+    return _split(settings, x)[:, 1:].reshape(-1, *x.shape[1:])
+
+  return functools.partial(jax.tree.map, rows)
 
 
 def _within(settings: Settings, batch) -> dict:

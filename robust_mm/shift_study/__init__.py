@@ -1,7 +1,7 @@
 """``robust-mm shift``: trained on every T, evaluated on every E, compared.
 
-Inside, each module imports only from those before it: plan, making, writing,
-job.
+Inside, each module imports only from those before it: budgets, plan, making,
+writing, job.
 """
 
 from robust_mm.shift_study.job import run

@@ -31,7 +31,10 @@ class StoppedError(Exception):
 
 def is_made(study: plan.Study, name: str, train, seed: int) -> bool:
   """Whether :func:`logits` reads a file."""
-  return _path(study, name, train, seed).is_file()
+  path = _path(study, name, train, seed)
+  # Logits beside no run are of an earlier version, and of who knows what.
+  ran = (path.parent / runs.CONFIG_FILE).is_file()
+  return path.is_file() and (ran or shift_methods.is_derived(name))
 
 
 def logits(study: plan.Study, name: str, train, seed: int) -> np.ndarray:
@@ -41,7 +44,7 @@ def logits(study: plan.Study, name: str, train, seed: int) -> np.ndarray:
   if isinstance(method, shift_methods.Trained):
     # A study of other settings is refused, whatever it has left.
     runs.check_config(path.parent, _configured(study, name, train, seed))
-  if not path.is_file():
+  if not is_made(study, name, train, seed):
     found = _made(study, name, train, seed)
     # The name must end so, or numpy adds it.
     scratch = path.with_name("unfinished.npz")
@@ -61,9 +64,6 @@ def logits(study: plan.Study, name: str, train, seed: int) -> np.ndarray:
 
 
 def _path(study: plan.Study, name: str, train, seed: int) -> pathlib.Path:
-  method = shift_methods.METHODS[name]
-  if isinstance(method, shift_methods.Trained) and method.oracle:
-    train = study.names  # the same model whatever T is
   return study.place(name, train, seed) / "logits.npz"
 
 
@@ -127,7 +127,7 @@ def _trained(study: plan.Study, name: str, train, seed: int) -> pathlib.Path:
 
 
 def _configured(study: plan.Study, name: str, train, seed: int):
-  config = shift_methods.METHODS[name].configure(study.config, train)
+  config = shift_methods.configured(study.config, name, train, study.names)
   config.seed = seed
   if study.config.study.pretraining:
     config.init_from = str(study.start(seed))

@@ -13,6 +13,7 @@ from robust_mm import modalities
 from robust_mm import shift_derived
 from robust_mm import shift_methods
 from robust_mm.evaluation import shift_scores
+from robust_mm.training import recipe as recipe_lib
 from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
 
@@ -78,8 +79,11 @@ class Study:
 
   def place(self, method: str, train: Subset, seed: int) -> pathlib.Path:
     """The folder of one model."""
+    kind = shift_methods.METHODS[method]
+    if isinstance(kind, shift_methods.Trained) and kind.oracle:
+      train = self.names  # the same model whatever T is
     name = modalities.subset_name(train)
-    if isinstance(shift_methods.METHODS[method], shift_methods.Between):
+    if isinstance(kind, shift_methods.Between):
       method = f"{method}-{self.config.study.alpha:g}"
     return self.folder / "runs" / method / name / str(seed)
 
@@ -123,6 +127,8 @@ def prepare(config, folder: pathlib.Path) -> Study:
     prior=shift_derived.log_prior(label, test.num_classes),
     score=_score(test.task, asked.score),
   )
+  _check_recipes(study)
+  _check_start(study)
   _check_kept(study)
   return study
 
@@ -198,6 +204,36 @@ def _check_sets(train_sets, test_sets, methods) -> None:
         f"config.study.test_sets must have {name!r} alone for 'ensemble', "
         "which is made of models of one modality."
       )
+
+
+def _check_recipes(study: Study) -> None:
+  """Refuses options whose values the recipe of a method does not take."""
+  config = study.config
+  setup = setup_lib.prepare(config)
+  for name in config.study.methods:
+    if shift_methods.is_derived(name):
+      continue
+    made = shift_methods.configured(
+      config, name, study.train_sets[0], study.names
+    )
+    try:
+      recipe_lib.make(made, setup)
+    except (TypeError, ValueError) as error:
+      raise _validate.UserError(
+        f"config.study.options.{name} (or config.recipe.options): {error}"
+      ) from error
+
+
+def _check_start(study: Study) -> None:
+  """Refuses models that were pretrained otherwise than is asked now."""
+  if not study.config.study.pretraining:
+    return
+  for seed in study.seeds:
+    asked = shift_methods.pretraining(study.config, seed)
+    try:
+      runs.check_config(study.start(seed), asked)
+    except _validate.UserError as error:
+      raise _validate.UserError(f"config.study.pretraining: {error}") from error
 
 
 def _check_kept(study: Study) -> None:

@@ -12,6 +12,7 @@ from robust_mm.evaluation import shift_page
 from robust_mm.evaluation import shift_plots
 from robust_mm.evaluation import shift_texts
 from robust_mm.evaluation import style
+from robust_mm.shift_study import budgets
 from robust_mm.shift_study import plan
 
 _FILES = (
@@ -30,7 +31,7 @@ def write(study: plan.Study, report: shift.ShiftReport) -> None:
   found = {
     **report.to_dict(),
     "about": about,
-    "budget": shift_methods.budgets(config),
+    "budget": budgets.budgets(config, study.names, study.train_sets),
     "config": shift_texts.plain(settings),
     **where,
   }
@@ -49,7 +50,7 @@ def write(study: plan.Study, report: shift.ShiftReport) -> None:
     about=about,
     notes=[*_extra(study), _FILES],
     made={
-      "budget": " ".join(shift_methods.budget_lines(config)),
+      "budget": " ".join(_budget(study)),
       "pretraining": config.study.pretraining or "none, from scratch",
       "device": where["device"],
       "versions": ", ".join(f"{n} {v}" for n, v in where["versions"].items()),
@@ -76,8 +77,12 @@ def summary(study: plan.Study, report: shift.ShiftReport) -> str:
     lines.append(f"  {method:14s} " + "  ".join(cells))
   if others:
     lines.append(f"  ({shift_texts.undefined(report)})")
-  lines += ["", *shift_methods.budget_lines(study.config), *_extra(study)]
+  lines += ["", *_budget(study), *_extra(study)]
   return "\n".join(lines) + "\n"
+
+
+def _budget(study: plan.Study) -> list[str]:
+  return budgets.lines(study.config, study.names, study.train_sets)
 
 
 def _about(study: plan.Study, method: str) -> str:
