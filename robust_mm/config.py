@@ -162,8 +162,7 @@ def study() -> ml_collections.ConfigDict:
   # Sets such as "audio+image"; () = all, of at most four modalities.
   config.train_sets = ()
   config.test_sets = ()
-  # FILE.py:ARGUMENT of the run that all start from; "" = from scratch.
-  config.pretraining = ""
+  config.pretraining = ""  # FILE.py:ARGUMENT that all start from; "" = none
   config.options = ml_collections.ConfigDict()  # {method: recipe.options}
   config.alpha = 0.5  # of weights between the probe and what follows it
   config.num_samples = 2000  # replicates of the bootstrap
