@@ -1,7 +1,6 @@
 """The files of a study: numbers, text, plots and the page."""
 
 import json
-import math
 
 from robust_mm import _files
 from robust_mm import modalities
@@ -63,17 +62,15 @@ def write(study: plan.Study, report: shift.ShiftReport) -> None:
 def summary(study: plan.Study, report: shift.ShiftReport) -> str:
   """The report's tables, what interventions gain, what each method passed."""
   lines = [report.table().rstrip()]
-  others = [m for m in report.methods if m != report.reference]
+  others = [m for m in report.methods if m != report.baseline]
   if others:
     lines += ["", "times plain fine-tuning (pooled):"]
   for method in others:
     cells = []
     for kind in report.categories:
       if report.num_pairs[kind]:
-        found = report.improvement(method, report.reference, kind)
-        said = f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
-        said = "undefined" if math.isnan(found.value) else said
-        cells.append(f"{kind} {said}")
+        found = report.improvement(method, report.baseline, kind)
+        cells.append(f"{kind} {shift_texts.cell(found, report)}")
     lines.append(f"  {method:14s} " + "  ".join(cells))
   if others:
     lines.append(f"  ({shift_texts.undefined(report)})")
