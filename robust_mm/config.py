@@ -96,8 +96,7 @@ def default() -> ml_collections.ConfigDict:
   config.training.eval_every = 200
   config.training.checkpoint_every = 500
   config.training.keep_checkpoints = 2
-  # Of a moving average of the parameters, which is then what is validated,
-  # kept and handed on; 0 = none.
+  # Of a moving average that is validated, kept and handed on; 0 = none.
   config.training.average_decay = 0.0
 
   config.selection = ml_collections.ConfigDict()
@@ -106,9 +105,8 @@ def default() -> ml_collections.ConfigDict:
 
   config.evaluation = ml_collections.ConfigDict()
   config.evaluation.units = "raw"  # or "relative"
-  # Or "linf", of attacks and certificates, of relative units, and of the radii:
-  # where none are given they become LINF_RADII. Selection (its radius too) and
-  # the radius r0 that recipes train for stay l2.
+  # Or "linf", of attacks, certificates, units and radii (LINF_RADII where none
+  # are given). Selection and the radius r0 that recipes train for stay l2.
   config.evaluation.norm = "l2"
   config.evaluation.radii = (0.1, 0.25, 0.5, 0.75, 1.0)
   config.evaluation.attack = "pgd"  # "auto": the ensemble
@@ -379,16 +377,18 @@ def _apply(config: ml_collections.ConfigDict, override: str) -> None:
   node, parts = config, key.split(".")
   for depth, part in enumerate(parts):
     group = f"config.{'.'.join(parts[:depth])}"
-    if group.startswith(_FREE) and depth == len(parts) - 1 and part not in node:
+    inside = isinstance(node, ml_collections.ConfigDict)
+    new = inside and part not in node
+    if new and group.startswith(_FREE) and depth == len(parts) - 1:
       # An option the file leaves at the factory's default.
       with node.unlocked():
         node[part] = arguments.literal(text)
       return
-    if group.startswith(_NESTED) and part not in node:
+    if new and group.startswith(_NESTED):
       with node.unlocked():
         node[part] = ml_collections.ConfigDict()  # such as gate_options.tau
-    if not isinstance(node, ml_collections.ConfigDict) or part not in node:
-      known = list(node) if isinstance(node, ml_collections.ConfigDict) else []
+    if not inside or part not in node:
+      known = list(node) if inside else []
       raise _validate.UserError(
         f"--config.{key}: there is no key {'.'.join(parts[: depth + 1])!r}"
         f"{'; known here: ' + ', '.join(known) if known else ''}."

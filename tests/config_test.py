@@ -77,6 +77,14 @@ def test_override_keeps_the_type(override, expected):
       r"no key 'optimizer.lrr'.*Did you mean 'lr'",
     ),
     ("configs/joint.py", ["--config.optimizer=1"], "is a group of keys"),
+    (
+      "configs/masd.py",
+      [
+        "--config.recipe.options.a=3",
+        "--config.recipe.options.a.b=1",
+      ],
+      "there is no key",
+    ),
     ("configs/joint.py", ["--config.seed=a"], "config.seed must be an integer"),
     ("configs/joint.py", ["--config.num_steps=0"], "config.num_steps must"),
     ("configs/joint.py", ["--config.num_epochs=2"], "both set the length"),

@@ -177,10 +177,12 @@ class ShiftReport:
     """``first - second``, taken inside every replicate: a paired interval."""
     statistic = statistic or self.headline
     self._check([first, second], kind, statistic=statistic)
-    parts = [
-      source[first][kind][statistic] - source[second][kind][statistic]
-      for source in (self.values, self.draws, self.by_seed)
-    ]
+    # Of two infinite ratios the difference is none.
+    with np.errstate(invalid="ignore"):
+      parts = [
+        source[first][kind][statistic] - source[second][kind][statistic]
+        for source in (self.values, self.draws, self.by_seed)
+      ]
     return shift_statistics.summary(*parts, self.level)
 
   def improvement(
@@ -223,7 +225,8 @@ class ShiftReport:
       return shift_statistics.quotient(above, below)
 
     below = self.values[second][kind][statistic] - off
-    error = np.std(self.draws[second][kind][statistic], ddof=1)
+    with np.errstate(invalid="ignore"):
+      error = np.std(self.draws[second][kind][statistic], ddof=1)
     if not below > shift_statistics.ERRORS * error:
       return shift_statistics.Estimate(*[np.nan] * 5)
     parts = [divide(part) for part in (self.values, self.draws, self.by_seed)]

@@ -83,6 +83,7 @@ def _made(study: plan.Study, name: str, train, seed: int) -> dict:
       {(name,): _alone(study, method.of, name, seed) for name in train},
       study.test_sets,
       study.prior,
+      present=study.test["present"],
       multi_label=study.score in shift_scores.MULTI_LABEL,
     )
   else:

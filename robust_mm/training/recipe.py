@@ -38,6 +38,10 @@ def make(
     options.setdefault("batch_size", config.data.batch_size)
   if config.recipe.name == "masd":
     options.setdefault("labelled", tuple(config.data.labelled))
+    beside = config.data.unlabelled_ratio
+    options.setdefault(
+      "unlabelled_ratio", beside if config.data.unlabelled_splits else 0
+    )
   if config.recipe.name == "modal_immune":
     options.setdefault("steps_per_epoch", epoch)
     options.setdefault("features", _features(facts, setup.reference))

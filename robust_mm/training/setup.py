@@ -136,6 +136,11 @@ def recipe_notes(
 ) -> list[str]:
   """What a recipe cannot do, or does with validation examples trained on."""
   notes = []
+  if config.recipe.name == "masd" and not config.data.unlabelled_splits:
+    notes.append(
+      "config.data.unlabelled_splits names no split: masd teaches parts of the "
+      "labelled modalities alone."
+    )
   if config.recipe.name == "masd" and not config.data.labelled:
     notes.append(
       "config.data.labelled names no modality, so all have labels: masd "
