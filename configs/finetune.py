@@ -17,18 +17,13 @@ the same data set; without it training begins from scratch.
 selection see no others. Evaluation sees all of them.
 """
 
+import pathlib
+import runpy
+
 from robust_mm import config as base
 
-DATASETS = (
-  "digits",
-  "av_digits",
-  "av_digits/hard",
-  "av_digits/speaker_disjoint",
-  "utd_mhad",
-  "mosi",
-  "mfeat",
-  *base.LARGE,
-)
+_BEFORE = pathlib.Path(__file__).with_name("pretraining.py")
+DATASETS = runpy.run_path(str(_BEFORE))["DATASETS"]
 VARIANTS = ("probe", "finetune", "dropout", "smoke")
 APART = (("probe", "finetune"), ("probe", "dropout"))
 

@@ -23,16 +23,8 @@ import runpy
 
 from robust_mm import config as base
 
-DATASETS = (
-  "digits",
-  "av_digits",
-  "av_digits/hard",
-  "av_digits/speaker_disjoint",
-  "utd_mhad",
-  "mfeat",
-  "mosi",
-  *base.LARGE,
-)
+_TUNED = runpy.run_path(str(pathlib.Path(__file__).with_name("finetune.py")))
+DATASETS = _TUNED["DATASETS"]
 VARIANTS = ("scratch", "smoke")
 EPOCHS = {"av_digits": 8}  # of fine-tuning, all its splits; else 80
 CLUSTERS = {
@@ -66,10 +58,9 @@ TRAIN_SETS = {
 
 def get_config(argument: str = ""):
   """The configuration of one data set and its variants."""
-  tuned = runpy.run_path(str(pathlib.Path(__file__).with_name("finetune.py")))
   dataset, variants = base.parse(argument, datasets=DATASETS, flags=VARIANTS)
   smoke = ",smoke" if "smoke" in variants else ""
-  config = tuned["get_config"](dataset + smoke)
+  config = _TUNED["get_config"](dataset + smoke)
   if not smoke:
     config.num_epochs = EPOCHS.get(dataset.split("/")[0], 80)
   study = config.study = base.study()

@@ -30,7 +30,7 @@ def chance_level(
   """What a score is worth without looking at any input.
 
   The share of the commonest class for accuracy, 1 / k for balanced accuracy
-  by convention for macro-F1, the mean share of positives for mAP (over the
+  and by convention for macro-F1, the mean share of positives for mAP (over the
   classes that have any, as in the score), 1 / 2 for AUROC.
 
   >>> chance_level([0, 0, 0, 1]), chance_level([0, 1], score="macro_f1")

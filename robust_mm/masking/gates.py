@@ -206,7 +206,7 @@ def random_gate(*, rate: float = 0.5) -> RandomGate:
 
   Args:
     rate: probability that a refresh closes a block, of every block by itself;
-      in [0, 1].
+      in [0, 1]. The draws are of the mask's ``seed``.
 
   Raises:
     ValueError: naming ``rate``.
