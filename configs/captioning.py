@@ -16,6 +16,7 @@ clean, and with the image, the prompt or both attacked.
 """
 
 from robust_mm import config as base
+from robust_mm import config_variants
 
 DATASETS = ("av_digits", "digits")
 PENALTIES = {
@@ -73,6 +74,6 @@ def get_config(argument: str = ""):
   config.evaluation.num_restarts = 2
   config.evaluation.certificate = "none"
   if "smoke" in variants:
-    base.shrink(config)
+    config_variants.shrink(config)
     config.evaluation.radii = (8 / 255,)
   return config

@@ -18,6 +18,7 @@ as digits: 0.944 on the test set (mean of seeds 0, 1, 2: .947, .950, .936) and
 """
 
 from robust_mm import config as base
+from robust_mm import config_variants
 
 DATASETS = ("digits", "av_digits", "utd_mhad", "mfeat", "mosi", "arrays")
 VARIANTS = ("AT", "Mix", "published", "radius", "ordinary", "trunk", "smoke")
@@ -127,9 +128,9 @@ def get_config(argument: str = ""):
       if name in config.recipe.options:
         del config.recipe.options[name]
   if dataset == "utd_mhad":
-    base.spare_attacks(config)
+    config_variants.spare_attacks(config)
   if "smoke" in variants:
-    base.shrink(config)
+    config_variants.shrink(config)
     options = config.recipe.options
     if config.recipe.name == "crmt" and options.get("integration_steps") != 0:
       config.recipe.options.integration_steps = 4

@@ -8,7 +8,8 @@ which nothing has been measured av_digits/hard, av_digits/speaker_disjoint,
 audioset, kinetics, imagenet_captions) and variants: probe (a linear head on
 frozen features), finetune (all parameters at once, from a fresh head) in place
 of the one after the other (LP-FT); dropout (fine-tuning sees random subsets of
-what is labelled); smoke (a few steps).
+what is labelled); few (the first 6,000 examples, 64 a batch, for 5 epochs);
+smoke (a few steps).
 
 --config.init_from is the work directory of a run of configs/pretraining.py on
 the same data set; without it training begins from scratch.
@@ -21,10 +22,11 @@ import pathlib
 import runpy
 
 from robust_mm import config as base
+from robust_mm import config_variants
 
 _BEFORE = pathlib.Path(__file__).with_name("pretraining.py")
 DATASETS = runpy.run_path(str(_BEFORE))["DATASETS"]
-VARIANTS = ("probe", "finetune", "dropout", "smoke")
+VARIANTS = ("probe", "finetune", "dropout", "few", "smoke")
 APART = (("probe", "finetune"), ("probe", "dropout"))
 
 EPOCHS = {"av_digits": 3}  # and its other splits, 55,000 pairs; else 30
@@ -38,7 +40,7 @@ def get_config(argument: str = ""):
   )
   config = base.default()
   config.data.name = dataset
-  base.token_model(config, small="smoke" in variants)
+  config_variants.token_model(config, small="smoke" in variants)
   config.data.batch_size = BATCH.get(dataset, 256)
   config.num_epochs = EPOCHS.get(dataset.split("/")[0], 30)
   config.recipe.name = "finetune"
@@ -55,8 +57,11 @@ def get_config(argument: str = ""):
     # Its features have seen the labels of the validation split.
     config.selection.metric = "last"
   if dataset == "utd_mhad":
-    base.spare_attacks(config)
+    config_variants.spare_attacks(config)
+  if "few" in variants:
+    config_variants.few(config)
+    config.num_epochs = 5
   if "smoke" in variants:
-    base.shrink(config)
+    config_variants.shrink(config)
     config.recipe.options.probe_steps = 4
   return config

@@ -24,6 +24,7 @@ Expect on the test set, clean: digits 0.98; diabetes a mean absolute error of
 """
 
 from robust_mm import config as base
+from robust_mm import config_variants
 
 DATASETS = (
   "digits",
@@ -142,7 +143,7 @@ def get_config(argument: str = ""):
     config.evaluation.units = "relative"
     config.recipe.options.units = "relative"
   if dataset == "utd_mhad":
-    base.spare_attacks(config)
+    config_variants.spare_attacks(config)
   if "smoke" in variants:
-    base.shrink(config)
+    config_variants.shrink(config)
   return config

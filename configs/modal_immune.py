@@ -25,8 +25,10 @@ nothing and are refused.
 """
 
 from robust_mm import config as base
+from robust_mm import config_variants
 
-LARGE = base.LARGE  # small networks on whatever arrays were extracted
+# Small networks on whatever arrays were extracted.
+LARGE = config_variants.LARGE
 DATASETS = (
   "digits",
   "utd_mhad",
@@ -226,12 +228,12 @@ def get_config(argument: str = ""):
     config.evaluation.units = "relative"
   if dataset == "utd_mhad":
     _official(config, published="published" in variants)
-    base.spare_attacks(config)
+    config_variants.spare_attacks(config)
   # What it is for: the report has a curve and a table of both.
   config.evaluation.missing_rates = (0.1, 0.3, 0.5)
   config.evaluation.corruptions = "suite"
   if "smoke" in variants:
-    base.shrink(config)
+    config_variants.shrink(config)
     config.evaluation.corruptions = "none"
     if "joint" not in variants:
       config.recipe.options.controller_period = 2

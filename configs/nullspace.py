@@ -26,6 +26,7 @@ that of random noise of the same radius 1.0, of permuted noise 1.6, with far 1.8
 """
 
 from robust_mm import config as base
+from robust_mm import config_variants
 
 DATASETS = ("av_digits", "digits")
 ARMS = (
@@ -102,7 +103,7 @@ def get_config(argument: str = ""):
   config.selection.metric = "last"
   config.evaluation.corruptions = "suite"
   if "smoke" in variants:
-    base.shrink(config)
+    config_variants.shrink(config)
     config.data.max_train_examples = 256
     config.evaluation.corruptions = "none"
     options.pretrain_steps = 2

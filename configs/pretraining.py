@@ -7,8 +7,9 @@ which nothing has been measured av_digits/hard, av_digits/speaker_disjoint,
 audioset, kinetics, imagenet_captions) and variants: contrastive (features of
 one modality tell which of another belong to them) or both (a masked autoencoder
 beside that) in place of the autoencoder alone; no_hiding (no modality is hidden
-as a whole; not for mfeat and mosi, whose modalities are one token each); smoke
-(a few steps of a small model).
+as a whole; not for mfeat and mosi, whose modalities are one token each); few
+(the first 6,000 examples, 64 a batch, for 16 epochs); smoke (a few steps of a
+small model).
 
 No label is read, and the model that is kept is the one with the smallest
 pretraining loss on validation examples, masks the same every time. Its linear
@@ -20,6 +21,7 @@ training labels; --config.data.modalities=audio,words has none of that.
 """
 
 from robust_mm import config as base
+from robust_mm import config_variants
 
 DATASETS = (
   "digits",
@@ -29,9 +31,9 @@ DATASETS = (
   "utd_mhad",
   "mosi",
   "mfeat",
-  *base.LARGE,
+  *config_variants.LARGE,
 )
-VARIANTS = ("contrastive", "both", "no_hiding", "smoke")
+VARIANTS = ("contrastive", "both", "no_hiding", "few", "smoke")
 APART = (("contrastive", "both"), ("contrastive", "no_hiding"))
 
 EPOCHS = {"av_digits": 10}  # and its other splits, 55,000 pairs; else 100
@@ -45,7 +47,7 @@ def get_config(argument: str = ""):
   )
   config = base.default()
   config.data.name = dataset
-  base.token_model(config, small="smoke" in variants)
+  config_variants.token_model(config, small="smoke" in variants)
   config.data.batch_size = BATCH.get(dataset, 256)
   config.num_epochs = EPOCHS.get(dataset.split("/")[0], 100)
   config.recipe.name = "pretrain"
@@ -58,6 +60,9 @@ def get_config(argument: str = ""):
   config.optimizer.warmup_steps = 25
   config.training.eval_every = 100
   config.selection.metric = "loss"
+  if "few" in variants:
+    config_variants.few(config)
+    config.num_epochs = 16
   if "smoke" in variants:
-    base.shrink(config)
+    config_variants.shrink(config)
   return config

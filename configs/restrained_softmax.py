@@ -24,6 +24,7 @@ cross-entropy's 0.32: drsl 0.31, topk_margin 0.32, prsl 0.08, label_smoothing
 """
 
 from robust_mm import config as base
+from robust_mm import config_variants
 
 DATASETS = ("digits", "av_digits", "utd_mhad", "mfeat")
 PENALTIES = {
@@ -91,9 +92,9 @@ def get_config(argument: str = ""):
     config.evaluation.units = "relative"
     config.recipe.options.units = "relative"
   if dataset == "utd_mhad":
-    base.spare_attacks(config)
+    config_variants.spare_attacks(config)
   config.evaluation.masking_thorough = True
   if "smoke" in variants:
-    base.shrink(config)
+    config_variants.shrink(config)
     config.evaluation.masking_thorough = False
   return config

@@ -5,9 +5,10 @@
 The argument names the data set (digits, av_digits, utd_mhad, mfeat, or of which
 nothing has been measured av_digits/hard, av_digits/speaker_disjoint, mosi, by
 balanced accuracy, audioset, by mAP, kinetics, imagenet_captions) and variants:
-scratch (no pretraining); smoke (a few steps). Everything but ``config.study``
-is the configuration of one fine-tuning run (``configs/finetune.py``), changed
-by each method (``robust_mm.shift_methods``).
+scratch (no pretraining); few (the first 6,000 training and 2,000 test examples:
+of av_digits, whose 55,000 pairs take a day); smoke (a few steps). Everything
+but ``config.study`` is the configuration of one fine-tuning run
+(``configs/finetune.py``), changed by each method (``robust_mm.shift_methods``).
 
 ``config.recipe.options`` go to every method; those of one are
 ``--config.study.options.masd.weight=3.0``. Two more controls that may be named
@@ -25,7 +26,7 @@ from robust_mm import config as base
 
 _TUNED = runpy.run_path(str(pathlib.Path(__file__).with_name("finetune.py")))
 DATASETS = _TUNED["DATASETS"]
-VARIANTS = ("scratch", "smoke")
+VARIANTS = ("scratch", "few", "smoke")
 EPOCHS = {"av_digits": 8}  # of fine-tuning, all its splits; else 80
 CLUSTERS = {
   "av_digits": "speaker",
@@ -59,9 +60,9 @@ TRAIN_SETS = {
 def get_config(argument: str = ""):
   """The configuration of one data set and its variants."""
   dataset, variants = base.parse(argument, datasets=DATASETS, flags=VARIANTS)
-  smoke = ",smoke" if "smoke" in variants else ""
-  config = _TUNED["get_config"](dataset + smoke)
-  if not smoke:
+  smaller = "".join(f",{v}" for v in ("few", "smoke") if v in variants)
+  config = _TUNED["get_config"](dataset + smaller)
+  if not smaller:
     config.num_epochs = EPOCHS.get(dataset.split("/")[0], 80)
   study = config.study = base.study()
   study.methods = METHODS
@@ -71,8 +72,8 @@ def get_config(argument: str = ""):
     study.score = "balanced_accuracy"  # one of its two classes is larger
   study.cluster = CLUSTERS.get(dataset.split("/")[0], "")
   if "scratch" not in variants:
-    study.pretraining = f"configs/pretraining.py:{dataset}{smoke}"
-  if smoke:
+    study.pretraining = f"configs/pretraining.py:{dataset}{smaller}"
+  if "smoke" in variants:
     study.seeds = 1
     study.methods = ("finetune", "masd", "wise_ft", "ensemble")
     study.num_samples = 200

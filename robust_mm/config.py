@@ -226,69 +226,6 @@ def refuse_idle(
       )
 
 
-def spare_attacks(config: ml_collections.ConfigDict) -> None:
-  """Fewer attacks, in place: on video they are slow without an accelerator."""
-  config.evaluation.radii = (0.1, 0.2, 0.4)
-  config.evaluation.num_steps = 20
-  config.evaluation.num_restarts = 2
-  config.evaluation.tightness = ()
-  config.evaluation.masking_examples = 16
-
-
-# Of what users have extracted themselves; nothing has been measured on them.
-LARGE = ("audioset", "kinetics", "imagenet_captions")
-
-# What token models take of a data set, where it is not its default.
-_TOKEN_MODALITIES = {
-  "mfeat": ("fac", "fou", "kar", "mor", "pix", "zer"),
-  "mosi": ("audio", "text", "video"),
-}
-_PATCHES = {"digits": dict.fromkeys(("left", "right"), (2, 2))}
-
-
-def token_model(config: ml_collections.ConfigDict, *, small: bool) -> None:
-  """The token transformer of a data set and its optimiser, in place.
-
-  The same for pretraining and what goes on from it, trained for epochs;
-  ``small`` in smoke form.
-  """
-  config.num_steps = 0
-  config.optimizer.name = "adamw"
-  config.optimizer.weight_decay = 0.05
-  config.optimizer.clip_norm = 1.0
-  name = config.data.name
-  config.data.modalities = _TOKEN_MODALITIES.get(name, ())
-  config.model.fusion = "transformer"
-  config.model.fusion_options.num_layers = 1 if small else 4
-  encoder = {"name": "patches", "embedding_dim": 32 if small else 128}
-  config.model.encoders = {
-    "default": encoder,
-    **{m: {**encoder, "patch": p} for m, p in _PATCHES.get(name, {}).items()},
-  }
-
-
-def shrink(config: ml_collections.ConfigDict) -> None:
-  """The smoke form of a configuration: every part runs, nothing is learnt."""
-  config.num_steps = 4
-  config.num_epochs = 0
-  config.optimizer.warmup_steps = 0
-  config.data.batch_size = 16
-  config.data.max_train_examples = 64
-  config.data.max_eval_examples = 32
-  config.training.log_every = 2
-  config.training.eval_every = 2
-  config.training.checkpoint_every = 2
-  config.evaluation.radii = (0.5,)
-  config.evaluation.num_steps = 2
-  config.evaluation.num_restarts = 1
-  config.evaluation.num_queries = 10
-  config.evaluation.masking_examples = 0
-  config.evaluation.tightness = ()
-  config.evaluation.smoothing.num_selection = 10
-  config.evaluation.smoothing.num_estimation = 50
-  config.evaluation.batch_size = 32
-
-
 def find(spec: str) -> tuple[pathlib.Path, str | None]:
   """``FILE.py:ARGUMENT`` -> an existing file and the argument.
 

@@ -40,6 +40,7 @@ FLOORS = {
   "models": 4,
   "nullspace": 4,
   "config_checks": 5,
+  "config_variants": 5,
   "recipes": 5,
   "visualization": 5,
   "config": 6,
@@ -76,6 +77,7 @@ ALLOWED = {
   "ml_collections": (
     "config.py",
     "config_checks.py",
+    "config_variants.py",
     "commands.py",
     "preflight.py",
     "shift_methods.py",
