@@ -20,7 +20,11 @@ _TOKEN_MODALITIES = {
   "mfeat": ("fac", "fou", "kar", "mor", "pix", "zer"),
   "mosi": ("audio", "text", "video"),
 }
-_PATCHES = {"digits": dict.fromkeys(("left", "right"), (2, 2))}
+_PATCHES = {
+  "digits": dict.fromkeys(("left", "right"), (2, 2)),
+  # 16 tokens a video: as good on validation as 64, in half the time.
+  "utd_mhad": {"depth": (4, 24, 24)},
+}
 
 
 def token_model(config: ml_collections.ConfigDict, *, small: bool) -> None:
