@@ -101,27 +101,6 @@ RESIDUAL = {
     "dropout": 0.2,
   },
 }
-# Of every arm alike: pace, place and posture differ from person to person.
-PACE = {"scale": 1.3, "shift": 0.1}
-AUGMENTATION = {
-  "inertial": {
-    "warp_time": PACE,
-    "rotate": {"angle": 0.2},
-    "scale": {"deviation": 0.1},
-    "noise": {"deviation": 0.05},
-  },
-  "skeleton": {
-    "warp_time": PACE,
-    "rotate": {"angle": 0.2, "axis": "y"},
-    "scale": {"deviation": 0.1, "per": "axis"},
-    "noise": {"deviation": 0.01},
-  },
-  "depth": {
-    "warp_time": PACE,
-    "move": {"scale": 0.1, "shift": 0.08},
-    "brighten": {"deviation": 0.02},
-  },
-}
 ENCODERS = {
   "digits": {"default": MLP},
   "utd_mhad": RESIDUAL,
@@ -247,7 +226,7 @@ def _official(config, *, published: bool) -> None:
   config.data.train_splits = ("train", "validation")
   config.selection.metric = "last"
   config.model.normalization = "none"  # metres, g, rad/s: of order one
-  config.augmentation = AUGMENTATION
+  config_variants.augment(config)  # every arm alike
   config.optimizer.lr = 2e-3
   config.optimizer.warmup_steps = 50
   config.training.average_decay = 0.99

@@ -26,6 +26,35 @@ _PATCHES = {
   "utd_mhad": {"depth": (4, 24, 24)},
 }
 
+# Pace, place and posture differ from person to person.
+_PACE = {"scale": 1.3, "shift": 0.1}
+_AUGMENTATION = {
+  "utd_mhad": {
+    "inertial": {
+      "warp_time": _PACE,
+      "rotate": {"angle": 0.2},
+      "scale": {"deviation": 0.1},
+      "noise": {"deviation": 0.05},
+    },
+    "skeleton": {
+      "warp_time": _PACE,
+      "rotate": {"angle": 0.2, "axis": "y"},
+      "scale": {"deviation": 0.1, "per": "axis"},
+      "noise": {"deviation": 0.01},
+    },
+    "depth": {
+      "warp_time": _PACE,
+      "move": {"scale": 0.1, "shift": 0.08},
+      "brighten": {"deviation": 0.02},
+    },
+  }
+}
+
+
+def augment(config: ml_collections.ConfigDict) -> None:
+  """How examples of a data set are varied in training, in place; or not."""
+  config.augmentation = _AUGMENTATION.get(config.data.name, {})
+
 
 def token_model(config: ml_collections.ConfigDict, *, small: bool) -> None:
   """The token transformer of a data set and its optimiser, in place.
@@ -46,6 +75,7 @@ def token_model(config: ml_collections.ConfigDict, *, small: bool) -> None:
     "default": encoder,
     **{m: {**encoder, "patch": p} for m, p in _PATCHES.get(name, {}).items()},
   }
+  augment(config)
 
 
 def few(config: ml_collections.ConfigDict) -> None:
