@@ -8,7 +8,7 @@ which nothing has been measured av_digits/hard, av_digits/speaker_disjoint,
 audioset, kinetics, imagenet_captions) and variants: probe (a linear head on
 frozen features), finetune (all parameters at once, from a fresh head) in place
 of the one after the other (LP-FT); dropout (fine-tuning sees random subsets of
-what is labelled); few (the first 6,000 examples, 64 a batch, for 5 epochs);
+what is labelled); few (the first 6,000 examples, 64 a batch, for 3 epochs);
 smoke (a few steps).
 
 --config.init_from is the work directory of a run of configs/pretraining.py on
@@ -60,7 +60,7 @@ def get_config(argument: str = ""):
     config_variants.spare_attacks(config)
   if "few" in variants:
     config_variants.few(config)
-    config.num_epochs = 5
+    config.num_epochs = 3
   if "smoke" in variants:
     config_variants.shrink(config)
     config.recipe.options.probe_steps = 4
