@@ -27,7 +27,9 @@ from robust_mm import config as base
 _TUNED = runpy.run_path(str(pathlib.Path(__file__).with_name("finetune.py")))
 DATASETS = _TUNED["DATASETS"]
 VARIANTS = ("scratch", "few", "smoke")
-EPOCHS = {"av_digits": 8}  # of fine-tuning, all its splits; else 80
+EPOCHS = {"av_digits": 8}  # of fine-tuning, all its splits; else 60
+# The best linear probe on validation; contrasts of av_digits would see labels.
+OBJECTIVES = {"utd_mhad": ",both"}
 CLUSTERS = {
   "av_digits": "speaker",
   "mosi": "video_index",
@@ -63,7 +65,7 @@ def get_config(argument: str = ""):
   smaller = "".join(f",{v}" for v in ("few", "smoke") if v in variants)
   config = _TUNED["get_config"](dataset + smaller)
   if not smaller:
-    config.num_epochs = EPOCHS.get(dataset.split("/")[0], 80)
+    config.num_epochs = EPOCHS.get(dataset.split("/")[0], 60)
   study = config.study = base.study()
   study.methods = METHODS
   study.train_sets = TRAIN_SETS.get(dataset, ())
@@ -72,7 +74,8 @@ def get_config(argument: str = ""):
     study.score = "balanced_accuracy"  # one of its two classes is larger
   study.cluster = CLUSTERS.get(dataset.split("/")[0], "")
   if "scratch" not in variants:
-    study.pretraining = f"configs/pretraining.py:{dataset}{smaller}"
+    objective = OBJECTIVES.get(dataset, "")
+    study.pretraining = f"configs/pretraining.py:{dataset}{objective}{smaller}"
   if "smoke" in variants:
     study.seeds = 1
     study.methods = ("finetune", "masd", "wise_ft", "ensemble")
