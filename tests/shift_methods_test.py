@@ -260,6 +260,20 @@ def test_without_other_examples_only_parts_of_a_set_are_taught(
   assert np.isfinite(float(metrics["loss"]))
 
 
+def test_few_of_a_large_set_are_pretrained_on_and_tuned_alike(data_dir):
+  config = config_lib.load(
+    "configs/shift.py:av_digits/hard,few", [f"--config.data.path={data_dir}"]
+  )
+  before = shift_methods.pretraining(config)
+  for found in (config, before):
+    assert found.data.max_train_examples == 6000
+    assert found.data.batch_size == 64
+  assert config.data.max_eval_examples == before.data.max_eval_examples == 2000
+  train = setup_lib.open_split(config, "train").batch()["label"]
+  assert len(train) <= 6000
+  assert np.ptp(np.bincount(train, minlength=10)) <= 1
+
+
 def test_mosi_is_drawn_by_video_and_scored_by_balanced_accuracy(
   data_dir, tmp_path
 ):

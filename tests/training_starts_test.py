@@ -166,11 +166,11 @@ def test_a_missing_run_is_refused_before_anything_is_read(tmp_path):
   [
     "configs/pretraining.py:utd_mhad,no_hiding",
     "configs/pretraining.py:mfeat,both",
-    "configs/pretraining.py:av_digits",
+    "configs/pretraining.py:av_digits,few",
     "configs/pretraining.py:mosi,contrastive",
     "configs/finetune.py:utd_mhad,dropout",
     "configs/finetune.py:mfeat,probe",
-    "configs/finetune.py:av_digits,finetune",
+    "configs/finetune.py:av_digits,few,finetune",
     "configs/finetune.py:mosi",
   ],
 )
