@@ -61,6 +61,7 @@ def get_config(argument: str = ""):
   if "few" in variants:
     config_variants.few(config)
     config.num_epochs = 3
+    config.training.eval_every = 250  # validation costs as much as 15 updates
   if "smoke" in variants:
     config_variants.shrink(config)
     config.recipe.options.probe_steps = 4
