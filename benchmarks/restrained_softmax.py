@@ -85,9 +85,7 @@ def _parser():
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--losses", nargs="*", help="rows; all by default")
   parser.add_argument("--radius", type=float, help="linf")
-  parser.add_argument(
-    "--strength", type=int, default=4, help="of attacks.auto"
-  )
+  parser.add_argument("--strength", type=int, default=4, help="of attacks.auto")
   parser.add_argument("--data", help="config.data.path")
   parser.add_argument("--smoke", action="store_true", help="a few steps of all")
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
