@@ -127,6 +127,7 @@ def test_parts_that_do_not_divide_all_training_examples_are_refused():
   )
   patches = {"name": "patches", "patch": (2, 2)}
   config.model.encoders = {"default": patches}
+  config.recipe.options = {}
   setup = setup_lib.prepare(config)
   with pytest.raises(
     _validate.UserError, match="level_scope must divide the number of training"
