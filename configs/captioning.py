@@ -6,9 +6,11 @@ A vision transformer reads the image, a temporal network the sound, and a causal
 transformer spells what is said and what is written. In training sounds are
 shuffled over a batch, so that the two differ.
 
-The argument names the data set (av_digits, digits) and variants: prsl, drsl,
-complement_kl, topk_margin (a penalty of the wrong letters, an item being a
-letter), smoke (a few steps).
+The argument names the data set (av_digits, digits) and at most one penalty of
+the wrong letters, an item being a letter: prsl, drsl, complement_kl,
+topk_margin; the controls label_smoothing, confidence_penalty, logit_norm.
+Further variants: published (prsl or drsl as released: sums over the batch,
+padding counted, no ramp, no clipping of gradients), smoke (a few steps).
 
 The evaluation has, beside what it says of the class in a caption, the rows of
 evaluation.caption_report: words right, captions right, how diverse they are,
@@ -24,10 +26,15 @@ PENALTIES = {
   "drsl": ("wrong_class_dispersion", 0.1),
   "complement_kl": ("complement_kl", 0.1),
   "topk_margin": ("topk_margin", 0.1),
+  "label_smoothing": ("label_smoothing", 0.1),
+  "confidence_penalty": ("confidence_penalty", 0.1),
+  "logit_norm": ("logit_norm", 0.01),
 }
-VARIANTS = (*PENALTIES, "smoke")
+VARIANTS = (*PENALTIES, "published", "smoke")
 WINDOWED = ("prsl", "topk_margin")
 WINDOW = (0, 4)  # of some twenty letters
+# b of the releases; their strength grows with the letters of a batch.
+PUBLISHED = {"prsl": 1e-5, "drsl": 1e-8}
 
 VIT = {
   "name": "vit_tokens",
@@ -65,6 +72,13 @@ def get_config(argument: str = ""):
   config.optimizer.lr = 1e-3
   config.optimizer.warmup_steps = 100
   config.optimizer.clip_norm = 1.0
+  if "published" in variants:
+    chosen = next((name for name in PUBLISHED if name in variants), None)
+    if chosen is None:  # the others were never published
+      base.refuse_idle(dataset, variants, ("published",))
+    config.penalty.weight = PUBLISHED[chosen]
+    config.penalty.fidelity = "published"
+    config.optimizer.clip_norm = 0.0  # it would act on sums
   config.training.eval_every = 500
   config.selection.metric = "exact_match"
   config.data.max_eval_examples = 1000

@@ -73,8 +73,11 @@ def default() -> ml_collections.ConfigDict:
   config.penalty.name = ""
   config.penalty.weight = 1.0
   config.penalty.on = "fused"  # or "scores", each modality's own
-  config.penalty.ramp = 0.05  # share of the updates in which the weight rises
-  config.penalty.fidelity = ""  # or "published"
+  # Share of the updates in which the weight rises; None: 0.05, 0 as published.
+  config.penalty.ramp = None
+  # Or "published": sums over a batch, for which the weight has to be smaller
+  # and config.optimizer.clip_norm 0.
+  config.penalty.fidelity = ""
   # Of its factory, such as {"window": (0, 4), "space": "log_prob"}.
   config.penalty.options = ml_collections.ConfigDict()
 

@@ -281,11 +281,25 @@ def _check_captions(config: ml_collections.ConfigDict) -> None:
 def _check_penalty(config: ml_collections.ConfigDict) -> None:
   settings = config.penalty
   _validate.non_negative(**{"config.penalty.weight": settings.weight})
-  _validate.in_unit_interval(**{"config.penalty.ramp": settings.ramp})
+  ramp = settings.ramp
+  if ramp is not None:
+    if isinstance(ramp, bool) or not isinstance(ramp, (int, float)):
+      raise _validate.UserError(
+        f"config.penalty.ramp must be a number such as 0.05, or none; got "
+        f"{ramp!r}."
+      )
+    _validate.in_unit_interval(**{"config.penalty.ramp": ramp})
   _validate.one_of(("fused", "scores"), **{"config.penalty.on": settings.on})
   _validate.one_of(
     ("", "published"), **{"config.penalty.fidelity": settings.fidelity}
   )
+  clip = config.optimizer.clip_norm
+  if settings.name and settings.fidelity and clip:
+    raise _validate.UserError(
+      f"config.optimizer.clip_norm must be 0 where config.penalty.fidelity is "
+      f"'published': its sums grow with the batch, and with them what is "
+      f"clipped away; got {clip}."
+    )
 
 
 def _check_smoothing(settings: ml_collections.ConfigDict) -> None:

@@ -54,6 +54,8 @@ def variants(file, *combined):
     "configs/restrained_softmax.py:digits,ce",
     "configs/captioning.py:digits",
     "configs/captioning.py:digits,prsl",
+    "configs/captioning.py:digits,prsl,published",
+    "configs/captioning.py:digits,logit_norm",
   ],
 )
 def test_every_variant_takes_its_steps(spec, tmp_path):

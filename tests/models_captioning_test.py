@@ -283,6 +283,73 @@ def test_models_without_captions_are_refused():
 def test_a_window_beyond_the_letters_is_refused(model):
   penalty = losses.topk_level(window=(0, 20))
   restraint = recipes.Restraint(penalty=penalty)
-  with pytest.raises(ValueError, match="window must end at"):
+  with pytest.raises(
+    ValueError, match="10 at most, the number of wrong letters"
+  ):
     recipes.captioning(model, num_steps=1, tx=helpers.TX, restraint=restraint)
   assert captioning.CaptionFusion(3).num_classes == 3
+
+
+@pytest.mark.parametrize(
+  "penalty",
+  [losses.topk_level(window=(0, 10)), losses.topk_dispersion(window=(4, 9))],
+  ids=repr,
+)
+def test_a_window_may_go_beyond_the_classes(model, penalty):
+  """Of three classes and eleven letters."""
+  assert len(model.captions.vocabulary) == 11
+  made = recipes.captioning(
+    model,
+    num_steps=1,
+    tx=helpers.TX,
+    restraint=recipes.Restraint(penalty=penalty),
+  )
+  assert made.phases[0].progress
+
+
+def test_two_classes_have_letters_enough_for_a_dispersion():
+  encoder = encoders.mlp(hidden_sizes=(), embedding_dim=8)
+  two = models.captioner(
+    {"sound": encoder},
+    2,
+    input_shapes={"sound": (6,)},
+    words=WORDS[:2],
+    width=8,
+    num_layers=1,
+    num_heads=2,
+  )
+  term = recipes.Restraint(penalty=losses.wrong_class_dispersion())
+  recipes.captioning(two, num_steps=1, tx=helpers.TX, restraint=term)
+  with pytest.raises(ValueError, match="at least three classes"):
+    term.check(two)
+
+
+def test_plain_and_published_losses_of_captions(model, params, told):
+  """Plain: the mean over letters. Published: padding too, of rows with a
+  modality."""
+  batch, _, logits = told
+  here = jnp.arange(6) > 1
+  batch = {**batch, "present": dict.fromkeys(SHAPES, here)}
+  embeddings, _ = model.encode(params, {}, batch["inputs"], batch["present"])
+  classes = dict.fromkeys(SHAPES, batch["label"])
+  ids = np.asarray(model.captions.spell(classes, batch["present"]))
+  said = logits(embeddings, batch["present"], ids)
+  each = np.asarray(losses.cross_entropy(said, ids))
+  valid = (ids != model.captions.pad) & np.asarray(here)[:, None]
+  term = recipes.Restraint(
+    penalty=losses.wrong_class_dispersion(), weight=0.1, fidelity="published"
+  )
+  plain, published = (
+    jit(lambda p, t=t: caption_loss(model, t)(p, {}, batch, key=None))(params)
+    for t in (None, term)
+  )
+  np.testing.assert_allclose(plain[0], each[valid].mean(), rtol=1e-5)
+  metrics = plain[1][1]
+  assert metrics["ce"] == plain[0]
+  assert metrics["num_valid"] == valid.sum()
+  assert "penalty" not in metrics
+  loss_fn = losses.restrained_softmax(term.penalty, 0.1, fidelity="published")
+  expected, aux = loss_fn(said[2:], ids[2:])
+  np.testing.assert_allclose(published[0], expected, rtol=1e-4)
+  assert published[1][1]["num_valid"] == aux["num_valid"] == ids[2:].size
+  assert valid[2:].sum() < ids[2:].size

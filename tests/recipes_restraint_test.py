@@ -11,9 +11,6 @@ import recipes_models as helpers
 import scipy.special
 
 from robust_mm import _compiling
-from robust_mm import _validate
-from robust_mm import cli
-from robust_mm import config as config_lib
 from robust_mm import losses
 from robust_mm import models
 from robust_mm import recipes
@@ -22,7 +19,6 @@ from robust_mm.models import encoders
 from robust_mm.recipes import destruction
 from robust_mm.recipes import immunity
 from robust_mm.recipes import objectives
-from robust_mm.training import recipe as recipe_lib
 from robust_mm.training import state as state_lib
 from robust_mm.training import steps
 
@@ -173,6 +169,7 @@ def masked_model():
   )
 
 
+CLEAN = {"noise": "clean"}
 RECIPES = {
   "joint": (helpers.concat_model, recipes.joint, {}, "loss"),
   "crmt": (
@@ -193,6 +190,13 @@ RECIPES = {
     recipes.modal_immune,
     {"gate": "none", "collapse_weight": 0.0},
     "clean_loss",
+  ),
+  "nullspace": (helpers.concat_model, recipes.nullspace, CLEAN, "loss"),
+  "pretrain": (
+    helpers.concat_model,
+    recipes.nullspace,
+    {**CLEAN, "pretrain_steps": 2},
+    "loss",
   ),
 }
 
@@ -303,86 +307,3 @@ def test_what_does_not_fit_is_refused_by_name():
     restraint(on="logits")
   with pytest.raises(ValueError, match="needs fidelity='published'"):
     restraint("sorted_slice_dispersion", options={"top_n": 3})
-
-
-def test_a_configuration_becomes_a_restraint():
-  config = config_lib.load(
-    "configs/joint.py:digits",
-    [
-      "--config.penalty.name=topk_level",
-      "--config.penalty.weight=0.1",
-      "--config.penalty.options.window=0,2",
-      "--config.penalty.options.level_scope=4",
-    ],
-  )
-  found = recipe_lib.restraint(config)
-  assert found.penalty.options["window"] == (0, 2)
-  assert found.penalty.options["level_scope"] == 4
-  assert found.penalty.options["space"] == "log_prob"
-  assert found.weight == 0.1
-  assert found.ramp == 0.05
-  published = config_lib.load("configs/restrained_softmax.py:digits,published")
-  assert recipe_lib.restraint(published).fidelity == "published"
-  with pytest.raises(_validate.UserError, match="ce changes nothing"):
-    config_lib.load("configs/restrained_softmax.py:digits,ce,scores")
-  with pytest.raises(_validate.UserError, match="topk_margin changes nothing"):
-    config_lib.load(
-      "configs/restrained_softmax.py:digits,topk_margin,published"
-    )
-
-
-@pytest.mark.parametrize(
-  "config, override, sentence",
-  [
-    (
-      "configs/crmt.py:digits,smoke",
-      "name=complement_kl",
-      "penalty must be left out of recipe 'crmt'",
-    ),
-    (
-      "configs/pretraining.py:digits,smoke",
-      "name=complement_kl",
-      "config.penalty.name must be empty for recipe 'pretrain'",
-    ),
-    (
-      "configs/joint.py:digits,smoke",
-      "name=drsl",
-      "config.penalty: name must be one of",
-    ),
-    (
-      "configs/joint.py:diabetes,smoke",
-      "name=complement_kl",
-      "penalty must be left out for a model that predicts a number",
-    ),
-    (
-      "configs/restrained_softmax.py:digits,prsl,smoke",
-      "options.window=0,12",
-      "window must end at 9 at most",
-    ),
-    (
-      "configs/restrained_softmax.py:digits,smoke",
-      "weight=-1",
-      "config.penalty.weight must be non-negative",
-    ),
-    (
-      "configs/restrained_softmax.py:digits,smoke",
-      "options.top=1",
-      "options of the penalty 'wrong_class_dispersion'",
-    ),
-  ],
-)
-def test_a_mistake_is_one_sentence_on_the_command_line(
-  config, override, sentence, tmp_path, capsys
-):
-  code = cli.main(
-    [
-      "train",
-      f"--config={config}",
-      f"--workdir={tmp_path / 'run'}",
-      f"--config.penalty.{override}",
-    ]
-  )
-  _, err = capsys.readouterr()
-  assert code == 2
-  assert err.count("\n") == 1
-  assert sentence in err

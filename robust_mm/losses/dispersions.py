@@ -1,5 +1,6 @@
 """Penalties of how far wrong logits are from each other, item by item."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -72,11 +73,16 @@ def wrong_class_dispersion(
     options={"space": space, "center": center, "reduction": reduction},
     items=items,
     combine=total,
-    check=lambda number: wrong.need_spread("wrong_class_dispersion", number),
+    check=functools.partial(wrong.need_spread, "wrong_class_dispersion"),
     summed=summed,
-    published=lambda: wrong_class_dispersion(
-      center="published", reduction="sum_as_published"
-    ),
+    # Of probabilities nothing was published.
+    published=None if space == "prob" else _released_dispersion,
+  )
+
+
+def _released_dispersion() -> Penalty:
+  return wrong_class_dispersion(
+    center="published", reduction="sum_as_published"
   )
 
 
@@ -90,7 +96,9 @@ def complement_kl() -> Penalty:
   """
 
   def items(logits, label):
-    values = wrong.everything(logits, label)
+    mean = jax.lax.stop_gradient(wrong.everything(logits, label).mean())
+    # Of what is left of a million float32 keeps nothing: centred first.
+    values = wrong.everything(logits - mean[..., None], label)
     spread = values.logsumexp() - values.mean()
     return spread - math.log(logits.shape[-1] - 1)
 
@@ -99,7 +107,7 @@ def complement_kl() -> Penalty:
     options={},
     items=items,
     combine=total,
-    check=lambda number: wrong.need_spread("complement_kl", number),
+    check=functools.partial(wrong.need_spread, "complement_kl"),
   )
 
 
@@ -122,12 +130,12 @@ def sorted_slice_dispersion(*, top_n: int, kind: str = "drsl1") -> Penalty:
   _validate.one_of(KINDS, kind=kind)
   window = (1, int(top_n))
 
-  def check(num_classes):
+  def check(num_classes, word="classes"):
     there = num_classes if kind == "drsl1" else num_classes - 1
     if top_n > there:
       raise ValueError(
         f"top_n must be at most {there} here (kind {kind!r}, {num_classes} "
-        f"classes), got {top_n}."
+        f"{word}), got {top_n}."
       )
 
   def items(logits, label):
@@ -163,9 +171,9 @@ def topk_dispersion(*, window: Sequence[int] = wrong.FIRST_FOUR) -> Penalty:
   """
   window = wrong.check_window(window, at_least=2)
 
-  def check(num_classes):
-    wrong.need_spread("topk_dispersion", num_classes)
-    wrong.check_fits(window, num_classes)
+  def check(num_classes, word="classes"):
+    wrong.need_spread("topk_dispersion", num_classes, word)
+    wrong.check_fits(window, num_classes, word)
 
   def items(logits, label):
     values = wrong.ranked(logits, label, window)

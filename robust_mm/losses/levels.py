@@ -1,6 +1,8 @@
 """Penalties of the level of the largest wrong logits."""
 
+import functools
 import math
+import numbers
 from collections.abc import Sequence
 
 import jax
@@ -46,8 +48,8 @@ def topk_level(
       \sum_i e^{m_i} - \sum_i m_i`, which is N times that plus :math:`N \log
       N`.
     level_scope: ``"global"``, the items of the whole batch, on all devices; or
-      a number of equal parts of it that are compared each for itself, as the
-      devices of the release were.
+      a number of equal parts of it, of whole examples, that are compared each
+      for itself, as the devices of the release were.
 
   Raises:
     ValueError: a bad value; a window beyond the wrong classes, once called.
@@ -59,34 +61,11 @@ def topk_level(
   window = wrong.check_window(window)
   _validate.one_of(("log_prob", "logit"), space=space)
   _validate.one_of(REDUCTIONS, reduction=reduction)
-  groups = 1
-  if level_scope != GLOBAL:
-    if not isinstance(level_scope, int):
-      raise ValueError(
-        f"level_scope must be 'global' or a number of parts, got "
-        f"{level_scope!r}."
-      )
-    _validate.at_least(1, level_scope=level_scope)
-    groups = level_scope
+  parts = _parts(level_scope)
   summed = reduction != "mean"
 
   def items(logits, label):
     return level(logits, label, window, space)
-
-  def combine(levels, weights):
-    size = levels.size
-    if size % groups:
-      raise ValueError(
-        f"level_scope must divide the {size} items of a batch, got {groups}."
-      )
-    shape = (groups, size // groups)
-    levels, weights = (jnp.reshape(x, shape) for x in (levels, weights))
-    parts = jax.vmap(_unequal)(levels, weights)
-    if not summed:
-      # N log N, which is no fault of the levels.
-      share = jnp.sum(weights, axis=1)
-      parts = parts - jax.scipy.special.xlogy(share, share)
-    return jnp.sum(parts)
 
   return Penalty(
     name="topk_level",
@@ -97,9 +76,10 @@ def topk_level(
       "level_scope": level_scope,
     },
     items=items,
-    combine=combine,
-    check=lambda number: wrong.check_fits(window, number),
+    combine=functools.partial(_compared, parts=parts, summed=summed),
+    check=functools.partial(wrong.check_fits, window),
     window=window,
+    parts=parts,
     summed=summed,
     published=lambda: topk_level(
       window=window,
@@ -117,6 +97,34 @@ def level(
   if space == "log_prob":
     logits = jax.nn.log_softmax(logits, axis=-1)
   return wrong.ranked(logits, label, window).mean()
+
+
+def _parts(level_scope) -> int:
+  if level_scope == GLOBAL:
+    return 1
+  if not isinstance(level_scope, int):
+    raise ValueError(
+      f"level_scope must be 'global' or a number of parts, got {level_scope!r}."
+    )
+  _validate.at_least(1, level_scope=level_scope)
+  return level_scope
+
+
+def _compared(levels: Array, weights: Array, *, parts: int, summed: bool):
+  """Of every part of a batch by itself, all of them added."""
+  if levels.size % parts:
+    raise ValueError(
+      f"level_scope must divide the {levels.size} items of a batch, got "
+      f"{parts}."
+    )
+  shape = (parts, levels.size // parts)
+  levels, weights = (jnp.reshape(x, shape) for x in (levels, weights))
+  found = jax.vmap(_unequal)(levels, weights)
+  if not summed:
+    # N log N, which is no fault of the levels.
+    share = jnp.sum(weights, axis=1)
+    found = found - jax.scipy.special.xlogy(share, share)
+  return jnp.sum(found)
 
 
 def _unequal(levels: Array, weights: Array) -> Array:
@@ -154,8 +162,8 @@ def topk_margin(
   """
   window = wrong.check_window(window)
   _validate.one_of(FORMS, form=form)
-  if not math.isfinite(gamma):
-    raise ValueError(f"gamma must be finite, got {gamma}.")
+  if not isinstance(gamma, numbers.Real) or not math.isfinite(gamma):
+    raise ValueError(f"gamma must be finite, and a number; got {gamma!r}.")
 
   def items(logits, label):
     values = wrong.ranked(logits, label, window)
@@ -170,6 +178,6 @@ def topk_margin(
     options={"window": window, "form": form, "gamma": gamma},
     items=items,
     combine=total,
-    check=lambda number: wrong.check_fits(window, number),
+    check=functools.partial(wrong.check_fits, window),
     window=window,
   )

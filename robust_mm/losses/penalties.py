@@ -41,9 +41,11 @@ class Penalty:
     items: ``items(logits [n, k], label [n]) -> [n]``, in float32 or better.
     combine: ``combine(items [n], weights [n]) -> scalar``; weights sum to 1 (a
       mean), or are all 1 with ``summed``.
-    check: ``check(num_classes)``; ValueError where there are too few.
+    check: ``check(num_classes, word="classes")``; ValueError where there are
+      too few, naming them by the word.
     needs_label: False of those that soft labels have, too.
     window: the ranks it looks at, or None.
+    parts: equal parts of a batch that are compared each for itself.
     summed: over items, as in the release, in place of the mean.
     published: the penalty as the release has it, or None where it has none.
     fidelity_only: whether nothing but the published mode offers it.
@@ -53,9 +55,10 @@ class Penalty:
   options: Mapping[str, Any]
   items: Callable[..., Any]
   combine: Callable[..., Any]
-  check: Callable[[int], None]
+  check: Callable[..., None]
   needs_label: bool = True
   window: tuple[int, int] | None = None
+  parts: int = 1
   summed: bool = False
   published: Callable[[], "Penalty"] | None = None
   fidelity_only: bool = False
@@ -135,7 +138,7 @@ def _control(name: str, each: Callable, *, needs_label: bool = False):
     options={},
     items=items,
     combine=total,
-    check=lambda number: None,
+    check=lambda number, word="classes": None,
     needs_label=needs_label,
   )
 

@@ -1,5 +1,6 @@
 r"""Cross-entropy with a penalty of the wrong logits."""
 
+import numbers
 from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
@@ -33,9 +34,9 @@ def restrained_softmax(
   - ``labels`` int [b] or [b, t]; or soft ones [b, k], which ``logit_norm`` and
     ``confidence_penalty`` alone take;
   - ``valid`` bool, of the shape of int labels: False is padding. What is there,
-    NaN included, is not looked at; labels may be anything;
+    NaN and infinity included, is not looked at; labels may be anything;
   - ``valid_weights``, of that shape: how much each item counts in all means
-    (:func:`weights_per_example`);
+    (:func:`weights_per_example`); one of weight 0 is as padding;
   - ``aux``: scalars ``ce``, ``penalty`` (not yet weighted), ``level_spread``
     (the deviation between items of the mean log-probability of the penalty's
     window of wrong classes, of the first four where it has none),
@@ -44,15 +45,17 @@ def restrained_softmax(
     labels those that need no label.
 
   All means are over valid items; under ``jit`` on a sharded batch over those of
-  all devices. Under ``jit`` a batch without any has loss 0, and infinite logits
-  become NaN; logits of bfloat16 are cast to float32 first. NaN is passed on.
+  all devices. Under ``jit`` a batch without any has loss 0, and where logits
+  are infinite or a label is no class the loss is NaN; logits of bfloat16 are
+  cast to float32 first. NaN is passed on.
 
   Args:
     penalty: one of this module's.
     weight: at least 0.
     fidelity: None; or ``"published"``: the penalty as the release has it (of
       its window, everything else replaced: logits, the centre of D divided by
-      C, sums over items, N log N kept), and padding counted in all means.
+      C, sums over items, N log N kept), and padding counted in all means, so
+      that its labels must be classes. ``valid_weights`` alone leave items out.
 
   Raises:
     ValueError: a bad weight or fidelity; a penalty that the release does not
@@ -64,44 +67,31 @@ def restrained_softmax(
   >>> round(float(loss - aux["ce"]), 6), float(aux["penalty"])
   (0.5, 1.0)
   """
-  if not isinstance(penalty, Penalty):
-    raise ValueError(
-      f"penalty must be a losses.Penalty, such as losses.topk_level(); got "
-      f"{_validate.kind(penalty)}."
-    )
-  _validate.non_negative(weight=weight)
+  _check_weight(weight)
   published = fidelity is not None
-  if published:
-    _validate.one_of(FIDELITIES, fidelity=fidelity)
-    if penalty.published is None:
-      raise ValueError(
-        f"fidelity must be None for the penalty {penalty.name!r}, which was "
-        f"never published."
-      )
-    penalty = penalty.published()
-  elif penalty.fidelity_only:
-    raise ValueError(
-      f"the penalty {penalty.name!r} needs fidelity='published': nothing but "
-      f"the release is a reason to take it."
-    )
+  penalty = _meant(penalty, fidelity)
 
   def loss_fn(logits, labels, valid=None, *, valid_weights=None):
+    _check_logits(logits, penalty.parts)
     soft = _is_soft(logits, labels)
     if soft and penalty.needs_label:
       raise ValueError(
         f"labels must be integer classes for the penalty {penalty.name!r}; "
         f"soft labels go with logit_norm and confidence_penalty."
       )
-    logits = _float32(wrong.finite_or_nan(logits))
+    logits = _float32(logits)
     if published:  # padding counts
-      valid = valid_weights = None
+      valid = None
     weights = _weights(logits, labels, valid, valid_weights, soft)
     logits, labels, weights = _flat(logits, labels, weights, soft=soft)
     counted = weights > 0
     # Selected before anything is computed: nothing of padding comes back.
     logits = jnp.where(counted[:, None], logits, jnp.zeros_like(logits))
+    logits = wrong.finite_or_nan(logits)
     if not soft:
-      labels = jnp.where(counted, jnp.asarray(labels), 0)
+      labels = jnp.where(counted, labels, 0)
+      known = (labels >= 0) & (labels < logits.shape[-1])
+      logits = jnp.where(known[:, None], logits, jnp.nan)
     found = penalty(logits, None if soft else labels, weights)
     ce = _mean(_cross_entropy(logits, labels, soft), weights)
     aux = {
@@ -135,7 +125,7 @@ def score_penalty(
     present: ``{m: bool[b]}``.
 
   Raises:
-    ValueError: a summed penalty.
+    ValueError: a summed penalty, or a modality that ``present`` lacks.
   """
   if penalty.summed:
     raise ValueError(
@@ -143,6 +133,11 @@ def score_penalty(
       f"sum here."
     )
   names = modalities.names(scores)
+  for name in names:
+    if name not in present:
+      raise ValueError(
+        f"present must say of every modality where it is; {name!r} is missing."
+      )
   flags = jnp.stack([jnp.asarray(present[name]) for name in names])
   number = jnp.sum(flags, axis=0)
   dtype = jnp.promote_types(scores[names[0]].dtype, jnp.float32)
@@ -180,7 +175,8 @@ def mean_weight(
     num_classes: C.
 
   Raises:
-    ValueError: another penalty.
+    ValueError: another penalty, or one that was never published; a negative
+      weight, no items, too few classes.
 
   >>> round(mean_weight(wrong_class_dispersion(), 1e-3, 128, 10), 6)
   1.152
@@ -190,7 +186,59 @@ def mean_weight(
     raise ValueError(
       f"penalty must be one of {', '.join(factors)}, got {penalty.name!r}."
     )
+  if penalty.published is None:
+    raise ValueError(
+      f"penalty must be one that was published, got {penalty!r}."
+    )
+  _validate.non_negative(published_weight=published_weight)
+  _validate.at_least(1, num_items=num_items)
+  penalty.check(num_classes)
   return published_weight * num_items * factors[penalty.name]
+
+
+def _meant(penalty, fidelity) -> Penalty:
+  """The penalty, or what the release has in its place."""
+  if not isinstance(penalty, Penalty):
+    raise ValueError(
+      f"penalty must be a losses.Penalty, such as losses.topk_level(); got "
+      f"{_validate.kind(penalty)}."
+    )
+  if fidelity is None:
+    if penalty.fidelity_only:
+      raise ValueError(
+        f"the penalty {penalty.name!r} needs fidelity='published': nothing but "
+        f"the release is a reason to take it."
+      )
+    return penalty
+  _validate.one_of(FIDELITIES, fidelity=fidelity)
+  if penalty.published is None:
+    raise ValueError(
+      f"fidelity must be None for the penalty {penalty!r}, which was never "
+      f"published."
+    )
+  return penalty.published()
+
+
+def _check_weight(weight) -> None:
+  scalar = hasattr(weight, "dtype") and jnp.shape(weight) == ()
+  if not (scalar or isinstance(weight, numbers.Real)):
+    raise ValueError(f"weight must be one number, got {weight!r}.")
+  _validate.non_negative(weight=weight)
+
+
+def _check_logits(logits, parts: int) -> None:
+  if getattr(logits, "ndim", 0) not in (2, 3):
+    raise ValueError(
+      f"logits must be an array [b, k], or [b, t, k] of tokens; got "
+      f"{_validate.kind(logits)}"
+      f"{list(logits.shape) if hasattr(logits, 'shape') else ''}."
+    )
+  # By examples: the tokens of one are not compared apart from each other.
+  if logits.shape[0] % parts:
+    raise ValueError(
+      f"level_scope must divide the {logits.shape[0]} items of a batch, got "
+      f"{parts}; an example with all of its tokens is in one part."
+    )
 
 
 def _is_soft(logits, labels) -> bool:
@@ -218,8 +266,10 @@ def _weights(logits, labels, valid, valid_weights, soft) -> Array:
         f"{jnp.shape(valid_weights)}."
       )
     weights = jnp.asarray(valid_weights, logits.dtype)
-    if margins.known_values(weights) and np.any(np.asarray(weights) < 0):
-      raise ValueError("valid_weights must be non-negative.")
+    if margins.known_values(weights):
+      found = np.asarray(weights)
+      if not np.all((found >= 0) & np.isfinite(found)):
+        raise ValueError("valid_weights must be non-negative and finite.")
   if valid is not None:
     if jnp.shape(valid) != shape or jnp.asarray(valid).dtype != bool:
       raise ValueError(

@@ -95,20 +95,22 @@ def check_window(window: Sequence[int], *, at_least: int = 1) -> tuple:
   return int(start), int(stop)
 
 
-def check_fits(window: Sequence[int], num_classes: int) -> None:
+def check_fits(
+  window: Sequence[int], num_classes: int, word: str = "classes"
+) -> None:
   """ValueError where there are not so many wrong classes."""
   if window[1] > num_classes - 1:
     raise ValueError(
       f"window must end at {num_classes - 1} at most, the number of wrong "
-      f"classes; got {tuple(window)!r}."
+      f"{word}; got {tuple(window)!r}."
     )
 
 
-def need_spread(name: str, num_classes: int) -> None:
+def need_spread(name: str, num_classes: int, word: str = "classes") -> None:
   """ValueError where there is one wrong class, whose dispersion is 0."""
   if num_classes < 3:
     raise ValueError(
-      f"{name} needs at least three classes: with {num_classes} there is one "
+      f"{name} needs at least three {word}: with {num_classes} there is one "
       f"wrong logit, and the dispersion of one number is always 0."
     )
 

@@ -50,8 +50,7 @@ def captioning(
     )
   _validate.in_unit_interval(dropout_rate=dropout_rate)
   if restraint is not None:
-    restraint.check(model, scores=False)
-    restraint.penalty.check(len(model.captions.vocabulary))
+    restraint.check(model, scores=False, letters=len(model.captions.vocabulary))
   before = ()
   if dropout_rate:
     before = (interventions.modality_dropout(rate=dropout_rate),)
@@ -85,7 +84,6 @@ def caption_loss(
 ) -> Callable:
   """``loss(params, state, batch, *, key)`` of a phase."""
   captions = model.captions
-  plain = losses.restrained_softmax(losses.label_smoothing(), 0.0)
 
   def loss_fn(params, state, batch, *, key):
     present = batch["present"]
@@ -100,8 +98,9 @@ def caption_loss(
     valid = (ids != captions.pad) & counted[:, None]
     logits = captions.logits(params, embeddings, present, ids)
     if restraint is None:
-      loss, seen = plain(logits, ids, valid)
-      del seen["penalty"]
+      each = losses.cross_entropy(logits, ids)
+      loss = _mean_over(valid, each)
+      seen = {"ce": loss, "num_valid": jnp.sum(valid)}
     else:
       added, seen = restraint.tokens(logits, ids, valid, batch)
       loss = seen["ce"] + added
@@ -109,9 +108,15 @@ def caption_loss(
     whole = jnp.all(right, axis=-1).astype(loss.dtype)
     metrics = {
       "accuracy": objectives.counted_mean(whole, present),
-      "letters_right": jnp.sum(right & valid) / jnp.maximum(jnp.sum(valid), 1),
+      "letters_right": _mean_over(valid, right.astype(loss.dtype)),
       **seen,
     }
     return loss, (state, metrics)
 
   return loss_fn
+
+
+def _mean_over(valid, values):
+  """Of the letters that are no padding; 0 without any."""
+  total = jnp.sum(jnp.where(valid, values, 0))
+  return total / jnp.maximum(jnp.sum(valid), 1)

@@ -14,6 +14,7 @@ from robust_mm.nullspace import criteria
 from robust_mm.nullspace import published
 from robust_mm.nullspace import searching
 from robust_mm.recipes import objectives
+from robust_mm.recipes import restraints
 
 CLEAN = ("clean", "twice_clean")
 SINGLE = ("published", "corrected")
@@ -43,6 +44,7 @@ class Settings:
   radius_factor: float
   consistency_weight: float
   label_smoothing: float
+  restraint: restraints.Restraint | None
   permuted: str
   search: nullspace.Search
   limit: float
@@ -122,9 +124,6 @@ def _loss(settings: Settings, params, state, batch, key):
   model, present = settings.model, batch["present"]
   first_key, second_key, noise_key = jax.random.split(key, 3)
 
-  def logits(embeddings):
-    return model.fuse(params, embeddings, present).logits
-
   embeddings, model_state = model.encode(
     params,
     state.model_state,
@@ -133,13 +132,14 @@ def _loss(settings: Settings, params, state, batch, key):
     train=True,
     key=first_key,
   )
-  clean = logits(embeddings)
-  metrics = {"accuracy": objectives.accuracy(clean, batch)}
+  clean = model.fuse(params, embeddings, present)
+  added, metrics = _restrained(settings, batch, clean)
+  metrics["accuracy"] = objectives.accuracy(clean.logits, batch)
   if settings.noise == "clean":
     loss = objectives.classification(
-      clean, batch, label_smoothing=settings.label_smoothing
+      clean.logits, batch, label_smoothing=settings.label_smoothing
     )
-    return loss, (model_state, metrics)
+    return loss + added, (model_state, metrics)
   if settings.noise == "twice_clean":
     second, _ = model.encode(
       params,
@@ -161,9 +161,11 @@ def _loss(settings: Settings, params, state, batch, key):
       key=second_key,
     )
     second = {**embeddings, **changed}
+  noisy = model.fuse(params, second, present)
+  added = added + _restrained(settings, batch, noisy)[0]
   terms = nullspace.paired_loss(
-    clean,
-    logits(second),
+    clean.logits,
+    noisy.logits,
     batch["label"],
     consistency_weight=settings.consistency_weight,
     label_smoothing=settings.label_smoothing,
@@ -171,7 +173,14 @@ def _loss(settings: Settings, params, state, batch, key):
   )
   metrics["clean_loss"], metrics["noisy_loss"] = terms.clean, terms.noisy
   metrics["change"] = terms.change
-  return terms.loss, (model_state, metrics)
+  return terms.loss + added, (model_state, metrics)
+
+
+def _restrained(settings: Settings, batch, outputs) -> tuple:
+  """(what is added to one cross-entropy, metrics)."""
+  if settings.restraint is None:
+    return 0.0, {}
+  return settings.restraint.term(outputs.logits, batch, outputs.scores)
 
 
 def draw(settings: Settings, shown: dict, key, number: int) -> dict:

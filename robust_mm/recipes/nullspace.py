@@ -22,6 +22,7 @@ from robust_mm.nullspace import tokens as tokens_lib
 from robust_mm.recipes import noise_rounds
 from robust_mm.recipes import objectives
 from robust_mm.recipes import phases
+from robust_mm.recipes import restraints
 
 
 def nullspace(
@@ -38,6 +39,7 @@ def nullspace(
   radius_factor: float = 1.0,
   consistency_weight: float = 0.0,
   label_smoothing: float = 0.0,
+  restraint: restraints.Restraint | None = None,
   permuted: str = "entries",
   profile: str = "token",
   objective: str = "criterion",
@@ -99,6 +101,8 @@ def nullspace(
       beyond 1 it is no eps-approximate nullspace noise.
     consistency_weight: lambda; published: 0.
     label_smoothing: share of every label spread over all classes.
+    restraint: a penalty of wrong logits (``recipes.Restraint``) wherever there
+      is cross-entropy: in both phases, and of both terms above; or None.
     permuted: ``entries``, ``tokens`` or ``channels``.
     profile: ``token`` or ``global``.
     objective: of the search.
@@ -121,6 +125,8 @@ def nullspace(
   """
   _validate.one_of(noise_rounds.ARMS, noise=noise)
   model.need_classes("nullspace")
+  if restraint is not None:
+    restraint.check(model)
   _validate.at_least(1, segment_steps=segment_steps, num_members=num_members)
   _validate.at_least(0, pretrain_steps=pretrain_steps)
   _validate.at_least(2 * searching.MIN_HOLDOUT, solver_examples=solver_examples)
@@ -150,6 +156,7 @@ def nullspace(
     radius_factor=radius_factor,
     consistency_weight=consistency_weight,
     label_smoothing=label_smoothing,
+    restraint=restraint,
     permuted=permuted,
     search=search,
     limit=limit,
@@ -170,6 +177,7 @@ def nullspace(
     update=noise_rounds.make_update(settings, tx),
     jobs=(job,) if settings.noisy else (),
     views=2 if noise == "twice_clean" else 1,
+    progress=restraint is not None,
   )
   before = []
   if pretrain_steps:
@@ -180,8 +188,9 @@ def nullspace(
         num_steps=pretrain_steps,
         tx=optax.adamw(schedule, weight_decay=0.05),
         loss=objectives.cross_entropy_loss(
-          model, label_smoothing=label_smoothing
+          model, label_smoothing=label_smoothing, restraint=restraint
         ),
+        progress=restraint is not None,
       )
     )
   return phases.Recipe(name=f"nullspace-{noise}", phases=(*before, phase))

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from robust_mm import _tasks
@@ -29,7 +30,8 @@ class Restraint:
       late-fusion head, averaged over present ones.
     ramp: share of the updates of a phase in which the weight rises from 0; None
       for 0.05, or 0 as published.
-    fidelity: None or ``"published"``, see ``losses.restrained_softmax``.
+    fidelity: None or ``"published"``, see ``losses.restrained_softmax``: its
+      sums grow with the batch, and so should be trained without clipping.
     scale: of the weight, now; set by :meth:`at`.
 
   Raises:
@@ -53,12 +55,16 @@ class Restraint:
       )
     self._loss_fn()
 
-  def check(self, model: Model, *, scores: bool = True) -> None:
+  def check(
+    self, model: Model, *, scores: bool = True, letters: int | None = None
+  ) -> None:
     """Refuses a model that it does not fit.
 
     Args:
       model: to be trained.
       scores: whether the recipe has scores to offer, where the model does.
+      letters: how many there are, where an item is one; None where it is an
+        example, of the classes of the model.
 
     Raises:
       ValueError: one sentence.
@@ -68,7 +74,10 @@ class Restraint:
         f"penalty must be left out for a model that predicts "
         f"{_tasks.PREDICTS[model.task]}."
       )
-    self.penalty.check(model.num_classes)
+    if letters is None:
+      self.penalty.check(model.num_classes)
+    else:
+      self.penalty.check(letters, "letters")
     if self.on == "scores" and (not scores or model.geometry is None):
       raise ValueError(
         "on must be 'fused' here: 'scores' needs a recipe that trains on the "
@@ -92,23 +101,33 @@ class Restraint:
     value, seen = now._of_label(logits, scores, batch, batch["label"])
     if "mix" in batch:
       mix = batch["mix"]
-      other, _ = now._of_label(logits, scores, batch, batch["other_label"])
-      value = mix * value + (1 - mix) * other
+      other = now._of_label(logits, scores, batch, batch["other_label"])
+      number = seen["num_valid"]  # one for both
+      value, seen = jax.tree.map(
+        lambda a, b: mix * a + (1 - mix) * b, (value, seen), other
+      )
+      seen = {**seen, "num_valid": number}
     weight = self.weight * now.scale
     metrics = {**seen, "penalty": value, "penalty_weight": weight}
     return weight * value, {k: jnp.asarray(v) for k, v in metrics.items()}
 
   def tokens(self, logits, ids, valid, batch) -> tuple[Any, dict[str, Any]]:
-    """The same of tokens: ``[b, t, V]``, int and bool ``[b, t]``."""
+    """The same of tokens: ``[b, t, V]``, int and bool ``[b, t]``.
+
+    As published padding counts; an example without any modality never does.
+    """
     now = self.at(batch)
-    _, seen = self._loss_fn()(logits, ids, valid)
+    counted = jnp.any(modalities.stack(batch["present"]), axis=0)
+    rows = jnp.broadcast_to(counted[:, None], ids.shape)
+    _, seen = self._loss_fn()(logits, ids, valid, valid_weights=rows)
     weight = jnp.asarray(self.weight * now.scale)
     return weight * seen["penalty"], {**seen, "penalty_weight": weight}
 
   def _of_label(self, logits, scores, batch, label):
     present = batch["present"]
     counted = jnp.any(modalities.stack(present), axis=0)
-    _, seen = self._loss_fn()(logits, label, counted)
+    # Weights, which the published mode does not take for padding.
+    _, seen = self._loss_fn()(logits, label, valid_weights=counted)
     value = seen["penalty"]
     if self.on == "scores":
       if scores is None:

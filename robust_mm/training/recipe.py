@@ -58,11 +58,13 @@ def make(
     if "restraint" not in takes:
       raise _validate.UserError(
         f"config.penalty.name must be empty for recipe {config.recipe.name!r}, "
-        f"which has no cross-entropy to add it to; got "
+        f"which does not take a penalty of wrong logits; got "
         f"{config.penalty.name!r}."
       )
     options["restraint"] = restraint(config)
   recipe = factory(setup.model, num_steps=num_steps, tx=tx, **options)
+  if config.penalty.name:
+    _check_parts(options["restraint"], recipe, config, len(setup.train))
   return _augmented(
     recipe,
     setup_lib.chosen_alone(config, config.augmentation),
@@ -87,6 +89,24 @@ def restraint(config: ml_collections.ConfigDict) -> recipes.Restraint:
     )
   except ValueError as error:
     raise _validate.UserError(f"config.penalty: {error}") from error
+
+
+def _check_parts(
+  term: recipes.Restraint,
+  recipe: recipes.Recipe,
+  config: ml_collections.ConfigDict,
+  num_examples: int,
+) -> None:
+  """Every batch has to fall into as many equal parts as are compared."""
+  for phase in recipe.phases:
+    name, size = "config.data.batch_size", config.data.batch_size
+    if phase.prepare is not None:  # one batch of everything
+      name, size = "the number of training examples", num_examples
+    if size % term.penalty.parts:
+      raise _validate.UserError(
+        f"config.penalty.options.level_scope must divide {name}, {size} in "
+        f"phase {phase.name!r}; got {term.penalty.parts}."
+      )
 
 
 def _augmented(recipe: recipes.Recipe, settings: dict, spec) -> recipes.Recipe:
