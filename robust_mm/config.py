@@ -115,9 +115,10 @@ def default() -> ml_collections.ConfigDict:
   config.evaluation.num_restarts = 5
   config.evaluation.num_queries = 1000  # of "square"
   config.evaluation.strength = 1  # of "auto"
-  # Examples on which it is checked that gradients do not mislead; 0 = no check.
+  # Examples on which it is checked that gradients do not mislead, 20 at least
+  # for an answer; 0 = no check.
   config.evaluation.masking_examples = 64
-  # With twenty more attacks: objectives, efforts, 5,000 queries; and points
+  # With a dozen more attacks: objectives, efforts, 5,000 queries; and points
   # made for another finished run, such as one of plain cross-entropy.
   config.evaluation.masking_thorough = False
   config.evaluation.surrogate = ""

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from robust_mm import attacks
 from robust_mm.evaluation import matrix
+from robust_mm.evaluation import slopes
 
 
 class Probe:
@@ -126,14 +126,25 @@ class Probe:
         m: self._cut(m, x + radius * self._units[m] * noise[m], x)
         for m, x in self._floats().items()
       }
-      shares.append(np.mean(self.clean & self.right(moved)))
+      shares.append(self.left_at(radius, moved))
     return float(np.mean(shares))
+
+  def slopes(self, model=None, device=None) -> dict[str, np.ndarray]:
+    """``slopes.measure`` of the model, or of another one, on the examples."""
+    model, device = model or self._model, device or self._device
+    return slopes.measure(model, self._data, device)
+
+  @property
+  def movable(self) -> np.ndarray:
+    """Which examples have a modality with a gradient."""
+    found = np.zeros(self.num_examples, bool)
+    for m in self._floats():
+      found |= self._data.present[m]
+    return found
 
   def _floats(self):
     inputs = self._data.inputs
-    return {
-      m: x for m, x in inputs.items() if jnp.issubdtype(x.dtype, jnp.floating)
-    }
+    return {m: x for m, x in inputs.items() if slopes.is_float(x)}
 
   def _cut(self, name, moved, clean):
     pair = self._range

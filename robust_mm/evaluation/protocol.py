@@ -213,10 +213,10 @@ def standard(
       nothing may flip. Empty for none.
     masking_examples: with an attack and a joint radius, check on so many
       examples that gradients do not mislead the first attack, at the middle one
-      of the radii: :func:`masking_report` without its single step. 0 for no
-      check.
-    masking_thorough: with all of that report, ``thorough=True``: some twenty
-      more attacks on these examples.
+      of the radii: :func:`masking_report` without its single step. With fewer
+      than 20 it stays open. 0 for no check.
+    masking_thorough: with all of that report, ``thorough=True``: a dozen more
+      attacks on these examples.
     missing_rates: shares of what is lost, at which accuracy is measured. Empty
       for none.
     missing_protocol: of ``robust_mm.missing``: ``"per_sample"`` (cells at an

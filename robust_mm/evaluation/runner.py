@@ -31,6 +31,7 @@ from robust_mm.evaluation import spelling
 from robust_mm.evaluation import summary
 from robust_mm.evaluation import thorough as thorough_lib
 from robust_mm.evaluation import unattacked
+from robust_mm.evaluation import verdicts
 
 _TASKS = {task.name: task for task in (regression.TASK, multi_label.TASK)}
 
@@ -163,7 +164,7 @@ def evaluate(
     "checks": [
       *summary.checks(cells, bounds, correct, data),
       *summary.tightness_checks(tightness),
-      *([masking_lib.summary_check(masking)] if masking else []),
+      *([verdicts.summary(masking)] if masking else []),
     ],
     "captions": spelled,
     "masking": masking,
@@ -327,9 +328,6 @@ class _Session:
         masking_lib.attackers(
           self._model, self._device, *rest, {judged.loss: judged}
         ),
-        data,
-        self._device,
-        self._model,
         radius=protocol.middle_radius,
         surrogate=self.surrogate,
       )
