@@ -122,6 +122,13 @@ def default() -> ml_collections.ConfigDict:
   # made for another finished run, such as one of plain cross-entropy.
   config.evaluation.masking_thorough = False
   config.evaluation.surrogate = ""
+  # Of captioners: the sentence attacks aim at, "" = the caption of the first
+  # class; the share of its letters that is success; letters of a prompt that an
+  # attack may change.
+  config.evaluation.captions = ml_collections.ConfigDict()
+  config.evaluation.captions.target = ""
+  config.evaluation.captions.threshold = 0.8
+  config.evaluation.captions.num_substitutions = 1
   # Shares of absent modalities, such as (0.1, 0.3, 0.5, 0.7); () = no curve.
   config.evaluation.missing_rates = ()
   # Or "one_kept", "per_batch", "frames": see robust_mm.missing.

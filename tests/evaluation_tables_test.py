@@ -129,3 +129,46 @@ def test_a_page_of_an_ordinary_evaluation_shows_them(tmp_path):
     "margin, logits divided by 1000",
   ):
     assert text in page, text
+
+
+def test_captions_show_the_worst_case_and_what_is_doubtful():
+  row = {
+    "attack": "worst case",
+    "modalities": "left+right",
+    "radius": 0.1,
+    "slots": {"left": 0.25, "right": 0.5},
+    "exact_match": 0.125,
+    "distinct_1": 0.5,
+    "distinct_2": 0.25,
+    "entropy": 1.5,
+    "success": None,
+  }
+  found = {
+    "num_examples": 8,
+    "target": "one one",
+    "target_clean": 0.375,
+    "settings": {
+      "num_steps": 2,
+      "num_restarts": 1,
+      "num_substitutions": 1,
+      "mispair": True,
+    },
+    "rows": [row],
+    "checks": [
+      {"name": "a", "passed": True, "message": "Fine."},
+      {"name": "b", "passed": False, "message": "Too few."},
+    ],
+  }
+  made = tables.captions(found)
+  assert list(map(spaces, made["rows"][0]))[3:6] == [
+    "25.0 %",
+    "50.0 %",
+    "12.5 %",
+  ]
+  note = spaces(made["note"])
+  assert "as it is of 37.5 %" in note
+  assert note.endswith("The attacks may be misled: Too few.")
+  assert "Fine." not in note
+  for name in ("target_clean", "checks"):  # earlier versions have neither
+    del found[name]
+  assert "misled" not in tables.captions(found)["note"]

@@ -278,18 +278,11 @@ def measure(
   scales = {
     name: [(s, left(name, radius, s)) for s in SCALES] for name in attackers
   }
-  seen, least = probe.slopes(), verdicts.least(probe.num_examples)
-  conclusive = verdicts.conclusive(probe.num_examples, attacked, far)
-  checks = [
-    conclusive,
-    verdicts.gradients_exist(probe.clean, probe.movable, seen["gradient_norm"]),
-    *verdicts.curve(curve, copied, probe.num_classes, least),
-    *verdicts.rivals(attacked, least),
-    *(verdicts.scale(n, s, probe.num_examples) for n, s in scales.items()),
-  ]
+  seen = probe.slopes()
+  checks = _checks(probe, attacked, (far, copied), curve, scales, seen)
   return {
     "passed": all(check["passed"] for check in checks),
-    "inconclusive": not conclusive["passed"],
+    "inconclusive": not checks[0]["passed"],
     "radius": radius,
     "norm": protocol_lib.jsonable(probe.norm),
     "loss": loss,
@@ -301,3 +294,17 @@ def measure(
     "statistics": {"model": slopes.quantiles(seen)},
     "checks": checks,
   }
+
+
+def _checks(probe, attacked, copies, curve, scales, seen):
+  """Whether the others could have failed comes first."""
+  number, (far, copied) = probe.num_examples, copies
+  least = verdicts.least(number)
+  return [
+    verdicts.conclusive(number, attacked, far),
+    verdicts.gradients_exist(probe.clean, probe.movable, seen["gradient_norm"]),
+    verdicts.reaches_chance(curve[-1], copied, probe.num_classes, least),
+    verdicts.falls_with_radius(curve, least),
+    *verdicts.rivals(attacked, least),
+    *(verdicts.scale(name, s, number) for name, s in scales.items()),
+  ]

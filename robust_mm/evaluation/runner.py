@@ -114,6 +114,7 @@ def evaluate(
   started = time.perf_counter()
   protocol = protocol_lib.standard() if protocol is None else protocol
   thorough_lib.check_surrogate(model, surrogate, protocol)
+  spelling.check(model, protocol.captions)
   state = {} if state is None else state
   data = batches.host_data(model, batch, max_examples=protocol.max_examples)
   _check_names(protocol, data.names)

@@ -37,7 +37,8 @@ def captions(found: Mapping) -> dict:
     f"{settings['num_steps']} steps and "
     f"{_validate.counted(settings['num_restarts'], 'restart')} in linf, raw "
     f"units; up to {settings['num_substitutions']} letters of a "
-    f"prompt. The target of the targeted one is {found['target']!r}.",
+    f"prompt. The target of the targeted one is {found['target']!r}, reached "
+    f"where it is not said anyway{_anyway(found)}.{_doubts(found)}",
     [
       ("attack", False),
       ("of", False),
@@ -65,6 +66,19 @@ def captions(found: Mapping) -> dict:
       for row in found["rows"]
     ],
   )
+
+
+def _anyway(found: Mapping) -> str:
+  # Results of earlier versions have neither this nor checks.
+  share = found.get("target_clean")
+  return "" if share is None else f", as it is of {wording.percent(share)}"
+
+
+def _doubts(found: Mapping) -> str:
+  failed = [c["message"] for c in found.get("checks", ()) if not c["passed"]]
+  if not failed:
+    return ""
+  return f" The attacks may be misled: {' '.join(failed)}"
 
 
 def masking(found: Mapping) -> list[dict]:

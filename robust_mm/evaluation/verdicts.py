@@ -27,14 +27,15 @@ def check(name: str, passed: Any, message: str) -> dict[str, Any]:
 
 
 def conclusive(
-  num_examples: int, attacked: Mapping[str, float], far: float
+  num_examples: int, attacked: Mapping[str, float], far: float | None = None
 ) -> dict[str, Any]:
   """Whether the other checks could have failed; says why they could not.
 
   Args:
     num_examples: attacked.
     attacked: ``{"clean", "white box"}``, the shares left.
-    far: the radius from which copies of other examples break something.
+    far: the radius from which copies of other examples break something; None
+      where none were tried.
   """
   clean, white = attacked["clean"], attacked["white box"]
   reasons = []
@@ -47,7 +48,7 @@ def conclusive(
       f"The attack takes accuracy from {clean:.0%} to {white:.0%} only: the "
       "size is too small to tell, or the attack broken."
     )
-  if not far:
+  if far is not None and not far:
     reasons.append("No copy of an example with another label breaks anything.")
   message = " ".join(reasons) or (
     f"The attack takes accuracy from {clean:.0%} to {white:.0%}, on "
@@ -76,30 +77,30 @@ def gradients_exist(
   )
 
 
-def curve(
-  points: Sequence[tuple[float, float]],
-  copied: float,
-  num_classes: int,
-  least: float,
-) -> list[dict[str, Any]]:
-  """Of ``(radius, share left)``, and the share that copies leave."""
-  (first, _), (last, left) = points[0], points[-1]
-  allowed = max(1 / num_classes, copied)
+def reaches_chance(
+  last: tuple[float, float], copied: float, num_classes: int, least: float
+) -> dict[str, Any]:
+  """Of ``(radius, share left)`` where copies of others leave ``copied``."""
+  radius, left = last
+  return check(
+    "reaches_chance",
+    left <= max(1 / num_classes, copied) + least,
+    f"At size {radius:.3g} the attack leaves {left:.0%} right; chance is "
+    f"{1 / num_classes:.0%}, copying another example leaves {copied:.0%}.",
+  )
+
+
+def falls_with_radius(
+  points: Sequence[tuple[float, float]], least: float
+) -> dict[str, Any]:
+  """Of ``(radius, share left)``, the radii ascending."""
   rises = [b - a for (_, a), (_, b) in itertools.pairwise(points)]
   listed = ", ".join(f"{share:.0%} at {r:.3g}" for r, share in points)
-  return [
-    check(
-      "reaches_chance",
-      left <= allowed + least,
-      f"At size {last:.3g} the attack leaves {left:.0%} right; chance is "
-      f"{1 / num_classes:.0%}, copying another example leaves {copied:.0%}.",
-    ),
-    check(
-      "falls_with_radius",
-      max(rises, default=0.0) <= least,
-      f"From size {first:.3g} on it leaves {listed}.",
-    ),
-  ]
+  return check(
+    "falls_with_radius",
+    max(rises, default=0.0) <= least,
+    f"From size {points[0][0]:.3g} on it leaves {listed}.",
+  )
 
 
 def rivals(attacked: Mapping[str, float], least: float) -> list[dict[str, Any]]:
