@@ -118,12 +118,20 @@ def default() -> ml_collections.ConfigDict:
   config.evaluation.num_restarts = 5
   config.evaluation.num_queries = 1000  # of "square"
   config.evaluation.strength = 1  # of "auto"
-  # Examples on which it is checked that gradients do not mislead; 0 = no check.
+  # Examples on which it is checked that gradients do not mislead, 20 at least
+  # for an answer; 0 = no check.
   config.evaluation.masking_examples = 64
-  # With twenty more attacks: objectives, efforts, 5,000 queries; and points
+  # With a dozen more attacks: objectives, efforts, 5,000 queries; and points
   # made for another finished run, such as one of plain cross-entropy.
   config.evaluation.masking_thorough = False
   config.evaluation.surrogate = ""
+  # Of captioners: the sentence attacks aim at, "" = the caption of the first
+  # class; the share of its letters that is success; letters of a prompt that an
+  # attack may change.
+  config.evaluation.captions = ml_collections.ConfigDict()
+  config.evaluation.captions.target = ""
+  config.evaluation.captions.threshold = 0.8
+  config.evaluation.captions.num_substitutions = 1
   # Shares of absent modalities, such as (0.1, 0.3, 0.5, 0.7); () = no curve.
   config.evaluation.missing_rates = ()
   # Or "one_kept", "per_batch", "frames": see robust_mm.missing.

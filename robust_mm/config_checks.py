@@ -172,6 +172,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   _check_unlabelled(config)
   _check_pretraining(config)
   _check_captions(config)
+  _check_spelling(settings.captions)
   _check_smoothing(settings.smoothing)
   _check_penalty(config)
   _validate.positive(**{"config.optimizer.lr": config.optimizer.lr})
@@ -276,6 +277,14 @@ def _check_captions(config: ml_collections.ConfigDict) -> None:
       f"config.model.fusion is {config.model.fusion!r}: only a 'captioner' "
       f"spells captions."
     )
+
+
+def _check_spelling(settings: ml_collections.ConfigDict) -> None:
+  path = "config.evaluation.captions"
+  _validate.in_unit_interval(**{f"{path}.threshold": settings.threshold})
+  _validate.at_least(
+    1, **{f"{path}.num_substitutions": settings.num_substitutions}
+  )
 
 
 def _check_penalty(config: ml_collections.ConfigDict) -> None:

@@ -9,7 +9,7 @@ def spare_attacks(config: ml_collections.ConfigDict) -> None:
   config.evaluation.num_steps = 20
   config.evaluation.num_restarts = 2
   config.evaluation.tightness = ()
-  config.evaluation.masking_examples = 16
+  config.evaluation.masking_examples = 20
 
 
 # Of what users have extracted themselves; nothing has been measured on them.

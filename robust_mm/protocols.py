@@ -60,6 +60,7 @@ def of_run(config, facts: dict, radii=None, attack=None) -> evaluation.Protocol:
     masking_examples=settings.get("masking_examples", 64),
     masking_thorough=settings.get("masking_thorough", False),
     mispair=config_checks.mispairs(config),
+    captions=settings.captions.to_dict() if "captions" in settings else None,
     **shifts,
   )
 

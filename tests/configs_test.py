@@ -1,5 +1,6 @@
 """Every shipped configuration takes its steps on real data."""
 
+import pathlib
 import runpy
 
 import jax
@@ -88,6 +89,20 @@ def test_every_penalty_of_a_configuration_exists():
       assert config.penalty.name == name
       if name:
         assert recipe_lib.restraint(config).penalty.name == name
+
+
+def test_restrained_softmax_is_attacked_where_its_benchmark_is():
+  path = pathlib.Path(__file__).parents[1] / "benchmarks"
+  radii = runpy.run_path(str(path / "restrained_softmax.py"))["RADIUS"]
+  assert set(radii) == {"digits", "av_digits"}
+  for dataset, radius in radii.items():
+    config = config_lib.load(f"configs/restrained_softmax.py:{dataset}")
+    assert config.evaluation.norm == "linf"
+    assert len(config.evaluation.radii) == 3
+    assert config.evaluation.radii[1] == radius
+  config = config_lib.load("configs/restrained_softmax.py:digits")
+  assert config.evaluation.attack == "auto"
+  assert config.evaluation.masking_thorough
 
 
 # Every variant is in one of them; the first has every part.

@@ -1,6 +1,7 @@
 """Captions under attack: what is scored, what moves, what must not."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,10 @@ from robust_mm import models
 from robust_mm import protocols
 from robust_mm import recipes
 from robust_mm.data import sources
+from robust_mm.evaluation import batches
 from robust_mm.evaluation import caption_scores
-from robust_mm.evaluation import spelling
+from robust_mm.evaluation import prompts
+from robust_mm.evaluation import told as told_lib
 from robust_mm.models import encoders
 from robust_mm.training import setup as setup_lib
 from robust_mm.training import sharding
@@ -107,7 +110,7 @@ def params(model, batch):
 @pytest.fixture(scope="module")
 def watched(model, params, batch):
   """(report, [ids, changed ids, loss before, loss after] of every prompt)."""
-  seen, real = [], spelling.substitutions.substitute
+  seen, real = [], prompts.substitutions.substitute
 
   def spy(loss_fn, ids, table, **given):
     changed = real(loss_fn, ids, table, **given)
@@ -117,7 +120,7 @@ def watched(model, params, batch):
     return changed
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(spelling.substitutions, "substitute", spy)
+    patch.setattr(prompts.substitutions, "substitute", spy)
     found = evaluation.caption_report(
       model,
       params,
@@ -146,6 +149,7 @@ def test_a_report_has_every_attack_of_the_protocol(found):
   rows = [(r["attack"], r["modalities"], r["radius"]) for r in found["rows"]]
   assert rows == [
     ("clean", "", None),
+    ("noise", "image+sound", 0.6),
     ("input", "image", 0.02),
     ("input", "image", 0.6),
     ("input", "sound", 0.02),
@@ -153,6 +157,7 @@ def test_a_report_has_every_attack_of_the_protocol(found):
     ("input", "image+sound", 0.02),
     ("input", "image+sound", 0.6),
     ("targeted", "image+sound", 0.6),
+    ("worst case", "image+sound", 0.6),
     ("prompt, clean", "", None),
     ("text", "", None),
     ("joint", "image+sound", 0.6),
@@ -197,6 +202,155 @@ def test_a_changed_prompt_gains_loss_and_changes_its_letters_alone(
     assert places.sum(axis=1).max() <= 2
     assert np.all(second >= first - 1e-5)
     assert second.mean() > first.mean() + 1e-3
+
+
+def test_the_worst_case_is_what_no_row_of_inputs_spoils(rows):
+  """Example by example: at most any row."""
+  worst = rows["worst case", "image+sound", 0.6]
+  for (attack, _, _), row in rows.items():
+    if attack in ("clean", "noise", "input", "targeted"):
+      assert worst["exact_match"] <= row["exact_match"] + 1e-9
+      for name, share in worst["slots"].items():
+        assert share <= row["slots"][name] + 1e-9
+
+
+def test_noise_is_the_control_of_the_attack(found, rows):
+  noise = rows["noise", "image+sound", 0.6]["exact_match"]
+  attacked = rows["input", "image+sound", 0.6]["exact_match"]
+  assert attacked < noise < 1
+  passed = {check["name"]: check["passed"] for check in found["checks"]}
+  # Of 12 examples nothing can be said.
+  assert passed == {
+    "conclusive": False,
+    "falls_with_radius": True,
+    "attack_beats_noise": 1 - noise <= (1 - attacked) / 2 + 1 / 12 + 1e-6,
+  }
+
+
+def test_who_says_the_target_anyway_is_no_success(model, params, batch):
+  """A third of the captions; at a size that changes nothing no other one."""
+  report = functools.partial(
+    evaluation.caption_report,
+    model,
+    params,
+    radii=(1e-6,),
+    num_steps=1,
+    num_restarts=1,
+    threshold=1.0,
+  )
+  clean = spelled(model, params, batch)
+  found = report(batch, target=clean[0])
+  assert found["target_clean"] == pytest.approx(1 / 3)
+  (row,) = [r for r in found["rows"] if r["attack"] == "targeted"]
+  assert row["success"] == 0
+  one = jax.tree.map(lambda x: x[::3], batch)
+  said = spelled(model, params, one, mispair=False)
+  assert len(set(said)) == 1
+  found = report(one, target=said[0], mispair=False)
+  assert found["target_clean"] == 1
+  (row,) = [r for r in found["rows"] if r["attack"] == "targeted"]
+  assert row["success"] is None
+
+
+def told_of(model, params, batch, mispair=True):
+  data = batches.host_data(model, batch)
+  return told_lib.Told(model, params, {}, data, mispair)
+
+
+def spelled(model, params, batch, mispair=True):
+  told = told_of(model, params, batch, mispair)
+  return model.captions.texts(told.clean)
+
+
+def test_a_point_is_broken_where_something_else_is_said(model, params, batch):
+  """Not where the loss is above zero, as it always is."""
+  told = told_of(model, params, batch)
+  broken = lambda inputs, ids, **given: np.argmax(  # noqa: E731
+    told.raised(*told.loss(params, inputs, ids, ids), ids, **given), axis=1
+  )
+  assert not broken(told.inputs, told.clean).any()
+  assert broken(told.inputs, told.clean, away=False).all()
+  moved = told.noise(np.random.default_rng(1), 0.9, (0.0, 1.0))
+  moved = {m: np.r_[x[:6], told.inputs[m][6:]] for m, x in moved.items()}
+  changed = np.any(told.greedy(moved) != told.clean, axis=1)
+  assert changed[:6].any()
+  assert not changed[6:].any()
+  np.testing.assert_array_equal(broken(moved, told.clean), changed)
+  reached = broken(moved, told.clean, away=False)
+  np.testing.assert_array_equal(reached, ~changed)
+
+
+def test_noise_keeps_the_range_and_what_is_absent(model, params, batch):
+  present = {m: np.ones(12, bool) for m in SHAPES}
+  present["image"][3] = False
+  told = told_of(model, params, {**batch, "present": present}, mispair=False)
+  moved = told.noise(np.random.default_rng(0), 0.05, (0.0, 1.0))
+  for m, x in moved.items():
+    change = np.abs(x - told.inputs[m])
+    assert x.min() >= 0
+    assert x.max() <= 1
+    assert change.max() == pytest.approx(0.05, abs=1e-6)
+    assert not np.any(change[~present[m]])
+
+
+def test_the_joint_attack_moves_inputs_for_what_follows_the_prompt(
+  model, params, batch, monkeypatch
+):
+  """The word that is given is not scored, so no step is spent on it."""
+  asked, real = [], told_lib.Told.attack
+
+  def spy(self, attack, **given):
+    asked.append(given)
+    return real(self, attack, **given)
+
+  monkeypatch.setattr(told_lib.Told, "attack", spy)
+  evaluation.caption_report(
+    model, params, batch, radii=(0.3, 0.1), num_steps=1, num_restarts=1
+  )
+  # Each modality, both, towards the target, joint: nothing runs twice.
+  assert len(asked) == 5
+  judged, ids = asked[-1]["judged"], np.asarray(asked[-1]["ids"])
+  told = told_of(model, params, batch)
+  space = model.captions.vocabulary.index(" ")
+  given = np.cumsum(told.clean == space, axis=1) == 0
+  given |= told.clean == space
+  given &= np.cumsum(told.clean == space, axis=1) <= 1
+  assert np.all(judged[given] == model.captions.pad)
+  np.testing.assert_array_equal(judged[~given], told.clean[~given])
+  np.testing.assert_array_equal(ids[~given], told.clean[~given])
+  assert np.any(ids[given] != told.clean[given])
+
+
+def test_a_configuration_names_target_threshold_and_letters(
+  model, params, batch
+):
+  path = "--config.evaluation.captions"
+  spec = "configs/captioning.py:digits,smoke"
+  config = config_lib.load(
+    spec,
+    [
+      f"{path}.target=six six",
+      f"{path}.threshold=0.5",
+      f"{path}.num_substitutions=2",
+    ],
+  )
+  protocol = protocols.of_run(config, {"value_range": {}, "units": {}})
+  protocol = dataclasses.replace(
+    protocol, radii=(), modality_radii=(), attacks=(), subsets=False
+  )
+  report = evaluation.evaluate(model, params, batch, protocol=protocol)
+  found = report.results["captions"]
+  assert (found["target"], found["threshold"]) == ("six six", 0.5)
+  assert found["settings"]["num_substitutions"] == 2
+  wrong = dataclasses.replace(protocol, captions={"target": "zebra"})
+  with pytest.raises(ValueError, match="text must be of the letters"):
+    evaluation.evaluate(model, params, batch, protocol=wrong)
+  for given in ("threshold=1.5", "num_substitutions=0"):
+    with pytest.raises(ValueError, match=f"captions.{given.split('=')[0]}"):
+      config_lib.load(spec, [f"{path}.{given}"])
+  for given in ({"threshold": 2}, {"num_substitutions": 0}, {"words": 1}):
+    with pytest.raises(ValueError, match="captions"):
+      evaluation.standard(captions=given)
 
 
 @pytest.mark.parametrize(

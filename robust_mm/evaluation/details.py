@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from collections.abc import Sequence
 
-from robust_mm import _validate
 from robust_mm.evaluation import rows as rows_lib
+from robust_mm.evaluation import tables as tables_lib
 from robust_mm.evaluation import texts
 from robust_mm.evaluation import wording
 
@@ -51,17 +51,13 @@ def details(result: Mapping) -> dict:
   if result["tightness"]:
     tables.append(_tightness(result))
   if result.get("captions"):
-    tables.append(_captions(result["captions"]))
+    tables.append(tables_lib.captions(result["captions"]))
   if result.get("masking"):
-    tables.append(_masking(result["masking"]))
+    tables += tables_lib.masking(result["masking"])
   if result["vulnerability"]:
     tables.append(_vulnerability(result))
   tables += [_units(result), settings(result), timing(result)]
   return {"name": result["name"], "tables": tables}
-
-
-def table(title: str, note: str, columns, rows) -> dict:
-  return {"title": title, "note": note, "columns": columns, "rows": rows}
 
 
 def _accuracies(result, title, note, rows: Sequence[tuple]) -> dict:
@@ -79,7 +75,7 @@ def _accuracies(result, title, note, rows: Sequence[tuple]) -> dict:
     size = f"l{row['norm']} {row['radius']:g}" if "radius" in row else "0"
     start = [what, size, *([_raw_size(row, result)] if raw else [])]
     cells.append((*start, *_measured(row)))
-  return table(title, note, columns, cells)
+  return tables_lib.table(title, note, columns, cells)
 
 
 def _raw_size(row: Mapping, result: Mapping) -> str:
@@ -118,7 +114,7 @@ def _clean(result: Mapping) -> dict:
 
 
 def _contributions(found: Mapping) -> dict:
-  return table(
+  return tables_lib.table(
     "Contribution of each modality",
     "Shapley values of the clean accuracies above: the mean gain from adding a "
     "modality, over all orders. They sum to the accuracy of all less that of "
@@ -131,7 +127,7 @@ def _contributions(found: Mapping) -> dict:
 def _missing(found: Mapping) -> dict:
   columns = [("rate", True), ("achieved", True), ("accuracy", True)]
   columns += [("lowest seed", True), ("highest seed", True), ("examples", True)]
-  return table(
+  return tables_lib.table(
     "Missing rates",
     f"{texts.LOST[found['protocol']]}; means over "
     f"the masks of the seeds {', '.join(map(str, found['seeds']))}, which are "
@@ -158,7 +154,7 @@ def _corrupted(result: Mapping) -> dict:
   for row in found["rows"]:
     place = row["kind"], wording.where(row["modalities"], result)
     lines.setdefault(place, {})[row["severity"]] = f"{row['accuracy']:.4f}"
-  return table(
+  return tables_lib.table(
     "Corrupted",
     f"Accuracy by severity. Mean corruption score {found['score']:.4f}: the "
     "mean over kinds of the mean over severities and modalities.",
@@ -207,7 +203,7 @@ def _rows_of(result: Mapping, name: str) -> list[Mapping]:
 def _members(result: Mapping, name: str) -> dict:
   rows = _changed(_rows_of(result, name), result)
   members = list(rows[0][1]["broken_by"])
-  return table(
+  return tables_lib.table(
     f"Members of {name}",
     "Examples broken by each member, on what those to its left have left.",
     [("modalities", False), ("size", True), *((m, True) for m in members)],
@@ -220,64 +216,6 @@ def _members(result: Mapping, name: str) -> dict:
       for what, row in rows
     ],
   )
-
-
-def _captions(found: Mapping) -> dict:
-  first = found["rows"][0]
-  settings = found["settings"]
-  pairs = ", modalities in new pairs" if settings["mispair"] else ""
-  return table(
-    "Captions under attack",
-    f"{found['num_examples']} examples{pairs}; PGD with "
-    f"{settings['num_steps']} steps and "
-    f"{_validate.counted(settings['num_restarts'], 'restart')} in linf, raw "
-    f"units; up to {settings['num_substitutions']} letters of a "
-    f"prompt. The target of the targeted one is {found['target']!r}.",
-    [
-      ("attack", False),
-      ("of", False),
-      ("size", True),
-      *((f"{m} word", True) for m in first["slots"]),
-      ("caption", True),
-      ("distinct words", True),
-      ("entropy, bits", True),
-      ("target reached", True),
-    ],
-    [
-      (
-        row["attack"],
-        row["modalities"],
-        "" if row["radius"] is None else f"{row['radius']:.3g}",
-        *(
-          wording.percent(row["slots"][m]) if m in row["slots"] else ""
-          for m in first["slots"]
-        ),
-        wording.percent(row["exact_match"]),
-        f"{row['distinct_1']:.3f}",
-        f"{row['entropy']:.2f}",
-        "" if row["success"] is None else wording.percent(row["success"]),
-      )
-      for row in found["rows"]
-    ],
-  )
-
-
-def _masking(found: Mapping) -> dict:
-  return table(
-    "Do gradients mislead the attacks?",
-    f"{found['num_examples']} examples, all modalities changed by l"
-    f"{found['norm']} {found['radius']:g}; the first attack, which follows "
-    f"the {found['loss']} loss.",
-    [("check", False), ("passed", False), ("what was found", False)],
-    [
-      (check["name"].replace("_", " "), _yes(check), check["message"])
-      for check in found["checks"]
-    ],
-  )
-
-
-def _yes(check: Mapping) -> str:
-  return "yes" if check["passed"] else "no"
 
 
 def _bound(result: Mapping) -> dict:
@@ -324,7 +262,9 @@ def _certificate(result: Mapping) -> dict:
     rows.append(
       ("time of certify / of a forward pass", f"{certify / forward:.2f}")
     )
-  return table("What the bound rests on", "", [("", False), ("", False)], rows)
+  return tables_lib.table(
+    "What the bound rests on", "", [("", False), ("", False)], rows
+  )
 
 
 def _tightness(result: Mapping) -> dict:
@@ -340,12 +280,14 @@ def _tightness(result: Mapping) -> dict:
     f"(l{found.get('norm', 2)}); {wording.settings_line(attack)}"
   )
   columns = [("multiple", True), ("flipped", True), ("examples", True)]
-  return table("Attacked at multiples of the radius", note, columns, rows)
+  return tables_lib.table(
+    "Attacked at multiples of the radius", note, columns, rows
+  )
 
 
 def _vulnerability(result: Mapping) -> dict:
   word = wording.kind_word(result["settings"]["certificate"])
-  return table(
+  return tables_lib.table(
     "Share of the squared sensitivity at the nearest other class",
     f"From the {word} constants, averaged over the test examples.",
     [("modality", False), ("share", True)],
@@ -354,7 +296,7 @@ def _vulnerability(result: Mapping) -> dict:
 
 
 def _units(result: Mapping) -> dict:
-  return table(
+  return tables_lib.table(
     "Units",
     "The raw size of one unit.",
     [("modality", False), ("raw size", True)],
@@ -369,7 +311,7 @@ def settings(result: Mapping) -> dict:
     for key, value in result["settings"].items()
     if key not in elsewhere
   ]
-  return table("Settings", "", [("", False), ("", False)], rows)
+  return tables_lib.table("Settings", "", [("", False), ("", False)], rows)
 
 
 def _unwrapped(value) -> str:
@@ -390,7 +332,7 @@ def timing(result: Mapping) -> dict:
     else:
       word = _SECONDS.get(key, key.replace("_", " "))
       rows.append((word, f"{_short(value)} s"))
-  return table(
+  return tables_lib.table(
     "Time and memory",
     "Seconds are with compilation.",
     [("", False), ("", True)],

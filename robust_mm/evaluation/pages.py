@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from robust_mm.evaluation import details
 from robust_mm.evaluation import rows as rows_lib
+from robust_mm.evaluation import tables
 from robust_mm.evaluation import texts
 from robust_mm.evaluation import vocabulary
 from robust_mm.evaluation import wording
@@ -199,7 +200,7 @@ def _clean(said: vocabulary.Vocabulary, result: Mapping) -> dict:
   interval = []
   if any(row["interval"] for _, row in rows):
     interval = [(f"95 % interval of the {said.words[said.main]}", True)]
-  return details.table(
+  return tables.table(
     "Clean and with missing modalities",
     "Absent modalities are marked absent.",
     [
@@ -223,7 +224,7 @@ def _clean(said: vocabulary.Vocabulary, result: Mapping) -> dict:
 def _missing(said: vocabulary.Vocabulary, found: Mapping) -> dict:
   names, word = said.measured(found["rows"][0]), said.words[said.main]
   seeds = ", ".join(map(str, found["seeds"]))
-  return details.table(
+  return tables.table(
     "Missing rates",
     f"{texts.LOST[found['protocol']]}; means over "
     f"the masks of the seeds {seeds}, which are the same for every model.",
@@ -249,7 +250,7 @@ def _missing(said: vocabulary.Vocabulary, found: Mapping) -> dict:
 
 def _corrupted(said: vocabulary.Vocabulary, result: Mapping) -> dict:
   names = said.measured(result["corrupted"]["rows"][0])
-  return details.table(
+  return tables.table(
     "Corrupted",
     f"Mean {said.words[said.main]} "
     f"{said.number(result['corrupted']['score'])}: the mean over kinds of "

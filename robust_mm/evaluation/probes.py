@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from robust_mm import attacks
 from robust_mm.evaluation import matrix
+from robust_mm.evaluation import slopes
 
 
 class Probe:
@@ -113,36 +113,42 @@ class Probe:
     shares = []
     for _ in range(num_draws):
       noise = {
-        m: rng.normal(size=x.shape) * _like(self._data.present[m], x)
+        m: rng.normal(size=x.shape) * like(self._data.present[m], x)
         for m, x in self._floats().items()
       }
       if self.norm == 2:
         squares = sum(np.square(_flat(x)).sum(axis=1) for x in noise.values())
         size = np.sqrt(np.maximum(squares, 1e-30))
-        noise = {m: x / _like(size, x) for m, x in noise.items()}
+        noise = {m: x / like(size, x) for m, x in noise.items()}
       else:
         noise = {m: np.sign(x) for m, x in noise.items()}
       moved = {
-        m: self._cut(m, x + radius * self._units[m] * noise[m], x)
+        m: cut(x + radius * self._units[m] * noise[m], x, self._allowed(m))
         for m, x in self._floats().items()
       }
-      shares.append(np.mean(self.clean & self.right(moved)))
+      shares.append(self.left_at(radius, moved))
     return float(np.mean(shares))
+
+  def slopes(self, model=None, device=None) -> dict[str, np.ndarray]:
+    """``slopes.measure`` of the model, or of another one, on the examples."""
+    model, device = model or self._model, device or self._device
+    return slopes.measure(model, self._data, device)
+
+  @property
+  def movable(self) -> np.ndarray:
+    """Which examples have a modality with a gradient."""
+    found = np.zeros(self.num_examples, bool)
+    for m in self._floats():
+      found |= self._data.present[m]
+    return found
 
   def _floats(self):
     inputs = self._data.inputs
-    return {
-      m: x for m, x in inputs.items() if jnp.issubdtype(x.dtype, jnp.floating)
-    }
+    return {m: x for m, x in inputs.items() if slopes.is_float(x)}
 
-  def _cut(self, name, moved, clean):
+  def _allowed(self, name):
     pair = self._range
-    if isinstance(pair, Mapping):
-      pair = pair.get(name)
-    if pair is not None:
-      low, high = np.minimum(pair[0], clean), np.maximum(pair[1], clean)
-      moved = np.clip(moved, low, high)
-    return moved.astype(clean.dtype)
+    return pair.get(name) if isinstance(pair, Mapping) else pair
 
   def copied(self) -> tuple[float, float]:
     """``(radius, share left)`` of the attack that copies another example.
@@ -169,6 +175,22 @@ class Probe:
     return float(reached.max(initial=0.0)), float(np.mean(left))
 
 
+def cut(moved: np.ndarray, clean: np.ndarray, pair: Any) -> np.ndarray:
+  """In ``(low, high)``, or no further out than the clean values; None: as is.
+
+  In the type of the clean ones.
+  """
+  if pair is not None:
+    low, high = np.minimum(pair[0], clean), np.maximum(pair[1], clean)
+    moved = np.clip(moved, low, high)
+  return moved.astype(clean.dtype)
+
+
+def like(values: np.ndarray, x: np.ndarray) -> np.ndarray:
+  """``[n]`` with as many dimensions as ``x`` has."""
+  return np.reshape(values, (-1,) + (1,) * (x.ndim - 1))
+
+
 def _attack_fn(model, attack):
   def run(params, state, chunk, key):
     # Traced once, however often the attack calls it.
@@ -192,7 +214,3 @@ def _distances(x, norm):
 
 def _flat(x):
   return np.reshape(x, (len(x), -1))
-
-
-def _like(values, x):
-  return np.reshape(values, (-1,) + (1,) * (x.ndim - 1))

@@ -49,6 +49,7 @@ CORRUPTION_SETTINGS = (
   "unknown",
 )
 MISSING_PROTOCOLS = ("per_sample", "one_kept", "per_batch", "frames")
+CAPTION_SETTINGS = ("target", "threshold", "num_substitutions")
 # Of ``corruptions.suite``, by name.
 _SUITES = {
   "suite": {},
@@ -87,6 +88,7 @@ class Protocol:
     missing_seeds: masks a rate.
     corruptions: arguments of ``corruptions.suite``, or None for no table.
     mispair: of captioners, whether modalities are shifted against each other.
+    captions: of captioners, further arguments of ``caption_report``, or None.
   """
 
   radii: tuple[float, ...]
@@ -109,6 +111,7 @@ class Protocol:
   missing_seeds: int
   corruptions: Mapping[str, Any] | None
   mispair: bool
+  captions: Mapping[str, Any] | None = None
 
   def modality_grid(self, modality: str) -> tuple[float, ...]:
     """The radii at which ``modality`` alone is attacked."""
@@ -175,6 +178,7 @@ def standard(
   missing_seeds: int = 5,
   corruptions: Any = None,
   mispair: bool = True,
+  captions: Mapping[str, Any] | None = None,
 ) -> Protocol:
   """Clean, every subset of modalities, attacked and certified accuracy.
 
@@ -213,10 +217,10 @@ def standard(
       nothing may flip. Empty for none.
     masking_examples: with an attack and a joint radius, check on so many
       examples that gradients do not mislead the first attack, at the middle one
-      of the radii: :func:`masking_report` without its single step. 0 for no
-      check.
-    masking_thorough: with all of that report, ``thorough=True``: some twenty
-      more attacks on these examples.
+      of the radii: :func:`masking_report` without its single step. With fewer
+      than 20 it stays open. 0 for no check.
+    masking_thorough: with all of that report, ``thorough=True``: a dozen more
+      attacks on these examples.
     missing_rates: shares of what is lost, at which accuracy is measured. Empty
       for none.
     missing_protocol: of ``robust_mm.missing``: ``"per_sample"`` (cells at an
@@ -231,6 +235,8 @@ def standard(
       "share", "forms", "unknown"}`` of ``corruptions.suite`` (all of it where
       not named); None for none.
     mispair: of models that spell captions, as ``caption_report`` takes it.
+    captions: likewise ``{"target", "threshold", "num_substitutions"}``, its
+      defaults where not named.
 
   Returns:
     A frozen :class:`Protocol`.
@@ -280,6 +286,7 @@ def standard(
     missing_seeds=int(missing_seeds),
     corruptions=_corruptions(corruptions),
     mispair=bool(mispair),
+    captions=_captions(captions),
   )
 
 
@@ -324,6 +331,19 @@ def _corruptions(given) -> dict | None:
     _validate.one_of(CORRUPTION_SETTINGS, corruptions=name)
   # Refused now, and not after the attacks.
   corruptions_lib.suite({"any": (2, 2)}, **{**given, "forms": None})
+  return dict(given)
+
+
+def _captions(given) -> dict | None:
+  if given is None:
+    return None
+  for name in given:
+    _validate.one_of(CAPTION_SETTINGS, captions=name)
+  if "threshold" in given:
+    _validate.in_unit_interval(**{"captions.threshold": given["threshold"]})
+  if "num_substitutions" in given:
+    number = given["num_substitutions"]
+    _validate.at_least(1, **{"captions.num_substitutions": number})
   return dict(given)
 
 

@@ -31,6 +31,7 @@ from robust_mm.evaluation import spelling
 from robust_mm.evaluation import summary
 from robust_mm.evaluation import thorough as thorough_lib
 from robust_mm.evaluation import unattacked
+from robust_mm.evaluation import verdicts
 
 _TASKS = {task.name: task for task in (regression.TASK, multi_label.TASK)}
 
@@ -113,6 +114,7 @@ def evaluate(
   started = time.perf_counter()
   protocol = protocol_lib.standard() if protocol is None else protocol
   thorough_lib.check_surrogate(model, surrogate, protocol)
+  spelling.check(model, protocol.captions)
   state = {} if state is None else state
   data = batches.host_data(model, batch, max_examples=protocol.max_examples)
   _check_names(protocol, data.names)
@@ -163,7 +165,7 @@ def evaluate(
     "checks": [
       *summary.checks(cells, bounds, correct, data),
       *summary.tightness_checks(tightness),
-      *([masking_lib.summary_check(masking)] if masking else []),
+      *([verdicts.summary(masking)] if masking else []),
     ],
     "captions": spelled,
     "masking": masking,
@@ -327,9 +329,6 @@ class _Session:
         masking_lib.attackers(
           self._model, self._device, *rest, {judged.loss: judged}
         ),
-        data,
-        self._device,
-        self._model,
         radius=protocol.middle_radius,
         surrogate=self.surrogate,
       )

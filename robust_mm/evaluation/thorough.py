@@ -6,14 +6,10 @@ Beside those of ``masking``, and only when asked for.
 import dataclasses
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from robust_mm import margins
 from robust_mm._types import Model
 from robust_mm.evaluation import batches
 from robust_mm.evaluation import probes
+from robust_mm.evaluation import slopes
 
 # (steps, restarts): a doubling of each at the end.
 EFFORTS = ((10, 1), (50, 1), (100, 1), (200, 1), (50, 5), (50, 10), (50, 20))
@@ -22,7 +18,6 @@ OBJECTIVES = ("margin", "cross_entropy", "dlr")
 STEPS = 50
 NUM_QUERIES = 5000
 NUM_DRAWS = 100
-_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,9 +69,6 @@ def check_surrogate(
 
 def measure(
   probe: probes.Probe,
-  data: batches.Data,
-  device: batches.Device,
-  model: Model,
   *,
   loss: str,
   radius: float,
@@ -90,50 +82,14 @@ def measure(
 
   Args:
     probe: of the examples.
-    data: the examples.
-    device: where the model runs.
-    model: the one that is judged.
     loss: of the attack that is judged.
     radius: in units.
     white: what that attack leaves.
     least: the smallest difference that counts.
     surrogate: to borrow adversarial points from; None for no such check.
   """
-  effort = {
-    (steps, restarts): probe.left(
-      radius, name="pgd", loss=loss, num_steps=steps, num_restarts=restarts
-    )
-    for steps, restarts in EFFORTS
-  }
-  objectives = {
-    name: probe.left(
-      radius, name="pgd", loss=name, num_steps=STEPS, targets="any"
-    )
-    for name in OBJECTIVES
-  }
-  # The first restart raises any class, the next ones each wrong class in turn,
-  # the second best first.
-  objectives["margin of every class"] = probe.left(
-    radius,
-    name="pgd",
-    loss="margin",
-    num_steps=STEPS,
-    num_restarts=probe.num_classes,
-  )
-  # Where wrong logits are alike none is a better target than another by itself.
-  objectives["margin, adaptive targets"] = probe.left(
-    radius,
-    name="pgd",
-    loss="margin",
-    num_steps=STEPS,
-    num_restarts=2,
-    targets="adaptive",
-  )
-  found = {
-    "effort": [[*key, share] for key, share in effort.items()],
-    "objectives": objectives,
-    "statistics": {"model": statistics(model, data, device)},
-  }
+  effort = _effort(probe, radius, loss)
+  objectives = _objectives(probe, radius)
   gains = [effort[half] - effort[whole] for half, whole in DOUBLED]
   best = min(objectives, key=objectives.get)
   checks = [
@@ -150,14 +106,16 @@ def measure(
       f"{best!r} leaves {objectives[best]:.0%}.",
     ),
   ]
+  found = {
+    "effort": [[*key, share] for key, share in effort.items()],
+    "objectives": objectives,
+    "statistics": {},
+  }
   if surrogate is not None:
-    other = batches.Device(surrogate.params, surrogate.state or {})
-    moved = probe.moved_by(
-      surrogate.model, other, radius, loss=loss, num_steps=STEPS
+    left, found["statistics"]["surrogate"] = _transfer(
+      probe, radius, loss, surrogate
     )
-    left = probe.left_at(radius, moved)
     found["transfer"] = left
-    found["statistics"]["surrogate"] = statistics(surrogate.model, data, other)
     checks.append(
       (
         "white_box_beats_transfer",
@@ -169,51 +127,48 @@ def measure(
   return found, checks
 
 
-def statistics(
-  model: Model, data: batches.Data, device: batches.Device
-) -> dict[str, list[float]]:
-  """Quantiles of what a masked gradient shows in, over the examples.
-
-  Returns:
-    ``{"quantiles", "margin", "logit_norm", "gradient_norm"}``: of the label's
-    margin, of the logits' l2 norm, and of the gradient of that margin in all
-    inputs together.
-  """
-
-  def one(params, state, chunk):
-    present, label = chunk["present"], chunk["label"]
-
-    def margin(inputs):
-      logits = model.apply(params, state, inputs, present)[0].logits
-      found = margins.smallest(margins.pairwise(logits, label))
-      return jnp.sum(found), (found, logits)
-
-    floats = {
-      m: x
-      for m, x in chunk["inputs"].items()
-      if jnp.issubdtype(x.dtype, jnp.floating)
-    }
-    rest = {m: x for m, x in chunk["inputs"].items() if m not in floats}
-    slopes, (found, logits) = jax.grad(
-      lambda x: margin({**x, **rest}), has_aux=True
-    )(floats)
-    squares = sum(
-      jnp.sum(jnp.square(jnp.reshape(g, (g.shape[0], -1))), axis=1)
-      for g in slopes.values()
-    )
-    return {
-      "margin": found,
-      "logit_norm": jnp.linalg.norm(logits, axis=-1),
-      "gradient_norm": jnp.sqrt(squares),
-    }
-
-  rows = np.arange(data.size)
-  size = device.chunk_size(data.size)
-  values = device.map(device.compile(one, once=True), data, rows, size)
+def _effort(probe, radius, loss):
   return {
-    "quantiles": list(_QUANTILES),
-    **{
-      name: np.quantile(value, _QUANTILES).tolist()
-      for name, value in values.items()
-    },
+    (steps, restarts): probe.left(
+      radius, name="pgd", loss=loss, num_steps=steps, num_restarts=restarts
+    )
+    for steps, restarts in EFFORTS
   }
+
+
+def _objectives(probe, radius):
+  found = {
+    name: probe.left(
+      radius, name="pgd", loss=name, num_steps=STEPS, targets="any"
+    )
+    for name in OBJECTIVES
+  }
+  # The first restart raises any class, the next ones each wrong class in turn,
+  # the second best first.
+  found["margin of every class"] = probe.left(
+    radius,
+    name="pgd",
+    loss="margin",
+    num_steps=STEPS,
+    num_restarts=probe.num_classes,
+  )
+  # Where wrong logits are alike none is a better target than another by itself.
+  found["margin, adaptive targets"] = probe.left(
+    radius,
+    name="pgd",
+    loss="margin",
+    num_steps=STEPS,
+    num_restarts=2,
+    targets="adaptive",
+  )
+  return found
+
+
+def _transfer(probe, radius, loss, surrogate):
+  """``(share left, statistics)`` of another model's adversarial points."""
+  other = batches.Device(surrogate.params, surrogate.state or {})
+  moved = probe.moved_by(
+    surrogate.model, other, radius, loss=loss, num_steps=STEPS
+  )
+  seen = probe.slopes(surrogate.model, other)
+  return probe.left_at(radius, moved), slopes.quantiles(seen)

@@ -175,7 +175,8 @@ def headlines(results: Sequence[dict]) -> dict:
     ``{"columns": [text], "rows": [[text]]}``; a dash where there is no such
     number, and no column that is empty in every row.
   """
-  columns = ("clean", "size of change", *_COLUMNS.values(), _ONE, _CORRUPTED)
+  columns = ("clean", "size of change", *_COLUMNS.values(), _WORST)
+  columns += (_ONE, _CORRUPTED)
   rows = []
   for result in results:
     found = rows_lib.headline(result)
@@ -190,7 +191,8 @@ def headlines(results: Sequence[dict]) -> dict:
     score = "-"
     if result.get("corrupted"):
       score = percent(result["corrupted"]["score"])
-    rows.append([clean, size, *values.values(), _worst_alone(result), score])
+    row = [clean, size, *values.values(), _worst_case(result)]
+    rows.append([*row, _worst_alone(result), score])
   kept = [i for i in range(len(columns)) if any(row[i] != "-" for row in rows)]
   return {
     "columns": [columns[i] for i in kept],
@@ -204,12 +206,34 @@ _COLUMNS = {
   "estimated": f"estimated (no{_NO_BREAK}guarantee)",
 }
 
+_WORST = f"worst case of all checks (at{_NO_BREAK}most)"
 _ONE = "one modality only, at worst"
 _CORRUPTED = "corrupted, mean over kinds"
 
 
 def _norm(result: Mapping):
   return result["settings"]["norm"]
+
+
+def _worst_case(result: Mapping) -> str:
+  """Of some examples, at the same radius; a dash where nobody looked."""
+  # Results of earlier versions have none, or none of these.
+  found = result.get("masking") or {}
+  if "worst_case" not in found:
+    return "-"
+  return f"{percent(found['worst_case'])} (of {found['num_examples']})"
+
+
+def _worst_sentence(result: Mapping) -> str:
+  found = result.get("masking") or {}
+  if "worst_case" not in found:
+    return ""
+  return (
+    f" On {found['num_examples']} of the examples the attack that was checked "
+    f"leaves {percent(found['accuracy']['white box'])} right, and everything "
+    f"tried together at {found['radius']:g}, example by example, at most "
+    f"{percent(found['worst_case'])}."
+  )
 
 
 def _worst_alone(result: Mapping) -> str:
@@ -257,7 +281,7 @@ def _sentence(result: Mapping) -> str:
       f"({size_words(result)}), {', and '.join(parts)}."
     )
   alone = rows_lib.alone(result)
-  text += _smoothed_sentence(result)
+  text += _worst_sentence(result) + _smoothed_sentence(result)
   if len(alone) > 1:
     text += (
       f" With one modality only it is right on {_named_share(alone, min)} to "
