@@ -160,6 +160,9 @@ def nullspace(
     period=segment_steps,
     start=1,
     batch_size=solver_examples,
+    min_batch=2 * searching.MIN_HOLDOUT,
+    option="solver_examples",
+    heavy=True,
     source="train",
   )
   phase = phases.Phase(
