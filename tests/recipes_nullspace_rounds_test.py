@@ -145,7 +145,7 @@ def test_too_few_training_examples_are_refused_before_training(tmp_path):
   )
   lines = []
   with pytest.raises(
-    robust_mm.UserError, match="noise job needs .* 128 .* solver_examples is"
+    robust_mm.UserError, match=r"noise job needs .* 128 .* solver_examples is"
   ):
     training.train(config, tmp_path, say=lines.append)
   assert not (tmp_path / "metrics.jsonl").exists()

@@ -24,7 +24,7 @@ from robust_mm.nullspace.criteria import Items
 # What a status code stands for.
 STATUSES = ("converged", "max_radius", "infeasible", "saturated")
 CONVERGED, MAX_RADIUS, INFEASIBLE, SATURATED = range(4)
-_EXACT = 1e-3  # of eps: what a direction of the nullspace may still change
+_EXACT = 1e-2  # of eps: what a direction of the nullspace may still change
 _HALVINGS = 6
 MIN_HOLDOUT = 64
 _GROW, _BISECT, _DONE = range(3)

@@ -48,7 +48,8 @@ class NoiseResult:
     norm: of v.
     criterion: its mean on the report items, which no decision has seen.
     criterion_upper: one-sided upper bound of the mean on the hold-out items,
-      which decided: at most ``eps`` where ``approximate``. NaN of published noise, which has none.
+      which decided: at most ``eps`` where ``approximate``. NaN of published
+      noise, which has none.
     agreement: share of the report items whose predicted class it does not
       change.
     eps: tolerance.
@@ -56,11 +57,12 @@ class NoiseResult:
       of published noise, of which no radius was shown to hold.
     status: ``converged``: the bound holds, and failed at the next radius.
       ``max_radius``: feasible there, and changing next to nothing (a mean of at
-      most eps / 1,000): an almost exact nullspace direction, and not maximal.
+      most eps / 100): an almost exact nullspace direction, and not maximal.
       ``saturated``: feasible there and no such direction: the search ended
       before the bound failed, or noise so large has replaced tokens at a cost
-      that is bounded. ``infeasible``: no radius was found; noise is 0. Of published
-      noise ``early_stopped`` (at a minibatch below eps) or ``not_reached``.
+      that is bounded. ``infeasible``: no radius was found; noise is 0. Of
+      published noise ``early_stopped`` (at a minibatch below eps) or
+      ``not_reached``.
     history: ``{"radius", "upper", "optimised"}``, lists, a stage each.
   """
 

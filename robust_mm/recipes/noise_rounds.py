@@ -45,7 +45,7 @@ class Settings:
   label_smoothing: float
   permuted: str
   search: nullspace.Search
-  limit: float
+  published: published.Settings
 
 
 def token_shapes(model: Model) -> dict[str, tuple[int, int]]:
@@ -271,10 +271,7 @@ def _sought(settings, encode, params, halves, start_radius, keys):
   search, shape = settings.search, optimise.tokens.shape[1:]
 
   if settings.noise == "published":
-    options = published.Settings(
-      eps=search.eps, limit=settings.limit, batch_size=search.batch_size
-    )
-    found = published.descend(encode, params, optimise, options, key)
+    found = published.descend(encode, params, optimise, settings.published, key)
     return found.noise
   if settings.noise == "random_at_criterion":
     noise, _ = nullspace.random_at_criterion(

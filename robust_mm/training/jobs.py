@@ -87,9 +87,10 @@ def batch_size(job: Job, num_examples: int, mesh) -> int:
   if size < job.min_batch:
     limit = {"train": "max_train_examples", "validation": "max_eval_examples"}
     raise ValueError(
-      f"the {job.name} job needs at least {job.min_batch} {job.source} examples "
-      f"in a batch, and gets {size}: {job.option} is {job.batch_size}, and the "
-      f"data has {num_examples} (data.{limit[job.source]} limits them)."
+      f"the {job.name} job needs at least {job.min_batch} {job.source} "
+      f"examples in a batch, and gets {size}: {job.option} is "
+      f"{job.batch_size}, there are {num_examples} in the data, and "
+      f"data.{limit[job.source]} limits them."
     )
   return size
 
