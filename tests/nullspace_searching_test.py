@@ -190,3 +190,82 @@ def test_published_noise_has_no_bracket(wide):
     linear, params, tokens, share=1.0, batch_size=50, key=KEY
   )
   assert np.all(np.isnan(result.bracket))
+
+
+# ---- the safeguards of a stage
+
+
+def improved(params, tokens, direction, radius, **options):
+  """The direction after the steps of one stage."""
+  items = criteria.Items(tokens=tokens)
+  improve = searching._improve(
+    linear, params, items, settings(**options), nullspace.scale(tokens)
+  )
+  return improve(KEY, direction, jnp.float32(radius))
+
+
+def test_steps_that_make_it_worse_are_thrown_away(wide):
+  params, tokens = wide
+  # Of the kernel: nothing is better, and steps of this size are worse.
+  apart = params - jnp.mean(params, axis=1, keepdims=True)
+  rows = jnp.kron(jnp.eye(4), jnp.ones((1, 16)))
+  seen = jnp.concatenate([apart, rows.T], axis=1)
+  basis = jnp.linalg.svd(seen)[0][:, 6:]
+  free = jnp.reshape(basis @ (basis.T @ jnp.ones(64).at[::3].set(-2)), (4, 16))
+  free = free - jnp.mean(free, axis=1, keepdims=True)
+  free = free / jnp.linalg.norm(free, axis=1, keepdims=True)
+  start = improved(params, tokens, free, 1.0, lr=1e-3, num_steps=50)
+  after = improved(params, tokens, start, 1.0, lr=5.0, num_steps=1)
+  np.testing.assert_array_equal(after, start)
+
+
+def test_steps_are_smaller_where_the_radius_is_larger(wide):
+  params, tokens = wide
+  start = nullspace.random_direction(KEY, (1, 3))
+  moved = [
+    float(
+      jnp.max(
+        jnp.abs(
+          improved(
+            params[:3], tokens[:, :1, :3], start, radius, num_steps=1, lr=0.02
+          )
+          - start
+        )
+      )
+    )
+    for radius in (1.0, 10.0)
+  ]
+  assert moved[0] > 0
+  assert 0 < moved[1] < 0.2 * moved[0]
+
+
+def test_what_is_feasible_at_once_keeps_its_direction(wide):
+  params, tokens = wide
+  tiny = {"start_radius": 1e-4, "max_radius": 1e-4}
+  found = search(params, tokens, jnp.ones(200, bool), **tiny)
+  start = nullspace.random_direction(jax.random.split(KEY)[0], (4, 16))
+  np.testing.assert_array_equal(found.direction, start)
+  assert not found.optimised[0]
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize("share", [-1.0, 0.0, 5.0, math.nan])
+def test_published_noise_refuses_a_share_that_is_none(wide, share):
+  params, tokens = wide
+  with pytest.raises(ValueError, match="share must lie in"):
+    nullspace.published_noise(linear, params, tokens, share=share, key=KEY)
+
+
+def test_items_that_do_not_fit_are_refused_by_name(wide):
+  params, tokens = wide
+  for report in (tokens[0], tokens[:, :2]):
+    with pytest.raises(ValueError, match="report must"):
+      nullspace.published_noise(
+        linear, params, tokens, report=report, share=1.0, key=KEY
+      )
+  with pytest.raises(ValueError, match="tokens must have items"):
+    nullspace.criterion(linear, params, tokens[:0], tokens[0])
+  with pytest.raises(ValueError, match="batch_size must be"):
+    nullspace.criterion(linear, params, tokens, tokens[0], batch_size=0)

@@ -61,7 +61,10 @@ def batch(present=None):
 
 def played(model, given=None, rounds=1, **options):
   """(state, metrics) after some rounds."""
-  (phase,) = recipes.nullspace(model, **{**OPTIONS, **options}).phases
+  options = {**OPTIONS, **options}
+  if options.get("noise") == "published":
+    del options["num_members"]  # it has one
+  (phase,) = recipes.nullspace(model, **options).phases
   (job,) = phase.jobs
   run = jax.jit(job.run, compiler_options=_compiling.options_for_once())
   state = state_lib.initializer(model, phase)(jax.random.key(0))

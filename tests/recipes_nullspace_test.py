@@ -328,7 +328,7 @@ def test_published_noise_of_the_configuration_is_as_published(dataset):
   options = config_lib.load(
     f"configs/nullspace.py:{dataset},published"
   ).recipe.options
-  size = {"av_digits": 55_000, "digits": 1_257}[dataset]
+  size = {"av_digits": 55_000, "digits": 1_293}[dataset]
   assert options.published_batches == round(size // 64 / 10)
   assert options.get("solver_examples", 1024) >= 2 * 64 * (
     options.published_batches

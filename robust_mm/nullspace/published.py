@@ -91,6 +91,15 @@ def published_noise(
   """
   solver.check_tokens(tokens=tokens)
   _validate.at_least(1, batch_size=batch_size, num_passes=num_passes)
+  if not 0 < share <= 1:
+    raise ValueError(f"share must lie in (0, 1], got {share}.")
+  if report is not None:
+    solver.check_tokens(report=report)
+    if report.shape[1:] != tokens.shape[1:]:
+      raise ValueError(
+        f"report must have items like those of tokens {tokens.shape[1:]}, got "
+        f"{report.shape[1:]}."
+      )
   if len(tokens) < batch_size:
     raise ValueError(
       f"batch_size must not exceed the {len(tokens)} items of tokens, got "

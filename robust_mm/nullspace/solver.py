@@ -149,11 +149,15 @@ def encoder_noise(
 
   What is *not* claimed: that the radius is the largest possible (the problem is
   not convex), that a single input changes little, or any robustness. The set is
-  not symmetric: -v is mostly no nullspace noise.
+  not symmetric: -v is mostly no nullspace noise. Of a model of several
+  modalities eps bounds noise on one of them, the others as they are: noise on
+  several at a time is bounded by nothing. With other inputs, or items that do
+  not count, use :func:`search` and :class:`Items`.
 
   Args:
     encode: ``encode(params, tokens) -> logits [n, k]``; bfloat16 is judged in
-      float32.
+      float32. It is a static argument of a jitted search: every new lambda, or
+      method of a new object that is not equal, is compiled again.
     params: pytree; constants.
     tokens: ``[n, N, d]``, split at random into 512 hold-out items, 1,000 to
       report on, and the rest; or :class:`Splits`.
