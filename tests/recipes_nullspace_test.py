@@ -31,7 +31,6 @@ OPTIONS = {
   "solver_steps": 2,
   "solver_batch": 16,
   "num_bisections": 1,
-  "num_members": 3,
   "max_radius": 1.0,
 }
 
@@ -267,7 +266,7 @@ def test_random_noise_goes_by_age_and_nothing_found_adds_nothing(model):
     return state.extra["shown"]["image"], metrics
 
   # Random noise far above 2 eps: learnt members as bad would go first.
-  bank, metrics = rounds("random", eps=1e-4, start_radius=1.0)
+  bank, metrics = rounds("random", eps=1e-4, start_radius=1.0, num_members=3)
   assert metrics["criterion_image"] > 0
   assert sorted(np.asarray(bank["born"]).tolist()) == [2, 3, 4]
   bank, metrics = rounds("bank", eps=1e-12)
@@ -279,15 +278,61 @@ REFUSED = [
   ({"noise": "banks"}, "noise must be one of .* Did you mean 'bank'"),
   ({"noisy": ("vector",)}, "noisy names the modality 'vector', whose encoder"),
   ({"noisy": ("sound",)}, "noisy names the unknown modality"),
+  ({"noisy": "vector"}, "noisy names the modality 'vector', whose encoder"),
+  ({"noisy": ("image", "image")}, "noisy must name a modality once"),
+  ({"solver_steps": 0}, "^solver_steps must be"),
+  ({"solver_batch": 0}, "^solver_batch must be"),
+  ({"solver_lr": 0.0}, "^solver_lr must be"),
+  ({"noise": "published", "published_batches": 0}, "published_batches must be"),
+  ({"noise": "published", "published_objective": "kl"}, "published_objective"),
   ({"eps": 0.0}, "eps must be positive"),
   ({"num_members": 0}, "num_members must be"),
   ({"radius_factor": -1.0}, "radius_factor must be"),
-  ({"permuted": "rows"}, "permuted must be one of"),
+  ({"noise": "permuted", "permuted": "rows"}, "permuted must be one of"),
   ({"profile": "flat"}, "profile must be one of"),
   ({"pretrain_steps": -1}, "pretrain_steps must be"),
   ({"solver_examples": 127}, "solver_examples must be"),
   ({"consistency_weight": -1.0}, "consistency_weight must be"),
 ]
+
+
+IDLE = [
+  ("clean", {"consistency_weight": 1.0}),
+  ("clean", {"radius_factor": 3.0}),
+  ("twice_clean", {"noisy": ("image",)}),
+  ("bank", {"limit": 1.0}),
+  ("bank", {"permuted": "tokens"}),
+  ("bank", {"published_lr": 0.03}),
+  ("published", {"num_members": 3}),
+  ("published", {"objective": "kl"}),
+  ("corrected", {"convex_pairs": True}),
+]
+
+
+@pytest.mark.parametrize(("noise", "options"), IDLE)
+def test_an_option_that_would_change_nothing_is_refused(model, noise, options):
+  (name,) = options
+  with pytest.raises(ValueError, match=f"^{name} changes nothing with noise="):
+    recipes.nullspace(model, noise=noise, **{**OPTIONS, **options})
+
+
+def test_one_modality_is_named_without_a_list(model):
+  recipe = recipes.nullspace(model, noisy="image", **OPTIONS)
+  extra = recipe.phases[0].extra(None, None)
+  assert set(extra["shown"]) == {"image"}
+
+
+@pytest.mark.parametrize("dataset", ["av_digits", "digits"])
+def test_published_noise_of_the_configuration_is_as_published(dataset):
+  """Three passes over a tenth of the training set, the rate over all of it."""
+  options = config_lib.load(
+    f"configs/nullspace.py:{dataset},published"
+  ).recipe.options
+  size = {"av_digits": 55_000, "digits": 1_293}[dataset]
+  assert options.published_batches == round(size // 64 / 10)
+  assert options.get("solver_examples", 1024) >= 2 * 64 * (
+    options.published_batches
+  )
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED)

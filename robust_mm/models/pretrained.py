@@ -20,6 +20,7 @@ from robust_mm.models import vit_arguments
 from robust_mm.models import vit_namings
 
 CONFIG = "config.json"
+PREPROCESSOR = "preprocessor_config.json"  # of Hugging Face
 _GELU = ("gelu", "gelu (erf)")
 
 
@@ -41,6 +42,11 @@ class Checkpoint:
     grid: (rows, columns) of patches that its positions are for.
     num_classes: k of its head, or None.
     epsilon: of the norms, by ``config.json`` or by the naming.
+    dtype: that its patch projection is stored in: ``float32``, ``float16`` or
+      ``bfloat16``; ``params`` are wider, and no more exact.
+    preprocess: (mean, std) of its images as the files beside it say; None where
+      they are mute.
+    pool: "cls" or "mean", likewise.
   """
 
   path: pathlib.Path
@@ -55,6 +61,9 @@ class Checkpoint:
   grid: tuple[int, int]
   num_classes: int | None
   epsilon: float
+  dtype: str
+  preprocess: Any = None
+  pool: str | None = None
 
 
 def read(path, *, num_heads: int | None = None) -> Checkpoint:
@@ -89,7 +98,10 @@ def read(path, *, num_heads: int | None = None) -> Checkpoint:
   }
   naming = vit_namings.recognise(file, tensors)
   config = _config(file)
-  depth = config["depth"] or vit_namings.depth(naming, tensors)
+  # One block more than there are is enough to be missed.
+  depth = vit_namings.depth(naming, tensors)
+  if config["depth"]:
+    depth = min(config["depth"], depth + 1)
   has_head = any(name.startswith(f"{naming.head}.") for name in tensors)
   expected = vit_namings.names(naming, depth, has_head)
   safetensors.compare(file, tensors, expected, f"a whole {naming.name}")
@@ -108,6 +120,9 @@ def read(path, *, num_heads: int | None = None) -> Checkpoint:
     num_heads=num_heads,
     num_classes=num_classes,
     epsilon=naming.epsilon if epsilon is None else epsilon,
+    dtype=tensors[f"{source.name('embed')}.weight"].dtype.name,
+    preprocess=config["preprocess"],
+    pool=config["pool"],
     **sizes,
   )
 
@@ -178,6 +193,8 @@ def _config(file: pathlib.Path) -> dict[str, Any]:
     "depth": say("num_hidden_layers", "depth"),
     "epsilon": say("layer_norm_eps", "norm_eps"),
     "image_size": say("image_size", "img_size"),
+    "preprocess": _preprocess(file, given),
+    "pool": {"token": "cls", "avg": "mean"}.get(str(say("global_pool"))),
   }
   with _blame(path):
     for name in ("num_heads", "depth"):
@@ -188,6 +205,40 @@ def _config(file: pathlib.Path) -> dict[str, Any]:
     if said["image_size"] is not None:
       said["image_size"] = vit_arguments.pair(said["image_size"])
   return said
+
+
+def _preprocess(file: pathlib.Path, given: dict[str, Any]):
+  """(mean, std) that either library states beside a file, or None."""
+  there = file.parent / PREPROCESSOR
+  said = safetensors.read_json(there) if there.is_file() else {}
+  path, pair = there, (said.get("image_mean"), said.get("image_std"))
+  if said.get("do_normalize") is False or None in pair:
+    own = given.get("pretrained_cfg")
+    own = own if isinstance(own, dict) else given
+    path, pair = file.parent / CONFIG, (own.get("mean"), own.get("std"))
+  if None in pair:
+    return None
+  with _blame(path):
+    return vit_arguments.preprocess(pair)
+
+
+def check_use(found: Checkpoint, preprocess, pool: str, keeps_head: bool):
+  """ValueError where a model is to be used otherwise than the files say.
+
+  Images that come normalised (``preprocess`` None) are nobody's business here,
+  and a fresh head may look at anything.
+  """
+  stated = None not in (preprocess, found.preprocess)
+  if stated and not vit_arguments.same_preprocess(preprocess, found.preprocess):
+    raise ValueError(
+      f"preprocess must be {found.preprocess} as the files beside {found.path} "
+      f"say, got {preprocess}."
+    )
+  if keeps_head and found.pool not in (None, pool):
+    raise ValueError(
+      f"pool must be {found.pool!r} for the head of {found.path}, as the "
+      f"{CONFIG} beside it says, got {pool!r}."
+    )
 
 
 @contextlib.contextmanager
@@ -231,6 +282,8 @@ def _num_heads(file, width: int, given: int | None, said: int | None) -> int:
     raise ValueError(
       f"num_heads must be {said} as in the {CONFIG} beside {file}, got {given}."
     )
+  if given is not None:
+    _validate.at_least(1, num_heads=given)
   usual = {size[0]: size[2] for size in vit_arguments.SIZES.values()}
   number = given or said or usual.get(width)
   if number is None:

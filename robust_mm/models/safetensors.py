@@ -10,6 +10,7 @@ References:
 
 import json
 import math
+import os
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -53,6 +54,8 @@ def read(path) -> dict[str, np.ndarray]:
 
 def locate(path) -> pathlib.Path:
   """The file that is read for ``path``, see :func:`read`."""
+  if not isinstance(path, (str, os.PathLike)):
+    raise ValueError(f"path must be that of a file or folder, got {path!r}.")
   path = pathlib.Path(path)
   if path.is_dir():
     for name in (SINGLE, INDEX):

@@ -1,6 +1,5 @@
 """Encoders that say something of every part of an input."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from flax import nnx
@@ -14,13 +13,13 @@ from robust_mm.models.functional import Encoder
 def vit_tokens(
   *,
   size: str | None = "tiny",
-  patch_size: int | Sequence[int] = 7,
+  patch_size: Any = 7,
   embedding_dim: int = 64,
   width: int | None = None,
   depth: int | None = None,
   num_heads: int | None = None,
   mlp_dim: int | None = None,
-  preprocess: Sequence[Any] | None = None,
+  preprocess: Any = None,
   dtype: Any = None,
   remat: str = "none",
   dropout: float = 0.0,

@@ -38,7 +38,7 @@ def vision_transformer(
   depth: int | None = None,
   num_heads: int | None = None,
   mlp_dim: int | None = None,
-  patch_size: int | Sequence[int] = 16,
+  patch_size: Any = 16,
   **options,
 ) -> VisionTransformer:
   """A vision transformer of a known size, or of your own.
@@ -82,9 +82,9 @@ def vision_transformer(
 def load_safetensors(
   path,
   *,
-  preprocess: Sequence[Any] | None,
+  preprocess: Any,
   num_heads: int | None = None,
-  image_shape: Sequence[int] | None = None,
+  image_shape: Any = None,
   num_classes: int | None = None,
   key: PRNGKeyArray | None = None,
   **options,
@@ -101,7 +101,9 @@ def load_safetensors(
     preprocess: (mean, std) of the images in [0, 1] that it was trained on:
       ``HALF`` for those of Google and augreg, ``IMAGENET`` for DeiT and DINO;
       None where the images come normalised. A wrong pair costs accuracy, which
-      any fine-tuning wins back: there is no default.
+      any fine-tuning wins back: there is no default. Another pair than the
+      files beside it state (``pretrained_cfg`` of timm,
+      ``preprocessor_config.json`` of Hugging Face) is refused.
     num_heads: where neither ``config.json`` nor the width says it.
     image_shape: of images of another size, ``(h, w)`` or ``(h, w, c)``; the
       grid of positions is interpolated, see :func:`resize_positions`.
@@ -109,8 +111,9 @@ def load_safetensors(
       otherwise drawn afresh. None for the head of the file, or for pooled
       features where it has none.
     key: of a fresh head; ``jax.random.key(0)`` by default.
-    **options: further attributes of :class:`VisionTransformer`; not
-      ``epsilon``, which the file decides.
+    **options: further attributes of :class:`VisionTransformer`; not those that
+      the file decides: ``width``, ``depth``, ``mlp_dim``, ``patch_size`` and
+      ``epsilon``.
 
   Returns:
     ``(net, params)``.
@@ -122,8 +125,9 @@ def load_safetensors(
   found = pretrained.read(path, num_heads=num_heads)
   if num_classes is None:
     num_classes = found.num_classes
-  if "epsilon" in options:
-    raise ValueError("epsilon must be left out: the file decides it.")
+  for name in ("epsilon", "width", "depth", "mlp_dim", "patch_size"):
+    if name in options:
+      raise ValueError(f"{name} must be left out: the file decides it.")
   net = VisionTransformer(
     width=found.width,
     depth=found.depth,
@@ -139,6 +143,7 @@ def load_safetensors(
     image_shape = tuple(
       n * side for n, side in zip(found.grid, found.patch_size)
     )
+  vit_arguments.image(image_shape)
   if len(tuple(image_shape)) == 2:
     image_shape = (*image_shape, found.channels)
   return net, _adapt(found, net, image_shape, key)
@@ -183,6 +188,9 @@ def _adapt(found, net, image_shape, key) -> dict[str, Any]:
       f"got {tuple(image_shape)}."
     )
   vit_arguments.channels(net.preprocess, channels)
+  keeps_head = None not in (net.num_classes, found.num_classes)
+  keeps_head = keeps_head and net.num_classes == found.num_classes
+  pretrained.check_use(found, net.preprocess, net.pool, keeps_head)
   params = jax.tree.map(jnp.asarray, found.params)
   params["position"] = resize_positions(
     params["position"], found.grid, net.grid(image_shape)

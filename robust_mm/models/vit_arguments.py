@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Iterable
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,12 +21,11 @@ DTYPES = ("bfloat16", "float32")
 
 def pair(patch_size) -> tuple[int, int]:
   """(rows, columns) of a patch, from one number or two."""
-  sides = (
-    (patch_size,) * 2
-    if isinstance(patch_size, numbers.Integral)
-    else tuple(patch_size)
-  )
-  if len(sides) != 2:
+  if isinstance(patch_size, numbers.Integral):
+    sides = (patch_size,) * 2
+  else:
+    sides = _sequence(patch_size)
+  if len(sides) != 2 or not all(isinstance(n, numbers.Integral) for n in sides):
     raise ValueError(
       f"patch_size must be one number or (rows, columns), got {patch_size!r}."
     )
@@ -36,11 +36,11 @@ def pair(patch_size) -> tuple[int, int]:
 
 def image(shape) -> tuple[int, int, int]:
   """``(h, w, c)`` of ``(h, w)`` or ``(h, w, c)``."""
-  shape = tuple(shape)
+  given, shape = shape, _sequence(shape)
   if len(shape) not in (2, 3):
     raise ValueError(
       f"image_shape must be (h, w) or (h, w, c) for a vision transformer, got "
-      f"{shape}."
+      f"{given}."
     )
   return (*shape, 1)[:3]
 
@@ -49,17 +49,37 @@ def preprocess(given):
   """(mean, std) as tuples of floats, so that the value can be hashed."""
   if given is None:
     return None
-  if len(given) != 2:
+  if len(_sequence(given)) != 2:
     raise ValueError(f"preprocess must be (mean, std), got {given!r}.")
-  mean, std = (
-    tuple(np.atleast_1d(np.asarray(v, np.float64)).tolist()) for v in given
-  )
+  mean, std = (np.atleast_1d(np.asarray(v, np.float64)) for v in given)
+  if any(v.ndim > 1 or not v.size for v in (mean, std)):
+    raise ValueError(
+      f"preprocess must be (mean, std), each one number or one a channel, got "
+      f"{given!r}."
+    )
+  mean, std = tuple(mean.tolist()), tuple(std.tolist())
   for value in mean:
     if not math.isfinite(value):
       raise ValueError(f"preprocess: mean must be finite, got {value}.")
   for value in std:
     _validate.positive(**{"preprocess: std": value})
   return mean, std
+
+
+def _sequence(given) -> tuple:
+  """Its parts; none where it has none, or is a word."""
+  whole = isinstance(given, str) or not isinstance(given, Iterable)
+  return () if whole else tuple(given)
+
+
+def same_preprocess(one, two) -> bool:
+  """Whether two (mean, std) are the same for every channel."""
+  pairs = zip(preprocess(one), preprocess(two))
+  return all(
+    len({len(a), len(b)} - {1}) <= 1
+    and np.allclose(np.asarray(a), np.asarray(b), rtol=0, atol=1e-3)
+    for a, b in pairs
+  )
 
 
 def dtype(given) -> str:

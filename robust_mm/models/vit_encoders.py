@@ -1,6 +1,5 @@
 """Vision transformers as encoders of multimodal models."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,14 +13,14 @@ from robust_mm.models.functional import Encoder
 def vit(
   *,
   size: str | None = "tiny",
-  patch_size: int | Sequence[int] = 7,
+  patch_size: Any = 7,
   embedding_dim: int | None = None,
   width: int | None = None,
   depth: int | None = None,
   num_heads: int | None = None,
   mlp_dim: int | None = None,
   pool: str = "cls",
-  preprocess: Sequence[Any] | None = None,
+  preprocess: Any = None,
   dtype: Any = None,
   remat: str = "none",
   dropout: float = 0.0,

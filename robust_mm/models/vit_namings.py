@@ -118,11 +118,16 @@ def recognise(file, tensors) -> Naming:
 
 
 def depth(naming: Naming, tensors) -> int:
-  """One more than the highest number of a block."""
+  """One more than the highest number of a block.
+
+  And at most one more than there are blocks: of a number that leaves a gap the
+  first missing block is evidence enough.
+  """
   start = re.escape(naming.prefix + naming.blocks.format(i="#"))
   pattern = re.compile(start.replace(r"\#", r"(\d+)") + r"\.")
   found = [pattern.match(name) for name in tensors]
-  return 1 + max(int(match[1]) for match in found if match)
+  numbers = {int(match[1]) for match in found if match}
+  return 1 + min(max(numbers), len(numbers))
 
 
 def names(naming: Naming, depth: int, has_head: bool) -> list[str]:

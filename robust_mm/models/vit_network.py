@@ -58,7 +58,8 @@ class VisionTransformer:
       for that of the tokens. Parameters keep theirs, ``embed`` runs in it, and
       what ``encode`` returns is float32 at least.
     remat: what the backward pass computes again: "none"; "blocks", all but the
-      input of each block; "dots", all but matrix products.
+      input of each block; "dots", all but products with a matrix of weights:
+      those inside the attention, which have a batch, are computed again.
     dropout: rate, in training alone.
     epsilon: of all norms.
     pad: whether sides that a patch does not divide are filled up with zeros at
@@ -81,10 +82,10 @@ class VisionTransformer:
   depth: int
   num_heads: int
   mlp_dim: int
-  patch_size: int | Sequence[int]
+  patch_size: Any
   num_classes: int | None = None
   pool: str = "cls"
-  preprocess: Sequence[Any] | None = None
+  preprocess: Any = None
   dtype: Any = None
   remat: str = "none"
   dropout: float = 0.0
@@ -120,6 +121,11 @@ class VisionTransformer:
     _validate.one_of(
       vit_blocks.IMPLEMENTATIONS, implementation=self.implementation
     )
+    if self.implementation == "cudnn" and self.dtype != "bfloat16":
+      raise ValueError(
+        f"dtype must be 'bfloat16' with implementation='cudnn', got "
+        f"{self.dtype!r}."
+      )
 
   @property
   def output_dim(self) -> int:
@@ -293,6 +299,11 @@ class VisionTransformer:
         f"tokens must have shape [b, {position.shape[0] - 1}, {self.width}], "
         f"as the positions of params have; got {tokens.shape}. Other "
         f"resolutions need vit.resize_positions."
+      )
+    if self.implementation == "cudnn" and jax.default_backend() != "gpu":
+      raise _validate.UserError(
+        f"implementation must be 'xla' or 'plain' on a "
+        f"{jax.default_backend()}: 'cudnn' runs on GPUs alone."
       )
     keep = vit_arguments.keep(tokens, present)
     if keep is not None:

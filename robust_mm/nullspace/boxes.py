@@ -18,7 +18,7 @@ def largest_kernel_noise(
   kernel: PatchKernel,
   images: Any,
   direction: Any,
-  bounds: tuple[float, float] = (0.0, 1.0),
+  bounds: Any = (0.0, 1.0),
   num_iterations: int = 500,
   num_rounds: int = 3,
 ) -> jax.Array:
@@ -55,6 +55,8 @@ def largest_kernel_noise(
     ValueError: naming ``bounds`` (low not below high, or images outside),
       ``direction``, ``images``, ``num_iterations`` or ``num_rounds``.
   """
+  if np.shape(bounds) != (2,):
+    raise ValueError(f"bounds must be (low, high), got {bounds!r}.")
   low, high = (float(end) for end in bounds)
   if not (math.isfinite(low) and math.isfinite(high) and low < high):
     raise ValueError(f"bounds must be finite and rising, got {bounds}.")
@@ -67,8 +69,12 @@ def largest_kernel_noise(
       f"direction must have the shape of images {images.shape}, got "
       f"{direction.shape}."
     )
-  if np.min(images) < low or np.max(images) > high:
+  if not images.size:
+    raise ValueError(f"images must not be empty, got shape {images.shape}.")
+  if not (np.min(images) >= low and np.max(images) <= high):
     raise ValueError(f"images must be within bounds {bounds}.")
+  if not np.all(np.isfinite(direction)):
+    raise ValueError("direction must be finite.")
   to_patches, to_images = _layout(kernel, images.shape)
   if not kernel.dim:
     return jnp.zeros_like(images)

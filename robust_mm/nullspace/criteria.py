@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Float
 
+from robust_mm import _validate
+
 OBJECTIVES = ("criterion", "logit_l2", "logit_sq", "kl")
 
 
@@ -145,8 +147,11 @@ def criterion(
     batch_size: items in one pass.
 
   Raises:
-    ValueError: ``noise`` of another shape.
+    ValueError: ``noise`` of another shape, ``batch_size`` below 1, no items.
   """
+  _validate.at_least(1, batch_size=batch_size)
+  if tokens.shape[0] == 0:
+    raise ValueError(f"tokens must have items, got shape {tokens.shape}.")
   if noise.ndim == 3 and noise.shape[0] == 1:
     noise = noise[0]
   if noise.shape != tokens.shape[1:]:

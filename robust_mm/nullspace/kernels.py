@@ -21,6 +21,9 @@ from robust_mm import _validate
 
 # Rounding a rank-deficient matrix leaves singular values of about one eps.
 _SAFETY = 8
+# Of narrower weights as well: 8 times their own resolution is larger than the
+# smallest singular value of many a square matrix of full rank.
+_MOST = _SAFETY * float(np.finfo(np.float32).eps)
 _LARGEST = 4096  # rows: beyond it the square factor of the SVD is too large
 _CURVE = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 
@@ -33,13 +36,15 @@ class PatchKernel:
     basis: ``[p, q]`` float64, orthonormal columns; q may be 0.
     singular_values: ``[min(p, d)]`` float64, falling, of the map itself (of
       all channels side by side, one after the other, where ``per_channel``).
-    rank: of the map, at ``tolerance``: p less q.
+    rank: p less q: at ``tolerance`` that of the map; of single channels the sum
+      of theirs, which may exceed it.
     gap: the last singular value that counts over the first one that does not;
       infinite where the latter is 0, or where there is none. Near 1 the rank is
       a matter of taste: look at :meth:`dimension`.
     tolerance: relative to the largest singular value; what does not exceed it
       counts as zero.
     patch_shape: ``(r, r, c)`` of one patch where it is known, or None.
+    num_parts: maps that it is the direct sum of: 1, or the channels.
   """
 
   basis: Any
@@ -48,6 +53,7 @@ class PatchKernel:
   gap: float
   tolerance: float
   patch_shape: tuple[int, int, int] | None = None
+  num_parts: int = 1
 
   @property
   def dim(self) -> int:
@@ -57,11 +63,12 @@ class PatchKernel:
   def dimension(self, tolerance: float) -> int:
     """What the dimension would be at another relative tolerance.
 
-    Of the joint kernel. A kernel that is real keeps its dimension over orders
-    of magnitude: see :attr:`dimensions`.
+    Of the joint kernel, or of the sum of those of single channels, each
+    relative to its own largest value. A kernel that is real keeps its dimension
+    over orders of magnitude: see :attr:`dimensions`.
     """
-    values = self.singular_values
-    kept = np.sum(values > tolerance * values[:1]) if len(values) else 0
+    values = np.reshape(self.singular_values, (self.num_parts, -1))
+    kept = np.sum(values > tolerance * values[:, :1])
     return self.basis.shape[0] - int(kept)
 
   @property
@@ -69,19 +76,25 @@ class PatchKernel:
     """``{tolerance: dimension}`` from 1e-8 to 1e-2, by powers of ten."""
     return {tolerance: self.dimension(tolerance) for tolerance in _CURVE}
 
-  def project(self, delta: jax.Array) -> jax.Array:
+  def project(self, delta: Any) -> jax.Array:
     """The nearest element of the kernel, ``[..., p] -> [..., p]``.
 
     In the dtype of ``delta``; as ``B (B^T delta)``, never through ``[p, p]``.
 
     Raises:
-      ValueError: ``delta`` has another last axis.
+      ValueError: ``delta`` has another last axis, or is not of floats.
     """
-    if jnp.shape(delta)[-1] != self.basis.shape[0]:
+    if jnp.shape(delta)[-1:] != self.basis.shape[:1]:
       raise ValueError(
         f"delta must end in an axis of {self.basis.shape[0]} entries, got "
         f"{jnp.shape(delta)}."
       )
+    if not jnp.issubdtype(jnp.result_type(delta), jnp.floating):
+      raise ValueError(
+        f"delta must be floats, got {jnp.result_type(delta)}: the kernel has "
+        f"no whole numbers."
+      )
+    delta = jnp.asarray(delta)
     basis = jnp.asarray(self.basis, delta.dtype)
     with jax.default_matmul_precision("highest"):
       return (delta @ basis) @ basis.T
@@ -117,13 +130,18 @@ def patch_kernel(
       ``[r, r, c, d]`` as of a convolution.
     std: the standard deviation that pixels are divided by: a number, or one a
       channel ``[c]``; None for no normalisation.
-    tolerance: relative to the largest singular value. By default 8 times the
-      resolution of the dtype of ``weight``: enough for what rounding leaves of
-      a rank-deficient matrix. Published: ``max(p, d)`` times the resolution,
-      which finds kernels in one of seven random square matrices of 768.
+    tolerance: relative to the largest singular value, below 1. By default 8
+      times the resolution of the dtype of ``weight``, and of float32 at most:
+      enough for what rounding leaves of a rank-deficient matrix, but in
+      bfloat16 and float16, where it leaves more than many a full one has: there
+      a kernel that rounding has hidden is not found, rather than one invented
+      that changes tokens. Published:
+      ``max(p, d)`` times the resolution, p of one channel, which finds kernels
+      in one of seven random square matrices of 768; refused where that is 1.
     per_channel: the direct sum of the kernels of single channels, as the
       published code has it: a part of the joint kernel.
-    channels: c, of ``[p, d]`` with ``per_channel``; that of ``std`` by default.
+    channels: c, which ``[p, d]`` needs with ``per_channel`` or ``published``
+      unless ``std`` has one a channel.
     fidelity: ``published`` for the published tolerance, and one channel at a
       time.
 
@@ -141,14 +159,21 @@ def patch_kernel(
   resolution = _resolution(matrix)
   matrix = matrix.astype(np.float64)
   size = matrix.shape[0]
+  published = fidelity == "published"
+  single = per_channel or published
+  if single and shape is None and channels is None and np.size(std) < 2:
+    raise ValueError(
+      f"channels must be given with weight of shape {weight.shape}, one "
+      f"channel at a time: how many of them share its rows."
+    )
   channels = _channels(shape, std, channels, size)
   if std is not None:
     matrix = matrix / _deviations(std, size, channels)[:, None]
-  published = fidelity == "published"
   if tolerance is None:
-    tolerance = resolution * (max(matrix.shape) if published else _SAFETY)
-  _validate.non_negative(tolerance=tolerance)
-  if not (per_channel or published):
+    longest = max(size // channels, matrix.shape[1])
+    tolerance = resolution * longest if published else _tolerance(weight)
+  _validate.below_one(tolerance=tolerance)
+  if not single:
     return _kernel(matrix, tolerance, shape)
   parts = [_kernel(matrix[c::channels], tolerance) for c in range(channels)]
   basis = np.zeros((size, sum(part.dim for part in parts)))
@@ -161,8 +186,9 @@ def patch_kernel(
     singular_values=np.concatenate([p.singular_values for p in parts]),
     rank=size - basis.shape[1],
     gap=min(part.gap for part in parts),
-    tolerance=tolerance,
+    tolerance=float(tolerance),
     patch_shape=shape,
+    num_parts=channels,
   )
 
 
@@ -173,15 +199,23 @@ def embedding_kernel(net: Any, params: Any, **options: Any) -> PatchKernel:
     net: with ``patch_weight``, ``patch_size`` and ``preprocess``, whose
       standard deviation comes in: a ``models.vit.VisionTransformer``.
     params: its parameters.
-    **options: ``tolerance``, ``per_channel`` and ``fidelity``.
+    **options: ``tolerance``, ``per_channel`` and ``fidelity``; and ``std`` of
+      what normalises images before a network without ``preprocess``, as
+      multimodal models do by default.
 
   Raises:
-    ValueError: as of :func:`patch_kernel`.
+    ValueError: ``std`` where the network has its own, or as of
+      :func:`patch_kernel`.
   """
   weight = np.asarray(net.patch_weight(params))
   weight = np.reshape(weight, (*net.patch_size, -1, weight.shape[-1]))
-  std = None if net.preprocess is None else net.preprocess[1]
-  return patch_kernel(weight, std=std, **options)
+  if net.preprocess is not None:
+    if "std" in options:
+      raise ValueError(
+        "std must be left out: the network has a preprocess of its own."
+      )
+    options["std"] = net.preprocess[1]
+  return patch_kernel(weight, **options)
 
 
 def linear_kernel(
@@ -217,8 +251,8 @@ def head_kernel(weight: Any, *, tolerance: float | None = None) -> PatchKernel:
   """
   weight = _checked(weight, ranks=(2,))
   if tolerance is None:
-    tolerance = _SAFETY * _resolution(weight)
-  _validate.non_negative(tolerance=tolerance)
+    tolerance = _tolerance(weight)
+  _validate.below_one(tolerance=tolerance)
   wide = weight.astype(np.float64)
   return _kernel(wide - wide.mean(axis=1, keepdims=True), tolerance)
 
@@ -288,6 +322,14 @@ def _checked(weight, ranks: Sequence[int]):
       f"weight must have at most {_LARGEST} rows, got shape {weight.shape}; "
       f"project_kernel needs no decomposition."
     )
+  if jnp.iscomplexobj(weight):
+    raise ValueError(f"weight must be real, got {weight.dtype}.")
+  sides = weight.shape
+  if len(sides) == 4 and sides[2] == sides[3] and sides[0] != sides[1]:
+    raise ValueError(
+      f"weight must be [rows, columns, channels, d], got shape {weight.shape}; "
+      f"[d, channels, rows, columns] needs transpose(2, 3, 1, 0)."
+    )
   if not np.all(np.isfinite(weight.astype(np.float64))):
     raise ValueError("weight must be finite.")
   return weight
@@ -298,6 +340,11 @@ def _resolution(weight) -> float:
   if not jnp.issubdtype(weight.dtype, jnp.floating):
     return float(np.finfo(np.float64).eps)
   return float(jnp.finfo(weight.dtype).eps)
+
+
+def _tolerance(weight) -> float:
+  """By default, see :func:`patch_kernel`."""
+  return min(_SAFETY * _resolution(weight), _MOST)
 
 
 def _channels(shape, std, channels, size: int) -> int:

@@ -91,6 +91,15 @@ def published_noise(
   """
   solver.check_tokens(tokens=tokens)
   _validate.at_least(1, batch_size=batch_size, num_passes=num_passes)
+  if not 0 < share <= 1:
+    raise ValueError(f"share must lie in (0, 1], got {share}.")
+  if report is not None:
+    solver.check_tokens(report=report)
+    if report.shape[1:] != tokens.shape[1:]:
+      raise ValueError(
+        f"report must have items like those of tokens {tokens.shape[1:]}, got "
+        f"{report.shape[1:]}."
+      )
   if len(tokens) < batch_size:
     raise ValueError(
       f"batch_size must not exceed the {len(tokens)} items of tokens, got "
@@ -157,7 +166,8 @@ def descend(
 ) -> Descent:
   """The published procedure as one pure function.
 
-  Every pass draws its minibatches without replacement.
+  Every pass draws its minibatches without replacement, from the items that
+  count. Without any nothing is reached.
   """
   settings.check()
   params = jax.lax.stop_gradient(params)
@@ -168,13 +178,16 @@ def descend(
     start_key, shape, minval=-settings.limit, maxval=settings.limit
   )
   needed = settings.batches * settings.batch_size
+  weights = items.weights
+  count = jnp.sum(weights > 0)
 
   def rows_of_pass(number):
     order = jax.random.permutation(
       jax.random.fold_in(order_key, number), len(items)
     )
+    order = order[jnp.argsort(weights[order] <= 0)]  # stable: they come first
     # A pool smaller than a pass is gone through again.
-    order = order[jnp.arange(needed) % len(items)]
+    order = order[jnp.arange(needed) % jnp.maximum(count, 1)]
     return jnp.reshape(order, (settings.batches, settings.batch_size))
 
   rows = jax.vmap(rows_of_pass)(jnp.arange(settings.num_passes))
@@ -194,7 +207,7 @@ def descend(
     noise, opt_state, step, _, seen = carry
     batch = items.take(rows[step])
     grad, criterion = jax.grad(loss_fn, has_aux=True)(noise, batch)
-    reached = criterion < settings.eps
+    reached = (criterion < settings.eps) & (count > 0)
     updates, moved = tx.update(grad, opt_state, noise)
 
     def keep(new, old):
@@ -231,8 +244,8 @@ def random_at_criterion(
   criterion of ``items`` is at most eps. Pure, jit-able.
 
   Returns:
-    ``(noise [N, d], its mean criterion)``; noise is 0 where 60 times were not
-    enough.
+    ``(noise [N, d], its mean criterion)``; noise is 0, and the criterion
+    infinite, where 60 times were not enough, or no item counts.
 
   Raises:
     ValueError: ``eps`` not positive.
@@ -258,5 +271,5 @@ def random_at_criterion(
   noise, found, _ = jax.lax.while_loop(
     cond, body, (start, criterion(start), jnp.int32(0))
   )
-  held = found <= eps
+  held = (found <= eps) & (jnp.sum(items.weights) > 0)
   return jnp.where(held, noise, 0.0), jnp.where(held, found, math.inf)

@@ -22,8 +22,9 @@ from robust_mm.nullspace import tokens as tokens_lib
 from robust_mm.nullspace.criteria import Items
 
 # What a status code stands for.
-STATUSES = ("converged", "max_radius", "infeasible")
-CONVERGED, MAX_RADIUS, INFEASIBLE = range(3)
+STATUSES = ("converged", "max_radius", "infeasible", "saturated")
+CONVERGED, MAX_RADIUS, INFEASIBLE, SATURATED = range(4)
+_EXACT = 1e-2  # of eps: what a direction of the nullspace may still change
 _HALVINGS = 6
 MIN_HOLDOUT = 64
 _GROW, _BISECT, _DONE = range(3)
@@ -150,6 +151,9 @@ def search(
 ) -> Found:
   """Noise of nearly the largest radius that is feasible; pure, jit-able.
 
+  Nothing is feasible where fewer than 64 hold-out items count, or where s is 0:
+  noise of no size says nothing.
+
   Args:
     encode: ``encode(params, tokens[, context]) -> logits [n, k]``.
     params: constants here: nothing is differentiated with respect to them.
@@ -161,13 +165,15 @@ def search(
       network gave; that of ``settings`` by default, and at least that. Traced.
 
   Raises:
-    ValueError: fewer than 64 hold-out items.
+    ValueError: fewer than 64 hold-out items; tokens of one channel, which have
+      nothing but their mean.
   """
   if len(holdout) < MIN_HOLDOUT:
     raise ValueError(
       f"holdout must have at least {MIN_HOLDOUT} items to judge by, got "
       f"{len(holdout)}."
     )
+  tokens_lib.check_channels(optimise.tokens)
   params = jax.lax.stop_gradient(params)
   start_key, stage_key = jax.random.split(key)
   start = tokens_lib.random_direction(
@@ -232,6 +238,7 @@ def search(
 def _judge(encode, params, holdout, settings, size):
   """``(w, r) -> (mean, upper bound)`` of the criterion on the hold-out."""
   clean = criteria.in_chunks(encode, params, holdout, None, settings.chunk_size)
+  enough = jnp.sum(holdout.weights) >= MIN_HOLDOUT
 
   def judge(direction, radius):
     noise = radius * size * direction
@@ -239,7 +246,8 @@ def _judge(encode, params, holdout, settings, size):
       encode, params, holdout, noise, settings.chunk_size
     )
     values = criteria.change(clean, noisy, "criterion")
-    return criteria.upper_bound(values, holdout, settings.quantile)
+    mean, upper = criteria.upper_bound(values, holdout, settings.quantile)
+    return mean, jnp.where(enough & (size > 0), upper, jnp.nan)
 
   return judge
 
@@ -311,8 +319,11 @@ def _advance(carry, settings, radius, direction, mean, upper, needed):
     _DONE,
     jnp.where(to_bisect, _BISECT, _GROW),
   )
+  exact = mean <= _EXACT * settings.eps
   status = jnp.where(
-    at_most, MAX_RADIUS, jnp.where(ended & ~gave_up, CONVERGED, INFEASIBLE)
+    at_most,
+    jnp.where(exact, MAX_RADIUS, SATURATED),
+    jnp.where(ended & ~gave_up, CONVERGED, INFEASIBLE),
   )
   next_radius = jnp.where(
     mode == _BISECT,

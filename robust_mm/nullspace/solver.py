@@ -48,16 +48,21 @@ class NoiseResult:
     norm: of v.
     criterion: its mean on the report items, which no decision has seen.
     criterion_upper: one-sided upper bound of the mean on the hold-out items,
-      which decided: at most ``eps`` where ``status`` is ``converged`` or
-      ``max_radius``. NaN of published noise, which has none.
+      which decided: at most ``eps`` where ``approximate``. NaN of published
+      noise, which has none.
     agreement: share of the report items whose predicted class it does not
       change.
     eps: tolerance.
-    bracket: (r that holds, next r that failed; infinite where none did).
+    bracket: (r that holds, next r that failed; infinite where none did). NaN
+      of published noise, of which no radius was shown to hold.
     status: ``converged``: the bound holds, and failed at the next radius.
-      ``max_radius``: an almost exact nullspace direction, feasible but not
-      maximal. ``infeasible``: no radius was found; noise is 0. Of published
-      noise ``early_stopped`` (at a minibatch below eps) or ``not_reached``.
+      ``max_radius``: feasible there, and changing next to nothing (a mean of at
+      most eps / 100): an almost exact nullspace direction, and not maximal.
+      ``saturated``: feasible there and no such direction: the search ended
+      before the bound failed, or noise so large has replaced tokens at a cost
+      that is bounded. ``infeasible``: no radius was found; noise is 0. Of
+      published noise ``early_stopped`` (at a minibatch below eps) or
+      ``not_reached``.
     history: ``{"radius", "upper", "optimised"}``, lists, a stage each.
   """
 
@@ -80,7 +85,7 @@ class NoiseResult:
   @property
   def approximate(self) -> bool:
     """Whether noise may be called eps-approximate: its bound holds."""
-    return self.status in ("converged", "max_radius")
+    return self.status in ("converged", "max_radius", "saturated")
 
 
 def split_items(
@@ -144,11 +149,15 @@ def encoder_noise(
 
   What is *not* claimed: that the radius is the largest possible (the problem is
   not convex), that a single input changes little, or any robustness. The set is
-  not symmetric: -v is mostly no nullspace noise.
+  not symmetric: -v is mostly no nullspace noise. Of a model of several
+  modalities eps bounds noise on one of them, the others as they are: noise on
+  several at a time is bounded by nothing. With other inputs, or items that do
+  not count, use :func:`search` and :class:`Items`.
 
   Args:
     encode: ``encode(params, tokens) -> logits [n, k]``; bfloat16 is judged in
-      float32.
+      float32. It is a static argument of a jitted search: every new lambda, or
+      method of a new object that is not equal, is compiled again.
     params: pytree; constants.
     tokens: ``[n, N, d]``, split at random into 512 hold-out items, 1,000 to
       report on, and the rest; or :class:`Splits`.
@@ -173,7 +182,8 @@ def encoder_noise(
 
   Raises:
     ValueError: naming the argument: a number out of range, fewer than 64
-      hold-out items, splits that share items, tokens not ``[n, N, d]``.
+      hold-out items, splits that share items, tokens not ``[n, N, d]``, of one
+      channel, or with the same value in all channels (s is 0).
   """
   settings = Search(
     eps=eps,
@@ -194,6 +204,12 @@ def encoder_noise(
     check_tokens(tokens=tokens)
     splits = split_items(tokens, split_key)
   check_splits(splits)
+  tokens_lib.check_channels(splits.optimise)
+  if not tokens_lib.scale(splits.optimise) > 0:
+    raise ValueError(
+      "tokens must differ over channels: s, the median length of centred "
+      "tokens, is 0, and so is noise of any radius."
+    )
   found = _search(
     encode,
     settings,
@@ -294,7 +310,7 @@ def published_result(
     criterion_upper=math.nan,
     agreement=float(agreement),
     eps=float(eps),
-    bracket=(radius, math.inf),
+    bracket=(math.nan, math.nan),
     status="early_stopped" if reached else "not_reached",
     history=history,
   )

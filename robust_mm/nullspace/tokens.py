@@ -19,6 +19,7 @@ from robust_mm import _validate
 PROFILES = ("token", "global")
 AXES = ("entries", "tokens", "channels")
 _FLOOR = 1e-12
+_ROUNDING = 1e-6  # of a token's length: what is left of its mean
 _LONGEST = 3.0  # a token of the global profile
 _ROUNDS = 8  # of capping tokens and lengthening the rest
 
@@ -33,13 +34,25 @@ def scale(
 ) -> Float[Array, ""]:
   """s, the median length of centred tokens, over items and tokens.
 
-  Of the items that count, where ``counted`` is given; 0 without any.
+  Of the items that count, where ``counted`` is given; 0 without any. What
+  rounding leaves of a token with the same value in all channels is no length.
   """
-  lengths = _lengths(center(tokens.astype(jnp.float32)))
+  tokens = tokens.astype(jnp.float32)
+  lengths = _lengths(center(tokens))
+  lengths = jnp.where(lengths <= _ROUNDING * _lengths(tokens), 0.0, lengths)
   if counted is None:
     return jnp.median(lengths)
   kept = jnp.where(counted[:, None, None], lengths, jnp.nan)
   return jnp.nan_to_num(jnp.nanmedian(kept))
+
+
+def check_channels(tokens: Any) -> None:
+  """ValueError where tokens [..., d] have nothing but their mean."""
+  if tokens.shape[-1] < 2:
+    raise ValueError(
+      f"tokens must have at least 2 channels: noise is mean-free over them; "
+      f"got shape {tokens.shape}."
+    )
 
 
 def relative_radius(

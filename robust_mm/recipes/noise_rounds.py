@@ -47,7 +47,7 @@ class Settings:
   restraint: restraints.Restraint | None
   permuted: str
   search: nullspace.Search
-  limit: float
+  published: published.Settings
 
 
 def token_shapes(model: Model) -> dict[str, tuple[int, int]]:
@@ -202,7 +202,14 @@ def draw(settings: Settings, shown: dict, key, number: int) -> dict:
 
 
 def make_round(settings: Settings) -> Callable:
-  """A search for every noisy modality, its result added to the bank."""
+  """A search for every noisy modality, its result added to the bank.
+
+  Of the new member as training draws it (permuted, ``radius_factor`` times as
+  large, at full scale) metrics say ``radius``, ``norm``, ``criterion``, the
+  mean over the hold-out half, and ``held``, 1 where that is at most eps; all
+  are 0 where none was found. ``stale`` is the share of the earlier members
+  whose own criterion has come to exceed 2 eps.
+  """
 
   def run(state, batch, key):
     extra, metrics = dict(state.extra), {}
@@ -238,72 +245,63 @@ def _round(settings: Settings, state, extra, batch, name, key):
   # Random noise is not bounded by eps: of its members, too, the oldest goes, or
   # the control would be what is left of noise when the harmful one is removed.
   bound = jnp.inf if settings.noise == "random" else settings.search.eps
-  added = bank.add(
-    found["noise"], found["radius"], found["criterion"], eps=bound
-  )
-  # A search that finds nothing, or no number, ends with a radius of 0, or NaN.
-  bank = jax.tree.map(
-    lambda new, old: jnp.where(found["radius"] > 0, new, old), added, bank
-  )
+  size = nullspace.scale(optimise.tokens, optimise.counted)
+  radius = nullspace.relative_radius(found, size)
+  (criterion,) = _changes(encode, state.params, found[None], holdout, settings)
+  added = bank.add(found, radius, criterion, eps=bound)
+  # A search that finds nothing, or no number, ends with a radius of 0, or NaN;
+  # without examples that have the modality it is infinite.
+  new = (radius > 0) & jnp.isfinite(radius)
+  bank = jax.tree.map(lambda a, b: jnp.where(new, a, b), added, bank)
   extra = {**extra, kept: {**extra[kept], name: _stored(bank)}}
   if settings.noise == "permuted":
-    shown = _stored(bank.permute(permute_key, settings.permuted))
+    bank = bank.permute(permute_key, settings.permuted)
+    measured = _measure(encode, state.params, bank, holdout, settings)
+    shown = _stored(dataclasses.replace(bank, criterion=measured))
     extra["shown"] = {**extra["shown"], name: shown}
-  metrics = {word: found[word] for word in ("radius", "criterion", "held")}
-  metrics["norm"] = jnp.linalg.norm(found["noise"])
-  return extra, {**metrics, "stale": stale}
+  # As training draws it: whatever was done to what was found.
+  newest = bank.noise[jnp.argmax(bank.born)]
+  drawn = settings.radius_factor * jnp.where(new, newest, 0)
+  (criterion,) = _changes(encode, state.params, drawn[None], holdout, settings)
+  held = new & (criterion <= settings.search.eps)
+  return extra, {
+    "radius": jnp.where(new, nullspace.relative_radius(drawn, size), 0),
+    "criterion": criterion,
+    "held": held.astype(jnp.float32),
+    "norm": jnp.linalg.norm(drawn),
+    "stale": stale,
+  }
 
 
 def _sought(settings, encode, params, halves, start_radius, keys):
-  """``{noise [N, d], radius, criterion, held}`` of an arm.
-
-  ``criterion`` is of the hold-out half, at that noise; ``held`` is 1 where it
-  is one that eps bounds.
-  """
+  """The noise ``[N, d]`` of an arm; 0, or NaN, where it found none."""
   optimise, holdout = halves
   key, random_key = keys
   search, shape = settings.search, optimise.tokens.shape[1:]
 
   if settings.noise == "published":
-    options = published.Settings(
-      eps=search.eps, limit=settings.limit, batch_size=search.batch_size
-    )
-    found = published.descend(encode, params, optimise, options, key)
-    noise, held = found.noise, found.reached
-  elif settings.noise == "random_at_criterion":
-    noise, reached = nullspace.random_at_criterion(
+    found = published.descend(encode, params, optimise, settings.published, key)
+    return found.noise
+  if settings.noise == "random_at_criterion":
+    noise, _ = nullspace.random_at_criterion(
       encode, params, holdout, eps=search.eps, key=random_key
     )
-    held = reached <= search.eps
-  else:
-    found = searching.search(
-      encode,
-      params,
-      optimise,
-      holdout,
-      search,
-      key,
-      start_radius=start_radius,
-    )
-    noise, held = found.noise, found.upper <= search.eps
-    if settings.noise == "random":
-      direction = nullspace.random_direction(random_key, shape, search.profile)
-      noise = found.radius * found.size * direction
-  size = nullspace.scale(optimise.tokens, optimise.counted)
-  changes = nullspace.criterion(
+    # As many decide as of any other noise.
+    enough = jnp.sum(holdout.weights) >= searching.MIN_HOLDOUT
+    return jnp.where(enough, noise, 0)
+  found = searching.search(
     encode,
     params,
-    holdout.tokens,
-    noise,
-    context=holdout.context,
-    batch_size=search.chunk_size,
+    optimise,
+    holdout,
+    search,
+    key,
+    start_radius=start_radius,
   )
-  return {
-    "noise": noise,
-    "radius": nullspace.relative_radius(noise, size),
-    "criterion": holdout.mean(changes),
-    "held": held.astype(jnp.float32),
-  }
+  if settings.noise == "random":
+    direction = nullspace.random_direction(random_key, shape, search.profile)
+    return found.radius * found.size * direction
+  return found.noise
 
 
 def _problem(model: Model, state, batch, name: str):
@@ -338,6 +336,12 @@ def _problem(model: Model, state, batch, name: str):
 
 def _measure(encode, params, bank, items, settings):
   """``[K]``: the mean criterion of every member on the network as it is."""
+  changes = _changes(encode, params, bank.noise, items, settings)
+  return jnp.where(bank.filled, changes, 0.0)
+
+
+def _changes(encode, params, noises, items, settings):
+  """``[K]``: the mean criterion of each of ``noises`` [K, N, d]."""
   chunk = settings.search.chunk_size
   clean = criteria.in_chunks(encode, params, items, None, chunk)
 
@@ -345,4 +349,4 @@ def _measure(encode, params, bank, items, settings):
     noisy = criteria.in_chunks(encode, params, items, noise, chunk)
     return items.mean(criteria.change(clean, noisy, "criterion"))
 
-  return jnp.where(bank.filled, jax.lax.map(one, bank.noise), 0.0)
+  return jax.lax.map(one, noises)

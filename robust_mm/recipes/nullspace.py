@@ -10,6 +10,7 @@ References:
   ``noise="published"``.
 """
 
+import inspect
 from collections.abc import Sequence
 
 import optax
@@ -17,12 +18,15 @@ import optax
 from robust_mm import _validate
 from robust_mm import nullspace as nullspace_lib
 from robust_mm._types import Model
+from robust_mm.nullspace import published as published_lib
 from robust_mm.nullspace import searching
 from robust_mm.nullspace import tokens as tokens_lib
 from robust_mm.recipes import noise_rounds
 from robust_mm.recipes import objectives
 from robust_mm.recipes import phases
 from robust_mm.recipes import restraints
+
+_TENTH = 10  # published passes take a tenth of the minibatches
 
 
 def nullspace(
@@ -51,6 +55,10 @@ def nullspace(
   max_radius: float = 100.0,
   num_bisections: int = 3,
   limit: float = 3.0,
+  published_lr: float = 0.1,
+  published_objective: str = "logit_l2",
+  published_passes: int = 3,
+  published_batches: int = 8,
   pretrain_steps: int = 0,
   pretrain_lr: float = 1e-3,
 ) -> phases.Recipe:
@@ -68,16 +76,20 @@ def nullspace(
   random                Gaussian, of the profile and the radius of the learnt
   random_at_criterion   Gaussian, shrunk until its criterion is eps
   permuted              the learnt one, its entries permuted anew each round
-  published             as published, one for all items of a round
+  published             by the published procedure, one for all items of a round
   corrected             as ``nullspace.encoder_noise`` finds it, one a round
   bank                  several of these, at scales in (0, 1], drawn by item
   ====================  ======================================================
 
   ``random``, ``random_at_criterion`` and ``permuted`` are drawn as ``bank`` is.
-  A gain of nullspace noise is one over ``twice_clean`` *and* over those. So far
-  there is none: what a network ignores teaches it little, and random noise of
-  the same radius more (``benchmarks/results/nullspace_av_digits.txt``). Without
-  dropout and augmentation a second clean view is the first one again.
+  A gain of nullspace noise is one over ``twice_clean`` *and* over those. On
+  images of ``av_digits`` there was none, of one small network: at its radius,
+  random and permuted noise, which change more, gained more
+  (``benchmarks/results/nullspace_av_digits.txt``). Without dropout and
+  augmentation a second clean view is the first one again.
+
+  What eps bounds is noise on one modality, the others as they are. Of several
+  noisy modalities training draws them together, which nothing bounds.
 
   Formal guarantees:
     - Noise on an absent modality changes no bit of loss or gradient.
@@ -112,10 +124,18 @@ def nullspace(
     solver_batch: examples of such a step.
     solver_lr: of such a step.
     start_radius: radius that the first search begins with; later ones begin
-      just below the last one found.
+      just below the last one found, and nowhere below this one.
     max_radius: last radius.
     num_bisections: of the last bracket.
     limit: published noise begins uniform in (-limit, limit).
+    published_lr: of AdamW on it; 0.1 or 0.03 in the released codes.
+    published_objective: ``logit_l2`` or ``logit_sq``, one in each of them.
+    published_passes: of published noise; its rate follows a cosine over ten
+      times as many updates as there are.
+    published_batches: minibatches of ``solver_batch`` that a pass takes, from
+      the half of ``solver_examples`` that learns. As published it is a tenth of
+      those of the training set, all of it to choose from; the default is a
+      short form of it.
     pretrain_steps: updates on cross-entropy alone in a phase before, for a run
       that does not start from a trained one.
     pretrain_lr: of AdamW there, along a cosine.
@@ -127,12 +147,44 @@ def nullspace(
   model.need_classes("nullspace")
   if restraint is not None:
     restraint.check(model)
-  _validate.at_least(1, segment_steps=segment_steps, num_members=num_members)
+  _refuse_idle(
+    noise,
+    consistency_weight=consistency_weight,
+    radius_factor=radius_factor,
+    noisy=noisy,
+    convex_pairs=convex_pairs,
+    num_members=num_members,
+    permuted=permuted,
+    profile=profile,
+    objective=objective,
+    limit=limit,
+    published_lr=published_lr,
+    published_objective=published_objective,
+    published_passes=published_passes,
+    published_batches=published_batches,
+  )
+  _validate.at_least(
+    1,
+    segment_steps=segment_steps,
+    num_members=num_members,
+    solver_steps=solver_steps,
+    solver_batch=solver_batch,
+    published_passes=published_passes,
+    published_batches=published_batches,
+  )
   _validate.at_least(0, pretrain_steps=pretrain_steps)
   _validate.at_least(2 * searching.MIN_HOLDOUT, solver_examples=solver_examples)
   _validate.non_negative(consistency_weight=consistency_weight)
   _validate.positive(
-    eps=eps, radius_factor=radius_factor, limit=limit, pretrain_lr=pretrain_lr
+    eps=eps,
+    radius_factor=radius_factor,
+    limit=limit,
+    pretrain_lr=pretrain_lr,
+    solver_lr=solver_lr,
+    published_lr=published_lr,
+  )
+  _validate.one_of(
+    published_lib.OBJECTIVES, published_objective=published_objective
   )
   _validate.below_one(label_smoothing=label_smoothing)
   _validate.one_of(tokens_lib.AXES, permuted=permuted)
@@ -159,7 +211,16 @@ def nullspace(
     restraint=restraint,
     permuted=permuted,
     search=search,
-    limit=limit,
+    published=published_lib.Settings(
+      eps=eps,
+      limit=limit,
+      lr=published_lr,
+      objective=published_objective,
+      num_passes=published_passes,
+      batches=published_batches,
+      batch_size=solver_batch,
+      schedule_steps=_TENTH * published_passes * published_batches,
+    ),
   )
   job = phases.Job(
     name="noise",
@@ -167,6 +228,9 @@ def nullspace(
     period=segment_steps,
     start=1,
     batch_size=solver_examples,
+    min_batch=2 * searching.MIN_HOLDOUT,
+    option="solver_examples",
+    heavy=True,
     source="train",
   )
   phase = phases.Phase(
@@ -196,9 +260,47 @@ def nullspace(
   return phases.Recipe(name=f"nullspace-{noise}", phases=(*before, phase))
 
 
+# Options that some arms alone look at.
+_WITH_NOISE = tuple(a for a in noise_rounds.ARMS if a not in noise_rounds.CLEAN)
+_BANKS = tuple(a for a in _WITH_NOISE if a not in noise_rounds.SINGLE)
+_SEARCHED = ("random", "permuted", "corrected", "bank")
+_PUBLISHED = ("published",)
+_USED_BY = {
+  "consistency_weight": ("twice_clean", *_WITH_NOISE),
+  "radius_factor": _WITH_NOISE,
+  "noisy": _WITH_NOISE,
+  "convex_pairs": _BANKS,
+  "num_members": _BANKS,
+  "permuted": ("permuted",),
+  "profile": _SEARCHED,
+  "objective": _SEARCHED,
+  "limit": _PUBLISHED,
+  "published_lr": _PUBLISHED,
+  "published_objective": _PUBLISHED,
+  "published_passes": _PUBLISHED,
+  "published_batches": _PUBLISHED,
+}
+
+
+def _refuse_idle(noise: str, **given) -> None:
+  """ValueError for an option that is set and would change nothing."""
+  defaults = inspect.signature(nullspace).parameters
+  for name, value in given.items():
+    default = defaults[name].default
+    value = tuple(value) if isinstance(default, tuple) else value
+    if noise not in _USED_BY[name] and value != default:
+      raise ValueError(
+        f"{name} changes nothing with noise={noise!r}: leave it at "
+        f"{default!r}; {', '.join(_USED_BY[name])} look at it."
+      )
+
+
 def _noisy(model: Model, noise: str, named) -> tuple[str, ...]:
   """The modalities that get noise; none of the clean arms."""
+  named = (named,) if isinstance(named, str) else tuple(named)
   _validate.known(model.modalities, noisy=named)
+  if len(set(named)) < len(named):
+    raise ValueError(f"noisy must name a modality once, got {named}.")
   if noise in noise_rounds.CLEAN:
     return ()
   if model.encode_tokens is None:
@@ -213,4 +315,4 @@ def _noisy(model: Model, noise: str, named) -> tuple[str, ...]:
         f"noisy names the modality {name!r}, whose encoder has no tokens; "
         f"those of {', '.join(shapes)} have."
       )
-  return tuple(named) or tuple(shapes)
+  return named or tuple(shapes)

@@ -35,6 +35,10 @@ class Job:
       fewer, all of them (but for a remainder that the mesh does not divide).
       Time ``i`` takes batch ``i``, so a resumed run sees what the undisturbed
       one sees.
+    min_batch: a smaller batch than this is refused before training starts.
+    option: what the recipe calls ``batch_size``, for the sentence that does so.
+    heavy: whether one time takes so long that compiling it well pays; a job is
+      otherwise compiled as fast as may be.
     source: the split that batches are of, ``validation`` or ``train``.
     with_training: ``batch`` is the pair of that batch and of the training batch
       of the update just done (as it came from the pipeline).
@@ -45,13 +49,20 @@ class Job:
   period: int
   start: int
   batch_size: int
+  min_batch: int = 1
+  option: str = "batch_size"
+  heavy: bool = False
   source: str = "validation"
   with_training: bool = False
 
   def __post_init__(self):
     _validate.one_of(SOURCES, source=self.source)
     _validate.at_least(
-      1, period=self.period, start=self.start, batch_size=self.batch_size
+      1,
+      period=self.period,
+      start=self.start,
+      batch_size=self.batch_size,
+      min_batch=self.min_batch,
     )
 
   def times(self, done: int) -> int:

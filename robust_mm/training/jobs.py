@@ -31,7 +31,7 @@ class Jobs:
         _keyed(job, index),
         donate_argnums=0,
         out_shardings=out,
-        compiler_options=_compiling.options_for_once(),
+        compiler_options=None if job.heavy else _compiling.options_for_once(),
       )
       self._jobs.append((job, fn, _stream(run, job, job.times(step - start))))
     self._key = key
@@ -73,7 +73,8 @@ def batch_size(job: Job, num_examples: int, mesh) -> int:
   """As wanted, or as many as there are, divisible over the data axis.
 
   Raises:
-    ValueError: not even one example for each device.
+    ValueError: not even one example for each device, or fewer than the job can
+      do with.
   """
   shards = mesh.shape[sharding.DATA_AXIS]
   size = min(job.batch_size, num_examples) // shards * shards
@@ -82,6 +83,14 @@ def batch_size(job: Job, num_examples: int, mesh) -> int:
       f"the {job.name} job needs at least {shards} {job.source} examples in a "
       f"batch, one for each part of the data axis of the mesh; it asks for "
       f"{job.batch_size} of {num_examples}."
+    )
+  if size < job.min_batch:
+    limit = {"train": "max_train_examples", "validation": "max_eval_examples"}
+    raise ValueError(
+      f"the {job.name} job needs at least {job.min_batch} {job.source} "
+      f"examples in a batch, and gets {size}: {job.option} is "
+      f"{job.batch_size}, there are {num_examples} in the data, and "
+      f"data.{limit[job.source]} limits them."
     )
   return size
 
