@@ -1,5 +1,7 @@
 """What is asked of visualisations: refused by name, drawn anew, in parts."""
 
+import doctest
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from robust_mm import visualization
 from robust_mm.visualization import ascent
 from robust_mm.visualization import checks
+from robust_mm.visualization import door
 from robust_mm.visualization import metrics
 from robust_mm.visualization import transform as transform_lib
 from robust_mm.visualization import transforms
@@ -285,3 +288,9 @@ def test_several_modalities_at_once_are_tested_at_once():
   told = found.settings["held_out"]["far"]
   assert told["image"]["rotation"] == 30
   assert told["sound"]["deviation"] == pytest.approx(0.2)
+
+
+def test_doctests():
+  found = doctest.testmod(door)
+  assert found.attempted == 4
+  assert found.failed == 0
