@@ -192,9 +192,13 @@ def _visualize(options):
   from robust_mm import preflight
 
   asked = arguments.visual_options(options)
+  for name in ("ranges", "tuning", "transfer"):
+    asked[name] = getattr(options, name)
   preflight.check_visualize(
     options.workdir, options.split, options.output, **asked
   )
+  for folder in options.transfer:
+    preflight.check_run(folder, argument="--transfer")
   from robust_mm import commands
 
   return commands.visualize(

@@ -279,6 +279,30 @@ def _add_visualize(commands, run) -> None:
   command.add_argument("--workdir", required=True)
   arguments.add_visual(command)
   command.add_argument(
+    "--ranges",
+    type=_pairs,
+    default=(),
+    metavar="NAME=VALUE,...",
+    help="of the transformations, such as rotation=30,scale=0.8:1.25,jitter=3 "
+    "(default: by the modality and its size)",
+  )
+  command.add_argument(
+    "--tuning",
+    type=_pairs,
+    default=(),
+    metavar="NAME=VALUE,...",
+    help="of the ascent: learning_rate, num_transforms, tv_weight, l2_weight, "
+    "annealing, blur_every, num_held_out; step_size and every in place",
+  )
+  command.add_argument(
+    "--transfer",
+    type=lambda text: tuple(text.split(",")),
+    default=(),
+    metavar="WORKDIR,...",
+    help="other runs that judge what is made: scores of the network that made "
+    "a picture are a circle",
+  )
+  command.add_argument(
     "--split",
     default="test",
     choices=("train", "validation", "test"),
@@ -289,6 +313,23 @@ def _add_visualize(commands, run) -> None:
     "--output", help="another .png file for the grid; reports do not show it"
   )
   _add_devices(command)
+
+
+def _pairs(text: str) -> tuple:
+  """``a=1,b=0.8:1.2`` as ``(("a", 1.0), ("b", (0.8, 1.2)))``."""
+  found = {}
+  for pair in text.split(","):
+    name, _, value = pair.partition("=")
+    try:
+      numbers = tuple(float(part) for part in value.split(":"))
+    except ValueError:
+      numbers = ()
+    if not name or len(numbers) not in (1, 2) or name in found:
+      raise argparse.ArgumentTypeError(
+        f"must be NAME=VALUE or NAME=LEAST:LARGEST, each name once, got {text}"
+      )
+    found[name] = numbers[0] if len(numbers) == 1 else numbers
+  return tuple(found.items())
 
 
 def _add_report(commands, run) -> None:

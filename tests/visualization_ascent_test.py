@@ -127,13 +127,15 @@ def test_held_out_tests_are_the_same_for_every_mode_and_control():
       held_out=None, num_held_out=1, num_steps=1, reference=0.5, **options
     ).settings["held_out"]
     for options in (
-      {},
+      {"transforms": transforms.identity(of="image")},
       {"transforms": transforms.image()},
       {"transforms": transforms.image(), "mode": "in_place"},
     )
   ]
   assert settings[0] == settings[1] == settings[2]
   assert settings[0]["far"]["rotation"] == 30
+  # What turns in from outside is the reference, as in synthesis.
+  assert {test["fill"] for test in settings[0].values()} == {0.5}
 
 
 def test_gradient_of_the_margin_is_the_stated_one():
@@ -446,7 +448,14 @@ def test_published_mode_says_that_it_is_a_reconstruction():
   assert told["transforms"]["image"]["jitter"] == 0
   assert told["transforms"]["image"]["rotation"] == 15
   assert make().settings["reconstruction"] is False
-  for bad in ({"objective": "margin"}, {"tv_weight": 1.0}, {"annealing": 0.1}):
+  for bad in (
+    {"objective": "margin"},
+    {"tv_weight": 1.0},
+    {"annealing": 0.1},
+    {"parameterization": "fourier"},
+    {"blur_every": 4},
+    {"objective_scale": "auto"},
+  ):
     with pytest.raises(ValueError, match=next(iter(bad))):
       make(fidelity="published", transforms=transforms.image(), **bad)
   with pytest.raises(ValueError, match="transforms"):
@@ -488,7 +497,13 @@ def test_a_flax_model_is_synthesised_with_held_out_numbers():
   )
   params, state = model.init(KEY)
   found = make(
-    model, params, state=state, held_out=None, num_held_out=8, blur_every=4
+    model,
+    params,
+    state=state,
+    transforms=transforms.identity(of="image"),
+    held_out=None,
+    num_held_out=8,
+    blur_every=4,
   )
   assert set(found.transforms_accuracy) == {"near", "far"}
   for value in found.transforms_accuracy.values():

@@ -242,6 +242,10 @@ def test_time_moves_by_whole_frames_exactly():
     (lambda: transforms.image(rotation=-1), "rotation"),
     (lambda: transforms.image(scale=(0.0, 1.0)), "scale"),
     (lambda: transforms.image(scale=(1.2, 1.0)), "scale"),
+    (lambda: transforms.image(scale=(0.1, 1.0)), "scale must be at least 0.5"),
+    (lambda: transforms.depth(scale=(0.4, 1.0)), "scale must be at least 0.5"),
+    (lambda: transforms.identity(of="picture"), "of must be one of"),
+    (lambda: resample(jnp.ones((4, 4)), scale=0.0), "scale"),
     (lambda: transforms.depth(rotation=20), "rotation"),
     (lambda: transforms.shifts(offsets=()), "offsets"),
     (lambda: transforms.vector(std=(1.0, -1.0)), "std"),
@@ -264,7 +268,8 @@ def test_what_a_transformation_is_not_for_is_refused_by_name(make, sentence):
 
 
 def test_held_out_ranges_and_controls_are_those_of_the_sheet():
-  near, far = transforms.held_out(transforms.identity(), (28, 28, 1)).values()
+  none = transforms.identity(of="image")
+  near, far = transforms.held_out(none, (28, 28, 1)).values()
   assert dict(near.options)["rotation"] == 15
   assert dict(far.options)["scale"] == (1 / 1.3, 1.3)
   assert dict(far.options)["jitter"] == 3
@@ -281,3 +286,66 @@ def test_held_out_ranges_and_controls_are_those_of_the_sheet():
   )
   mel = transforms.held_out(transforms.log_mel(), (64, 40))["far"]
   assert dict(mel.options)["mel_shift"] == 2
+
+
+def test_nothing_of_a_kind_that_is_not_known_is_tested_with_nothing():
+  for shape in ((9,), (64, 40, 1), (28, 28, 1)):
+    assert transforms.held_out(transforms.identity(), shape) == {}
+  mel = transforms.controls(transforms.log_mel())["none"]
+  assert transforms.held_out(mel, (64, 40, 1)) == transforms.held_out(
+    transforms.log_mel(), (64, 40, 1)
+  )
+  # Along joints nothing is smooth, with transformations or without.
+  body = transforms.skeleton()
+  still = transforms.controls(body)["none"]
+  assert still.smooth_axes((32, 20, 3)) == body.smooth_axes((32, 20, 3)) == (0,)
+
+
+def test_what_lies_outside_a_held_out_test_is_what_was_said():
+  chosen = transforms.image(), transforms.lucid(), transforms.log_mel()
+  for transform in (*chosen, transforms.identity(of="image")):
+    for fill in (None, 0.25):
+      tests = transforms.held_out(transform, (28, 28, 1), fill=fill)
+      assert {dict(t.options)["fill"] for t in tests.values()} == {fill}
+  told = transforms.held_out(transforms.image(fill=1.0), (28, 28, 1), fill=0.2)
+  assert dict(told["near"].options)["fill"] == 1.0
+
+
+@pytest.mark.parametrize(
+  "transform, shifts",
+  [
+    (transforms.image(), 2.0),
+    (transforms.image(jitter=0), None),
+    (transforms.image(jitter=0.2), 0.2),
+    (transforms.lucid(), 6.0),  # its jitters are of 4 and of 2 to a side
+  ],
+)
+def test_controls_shift_as_far_as_the_whole_and_always_blur(transform, shifts):
+  found = transforms.controls(transform)
+  assert ("shifts only" in found) == (shifts is not None)
+  if shifts is not None:
+    only = dict(found["shifts only"].options)
+    assert (only["rotation"], only["scale"], only["jitter"]) == (
+      *(0, (1, 1)),
+      shifts,
+    )
+  below = dict(found["sub-pixel shifts"].options)
+  assert (below["rotation"], below["scale"], below["jitter"]) == (
+    *(0, (1, 1)),
+    0.5,
+  )
+
+
+def test_lucid_leaves_its_border_open_as_the_others_do():
+  draw = {
+    "angle": jnp.asarray(0.3),
+    "scale": jnp.asarray(0.9),
+    "roll": jnp.array([3, -2]),
+    "shift": jnp.zeros(2),
+  }
+  flat = jnp.full((30, 30, 1), 0.8)
+  kept = transforms.lucid().apply(flat, draw)
+  np.testing.assert_allclose(kept, 0.8, atol=1e-6)
+  filled = transforms.lucid().filled(0.2)
+  assert dict(filled.options)["fill"] == 0.2
+  assert filled.apply(flat, draw).min() < 0.3

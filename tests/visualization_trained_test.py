@@ -74,7 +74,7 @@ def pictures(trained):
       seeds=SEEDS,
     )
     for name, chosen in (
-      ("none", transforms.identity()),
+      ("none", transforms.identity(of="image")),
       ("defaults", transforms.image()),
     )
   }

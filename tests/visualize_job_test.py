@@ -7,14 +7,20 @@ import re
 import shutil
 
 import evaluation_results as results
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from command_line import run
 
+import robust_mm
 from robust_mm import cli
+from robust_mm import models
+from robust_mm import visualization
 from robust_mm.evaluation import visuals
 from robust_mm.visualize_job import asking
+from robust_mm.visualize_job import grids
 from robust_mm.visualize_job import job
+from robust_mm.visualize_job import measures
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +64,10 @@ def test_grids_numbers_and_page_are_written_and_shown_in_the_report(
   settings = told["settings"]
   assert settings["num_steps"] == 3
   assert settings["transforms"]["image"]["rotation"] == 15
+  assert settings["transforms"]["image"]["jitter"] == 2
   assert settings["others"] == "absent"
+  # What turns in from outside is black for all alike.
+  assert settings["held_out"]["far"]["fill"] == 0
   assert set(told["numbers"]) == {
     *("synthesised", "none", "shifts only", "sub-pixel shifts"),
     *("Fourier, none", "real items"),
@@ -76,6 +85,9 @@ def test_grids_numbers_and_page_are_written_and_shown_in_the_report(
     text = (trained / page).read_text()
     html.parser.HTMLParser().feed(text)
     assert "not what the network sees" in text
+    # What the numbers mean stands beside them.
+    assert "Near: image, fill 0, jitter 2, rotation 15, scale 0.87 to" in text
+    assert re.search(r"Margin by modality: audio [+-].*, image [+-]", text)
     assert len(re.findall("data:image/png;base64,", text)) >= 1
   assert "What activates a class" in (trained / "report.html").read_text()
 
@@ -120,13 +132,204 @@ def test_every_question_has_a_file_of_its_own(
   for path in found:
     told = json.loads(path.read_text())
     assert len(told["rows"]) == 4
+    rotation = 10 if "in_place" in path.stem else 15
+    if path.stem.startswith("image"):
+      assert told["settings"]["transforms"]["image"]["rotation"] == rotation
     assert told["title"].endswith(", validation items, phase joint") == (
       "validation" in path.stem
     )
     published = "published" in path.stem
     assert told["settings"]["reconstruction"] == published
+    assert told["settings"]["objective_divisor"] == 1 or not published
     if shown is not None:
       assert told["settings"]["others"] == {"image": shown}
+      assert len(told["items"]) == shown[0]
+    if path.stem == "audio-others2":
+      (item,) = told["items"]
+      assert item["item"] == 2
+      assert told["title"].endswith(f"of item 2, of class {item['class']}")
+      names = {n.partition(", ")[2] for n in told["numbers"]} - {""}
+      wanted = {"other classes"}
+      wanted |= {"class of the item"} if item["class"] in (3, 7) else set()
+      assert names == wanted
+      assert set(told["margin_means"]) == {"", *names}
+      assert set(told["margin_means"][""]) == {"audio", "image"}
+
+
+def test_an_item_agrees_with_one_class_and_is_against_the_others():
+  asked = {"items": [{"item": 0, "id": 5, "class": 7}]}
+  margins = {"audio": np.array([[1.0, 3.0], [5.0, 7.0], [-1.0, -3.0]])}
+  found = measures.margin_means(margins, (3, 7, 9), asked)
+  assert found == {
+    "": {"audio": 2.0},
+    "class of the item": {"audio": 6.0},
+    "other classes": {"audio": 0.0},
+  }
+  assert list(measures.margin_means(margins, (3, 7, 9), {"items": []})) == [""]
+
+
+def test_joint_numbers_are_of_all_modalities_together(
+  trained, capsys, tmp_path
+):
+  options = ("--modality=image", "--others=joint", *ASKED)
+  output = tmp_path / "x.png"
+  code, _, err = run(
+    capsys, "visualize", f"--workdir={trained}", *options, f"--output={output}"
+  )
+  assert code == 0, err
+  told = {
+    name: json.loads((tmp_path / f"x-{name}.json").read_text())
+    for name in ("audio", "image")
+  }
+  made = {
+    name: np.load(tmp_path / f"x-{name}.npz")["synthesised"] for name in told
+  }
+  model, params, state, _ = robust_mm.load(trained)
+  together = visualization.class_probability(
+    model, params, made, [3, 7], modality=("audio", "image"), state=state
+  )
+  for name, page in told.items():
+    numbers = page["numbers"]["synthesised"]
+    assert numbers["probability"] == pytest.approx(
+      float(together.mean()), abs=1e-4
+    )
+    alone = visualization.class_probability(
+      model, params, made[name], [3, 7], modality=name, state=state
+    )
+    assert numbers["probability alone"] == pytest.approx(
+      float(alone.mean()), abs=1e-4
+    )
+    assert {"near", "far", "near alone", "far alone"} <= set(numbers)
+    held = page["settings"]["held_out"]["far"]
+    assert held["image"]["rotation"] == 30
+    assert held["audio"]["kind"] == "log_mel"
+    # Controls of all at once; what is left out is said.
+    assert {"none", "shifts only", "sub-pixel shifts", "real items"} <= set(
+      page["numbers"]
+    )
+    assert any("Fourier" in note for note in page["notes"])
+    assert page["settings"]["others"] == "joint"
+  first, second = (told[name]["numbers"] for name in told)
+  for row in first:
+    for what in ("near", "far", "probability"):
+      assert first[row][what] == second[row][what]
+
+
+def test_another_network_judges_and_ranges_and_tuning_are_as_asked(
+  trained, capsys, tmp_path
+):
+  other = tmp_path / "other"
+  shutil.copytree(trained, other)
+  shutil.rmtree(other / visuals.FOLDER, ignore_errors=True)
+  common = ("visualize", f"--workdir={other}", "--modality=image", *ASKED)
+  code, out, err = run(
+    capsys,
+    *common,
+    "--no-controls",
+    f"--transfer={trained}",
+    "--ranges=rotation=5,scale=0.9:1.2",
+    "--tuning=num_transforms=2,tv_weight=0.5",
+  )
+  assert code == 0, err
+  (path,) = (other / visuals.FOLDER).glob("*.json")
+  assert path.stem == "image-rotation5.0-scale_0.9__1.2_-" + (
+    "num_transforms2.0-tv_weight0.5"
+  )
+  told = json.loads(path.read_text())
+  settings = told["settings"]
+  assert settings["transforms"]["image"]["rotation"] == 5
+  assert settings["transforms"]["image"]["scale"] == [0.9, 1.2]
+  assert (settings["num_transforms"], settings["tv_weight"]) == (2, 0.5)
+  for numbers in told["numbers"].values():
+    # The same network says the same.
+    assert numbers["other probability"] == pytest.approx(
+      numbers["probability"], abs=1e-5
+    )
+    assert 0 <= numbers["other near"] <= 1
+  assert "other near" in out
+  code, _, err = run(capsys, *common, f"--transfer={other}")
+  assert code == 2
+  assert re.search("--transfer=.* is the run itself", err), err
+
+
+@pytest.fixture
+def tiny():
+  """A run without files: two images of one class, none of the other."""
+  model = models.from_function(
+    lambda params, inputs: jnp.stack(
+      [inputs["x"].mean((1, 2, 3)), -inputs["x"].mean((1, 2, 3))], axis=1
+    ),
+    {},
+    num_classes=2,
+    input_shapes={"x": (8, 8, 1)},
+  )
+  image = np.linspace(0, 1, 3 * 64, dtype=np.float32).reshape(3, 8, 8, 1)
+
+  def batch(label):
+    return {
+      "inputs": {"x": image},
+      "present": {"x": np.ones(3, bool)},
+      "label": np.array(label),
+      "id": np.arange(3),
+    }
+
+  facts = {
+    "input_shapes": {"x": [8, 8, 1]},
+    "value_range": {"x": [0.0, 1.0]},
+    "kinds": {"x": "float"},
+  }
+  return asking.Run(
+    model=model,
+    params={},
+    state={},
+    facts=facts,
+    dataset="digits",
+    train=batch([0, 0, 0]),
+    test=batch([0, 1, 1]),
+  )
+
+
+def test_a_class_without_training_examples_is_left_blank_and_said(tiny):
+  question = asking.Question(modality="x", num_steps=1, seeds=1, controls=False)
+  ((array, told, _),) = grids.make(tiny, question, print).values()
+  assert told["notes"] == [
+    "Class 1 has fewer than 2 training examples of x: no distance.",
+    "No training example shows class 1: no class mean.",
+  ]
+  assert told["numbers"]["synthesised"]["feature_distance"] is not None
+  size = array.shape[1] // 2
+  assert np.all(array[-size + 2 :, -size + 2 :] == 255)
+  assert array[-size + 2 :, : size - 2].min() < 255
+  # Pixels are those of held-out tests: two in 28.
+  jitter = told["settings"]["transforms"]["x"]["jitter"]
+  assert jitter == pytest.approx(2 * 8 / 28)
+  assert told["settings"]["held_out"]["near"]["jitter"] == jitter
+
+
+def test_photos_are_taken_for_what_is_asked(tiny):
+  facts = {**tiny.facts, "input_shapes": {"x": [96, 96, 3]}}
+  photo = dataclasses.replace(tiny, facts=facts)
+
+  def kind(**asked):
+    question = asking.Question(modality="x", **asked)
+    return asking._transform(photo, question, "x").kind
+
+  assert kind() == "lucid"
+  assert kind(transforms="image") == "image"
+  assert kind(fidelity="published") == "image"
+  assert kind(transforms="identity") == "identity"
+
+
+@pytest.mark.parametrize(
+  "shape, kind", [((16, 48, 48), None), ((9, 9, 3), "image"), ((48, 48), None)]
+)
+def test_frames_without_channels_are_no_image(tiny, shape, kind):
+  facts = {**tiny.facts, "input_shapes": {"x": list(shape)}}
+  assert asking.kind(facts, "digits", "x") == kind
+  if kind is None:
+    question = asking.Question(modality="x")
+    with pytest.raises(ValueError, match="what 'x' is: depth, image, inertial"):
+      asking._transform(dataclasses.replace(tiny, facts=facts), question, "x")
 
 
 def test_a_question_is_told_from_every_other_by_its_file():
@@ -137,7 +340,9 @@ def test_a_question_is_told_from_every_other_by_its_file():
     "objective_scale": 2.0,
     "parameterization": "fourier",
     "fidelity": "published",
-    "transforms": "shifts",
+    "transforms": "identity",
+    "ranges": (("rotation", 5.0),),
+    "tuning": (("every", 4.0),),
   }
   plain = asking.Question(modality="image")
   names = {job._name("image", plain)}
@@ -185,6 +390,11 @@ def test_output_goes_elsewhere_and_leaves_the_run_alone(
     (("--modality=image", "--seeds=0"), "--seeds: must be at least 1"),
     (("--modality=image", "--objective-scale=0"), "--objective-scale: must be"),
     (("--modality=audio", "--transforms=image"), "transforms: image is for"),
+    (("--modality=image", "--label=3,3"), "--label names class 3 more"),
+    (("--modality=image", "--ranges=tilt=3"), "--ranges: image has .*'tilt'"),
+    (("--modality=image", "--ranges=rotation"), "--ranges: must be NAME"),
+    (("--modality=image", "--tuning=lr=1"), "--tuning must be of .*'lr'"),
+    (("--modality=image", "--transfer=nowhere"), "--transfer=nowhere"),
     (
       ("--modality=image", "--mode=in_place", "--parameterization=fourier"),
       "--parameterization",

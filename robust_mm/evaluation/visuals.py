@@ -21,10 +21,16 @@ CAUTION = (
   "something that activates the class; it is not what the network sees, nor "
   "realistic. Scores come from the network that made the picture."
 )
+_LISTED = 2  # of a longer list, such as deviations, the ends
 _NUMBERS = {
   "near": "keeps its class, near",
   "far": "keeps its class, far",
   "probability": "probability of the class",
+  "near alone": "keeps its class alone, near",
+  "far alone": "keeps its class alone, far",
+  "probability alone": "probability of the class alone",
+  "other near": "keeps its class in other networks, near",
+  "other probability": "probability in other networks",
   "total_variation": "total variation",
   "spectral_slope": "spectral slope",
   "feature_distance": "distance to real features",
@@ -65,10 +71,42 @@ def section(path: pathlib.Path) -> dict[str, Any]:
       "settings": wording.settings_line(_flat(told["settings"])),
       "data": base64.b64encode(picture).decode(),
       "table": _table(told["numbers"]),
-      "notes": told.get("notes", []),
+      "notes": [*told.get("notes", []), *_told(told)],
     }
   except (KeyError, TypeError, ValueError, OSError) as error:
     raise _validate.UserError(f"{path} is damaged: {error}.") from error
+
+
+def _told(told: Mapping[str, Any]) -> list[str]:
+  """What near and far are, and whose the margin is."""
+  found = [
+    f"{what.capitalize()}: {_transforms(test)}."
+    for what, test in told["settings"].get("held_out", {}).items()
+  ]
+  for group, parts in told.get("margin_means", {}).items():
+    of = f", {group}" if group else ""
+    each = ", ".join(f"{name} {value:+.2f}" for name, value in parts.items())
+    found.append(f"Margin by modality{of}: {each}.")
+  return found
+
+
+def _transforms(test: Mapping[str, Any]) -> str:
+  """``image, jitter 2, rotation 15``; of several modalities one by one."""
+  if "kind" not in test:
+    each = (f"{name} by {_transforms(one)}" for name, one in test.items())
+    return "; ".join(each)
+  options = {n: v for n, v in test.items() if n != "kind" and v is not None}
+  return ", ".join(
+    [test["kind"], *(f"{name} {_plain(v)}" for name, v in options.items())]
+  )
+
+
+def _plain(value: Any) -> str:
+  if not isinstance(value, list):
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+  if len(value) > _LISTED:
+    return f"{min(value):.3g} to {max(value):.3g}"
+  return " to ".join(f"{part:.3g}" for part in value)
 
 
 def page(title: str, sections: Sequence[Mapping[str, Any]]) -> str:

@@ -12,8 +12,8 @@ synthesised as well; numbers beside the pictures; PNG without a library.
   picture = visualization.grid(found.inputs, num_columns=10)
   visualization.write_png("digits.png", picture, value_range=(0.0, 1.0))
 
-Inside, each module imports only from those before it: affine, kinds,
-transforms, parameterizations, objectives, views, metrics, ascent, door;
+Inside, each module imports only from those before it: affine, kinds, transform,
+transforms, parameterizations, objectives, views, checks, metrics, ascent, door;
 colours, drawing, pictures.
 
 References:

@@ -12,6 +12,7 @@ composed into one map, because every bilinear pass blurs.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Real
@@ -43,6 +44,10 @@ def resample(
     fill: what lies outside; None for the nearest pixel of the border.
   """
   height, width = x.shape[:2]
+  if not isinstance(scale, jax.core.Tracer) and not np.all(
+    np.asarray(scale) > 0
+  ):
+    raise ValueError(f"scale must be above 0, got {scale}.")
   # Coordinates in bfloat16 would be wrong by pixels.
   real = jnp.promote_types(x.dtype, jnp.float32)
   angle, scale, shift = (jnp.asarray(v, real) for v in (angle, scale, shift))

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from robust_mm.visualization import objectives
@@ -14,6 +16,8 @@ from robust_mm.visualization import parameterizations
 from robust_mm.visualization import transforms as transforms_lib
 
 TINY = 1e-8
+# Of what the model sees at once: inputs, and numbers in them.
+MOST_INPUTS, MOST_NUMBERS = 1024, 2**24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,9 +76,26 @@ class Ascent(NamedTuple):
   bad_step: Any
 
 
-@functools.partial(jax.jit, static_argnames="program")
 def run(program: Program, view: Any, spaces: Any, label, keys, divisor):
-  """Synthesises ``n`` inputs.
+  """``run_part``, in as many parts of one size as memory asks for."""
+  copies = view.num_others
+  copies *= 1 if program.in_place else program.num_transforms
+  size = sum(math.prod(space.shape) for space in spaces.values())
+  count = label.shape[0]
+  part = min(count, MOST_INPUTS // copies, MOST_NUMBERS // (copies * size))
+  part = max(part, 1)
+  # The last is filled up: one compilation for all.
+  rows = np.arange(-(-count // part) * part) % count
+  found = [
+    run_part(program, view, spaces, label[here], keys[here], divisor)
+    for here in np.split(rows, len(rows) // part)
+  ]
+  return jax.tree.map(lambda *x: jnp.concatenate(x)[:count], *found)
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def run_part(program: Program, view: Any, spaces: Any, label, keys, divisor):
+  """Synthesises ``n`` inputs at once.
 
   Args:
     program: what to do.
@@ -86,8 +107,25 @@ def run(program: Program, view: Any, spaces: Any, label, keys, divisor):
 
   Returns:
     ``{m: [n, ...]}``, objectives ``[n, steps]``, probabilities of the class
-    ``[n, steps]``, and the first bad step ``[n]``.
+    ``[n, steps]``, and the first bad step ``[n]``: the number of steps where it
+    is what the last one made.
   """
+  step_fn, start = _ascent(program, view, spaces, label, keys, divisor)
+  steps = jnp.arange(program.num_steps, dtype=jnp.int32)
+  end, (values, probabilities) = jax.lax.scan(step_fn, start, steps)
+  # Nobody has looked at what the last step made.
+  x = _decoded(spaces, end.u)
+  found = objectives.objective(
+    program.objective, view.logits(x), _by_item(view, label)
+  )
+  bad = ~jnp.all(jnp.isfinite(found), axis=-1) & (end.bad_step < 0)
+  x = _choose(bad, _decoded(spaces, end.last), x)
+  bad_step = jnp.where(bad, program.num_steps, end.bad_step)
+  return x, values.T, probabilities.T, bad_step
+
+
+def _ascent(program, view, spaces, label, keys, divisor):
+  """One step of it, ``step(carry, t)``, and where it starts."""
   tx = optax.adam(program.step_size)
   slope_fn = jax.grad(
     lambda u, keys, strength: _total(
@@ -128,6 +166,10 @@ def run(program: Program, view: Any, spaces: Any, label, keys, divisor):
     )
     return carry, (carry.value, carry.probability)
 
+  return step, _start(tx, spaces, label, keys)
+
+
+def _start(tx, spaces, label, keys) -> Ascent:
   begin = jax.vmap(lambda key: jax.random.split(key))(keys)[:, 1]
   u = {
     name: jax.vmap(
@@ -135,7 +177,7 @@ def run(program: Program, view: Any, spaces: Any, label, keys, divisor):
     )(begin)
     for i, (name, space) in enumerate(sorted(spaces.items()))
   }
-  start = Ascent(
+  return Ascent(
     u=u,
     last=u,
     opt_state=tx.init(u),
@@ -143,17 +185,6 @@ def run(program: Program, view: Any, spaces: Any, label, keys, divisor):
     probability=jnp.full(label.shape, jnp.nan),
     bad_step=jnp.full(label.shape, -1, jnp.int32),
   )
-  steps = jnp.arange(program.num_steps, dtype=jnp.int32)
-  end, (values, probabilities) = jax.lax.scan(step, start, steps)
-  # Nobody has looked at what the last step made.
-  x = _decoded(spaces, end.u)
-  found = objectives.objective(
-    program.objective, view.logits(x), _by_item(view, label)
-  )
-  bad = ~jnp.all(jnp.isfinite(found), axis=-1) & (end.bad_step < 0)
-  x = _choose(bad, _decoded(spaces, end.last), x)
-  bad_step = jnp.where(bad, program.num_steps, end.bad_step)
-  return x, values.T, probabilities.T, bad_step
 
 
 def _total(program, view, spaces, label, divisor, u, keys, strength):

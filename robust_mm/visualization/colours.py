@@ -40,7 +40,7 @@ def levels(values: np.ndarray, value_range) -> np.ndarray:
   NaN is 0.
   """
   low, high = (float(bound) for bound in value_range)
-  if not low < high:
+  if not low < high or not np.isfinite(high - low):
     raise ValueError(f"value_range must be (low, high), got {value_range}.")
   share = (np.asarray(values, np.float64) - low) / (high - low)
   share = np.clip(np.nan_to_num(share, nan=0.0), 0, 1)

@@ -22,6 +22,10 @@ LUCID_ROLL = 4  # jitter of 8 pixels
 LUCID_JITTER = 2  # jitter of 4 pixels
 LUCID_SCALES = tuple((90 + 2 * i) / 100 for i in range(11))
 LUCID_ANGLES = (*range(-10, 11), 0, 0, 0, 0, 0)  # degrees
+IMAGES = ("image", "lucid", "shifts")
+RESAMPLED = ("image", "depth")  # those with a scale
+# Of which Fourier coefficients are.
+FREQUENCIES = (*IMAGES, "log_mel")
 
 
 class Kind(NamedTuple):
@@ -62,13 +66,13 @@ def _degrees(key, size, strength):
   return _within(key, math.radians(size), strength)
 
 
-def sample_nothing(key, shape, strength):
-  del key, shape, strength
+def sample_nothing(key, shape, strength, **options):
+  del key, shape, strength, options
   return {}
 
 
-def apply_nothing(x, draw):
-  del draw
+def apply_nothing(x, draw, **options):
+  del draw, options
   return x
 
 
@@ -108,7 +112,11 @@ def sample_lucid(key, shape, strength, *, fill):
 
 def apply_lucid(x, draw, *, fill):
   edge = (LUCID_PAD, LUCID_PAD)
-  padded = jnp.pad(x, (edge, edge, (0, 0)), constant_values=fill)
+  frame = (edge, edge, (0, 0))
+  if fill is None:
+    padded = jnp.pad(x, frame, mode="edge")
+  else:
+    padded = jnp.pad(x, frame, constant_values=fill)
   # Narrower than the padding, so that only the fill goes round.
   rolled = jnp.roll(padded, (draw["roll"][0], draw["roll"][1]), (0, 1))
   where = {name: draw[name] for name in ("angle", "scale", "shift")}

@@ -25,6 +25,7 @@ from robust_mm.visualization import transforms as transforms_lib
 from robust_mm.visualization import views
 
 TINY = 1e-12
+LEAST_SPECTRUM = 4  # pixels: two rings of frequencies
 
 
 def transformation_accuracy(
@@ -60,7 +61,9 @@ def transformation_accuracy(
     The share ``[class, seed]`` of draws, and of other items.
   """
   _validate.at_least(1, num=num)
-  view, flat, shape = _viewed(apply_fn, params, inputs, modality, state, others)
+  view, flat, shape = _viewed(
+    apply_fn, params, inputs, modality, state, others, classes
+  )
   chosen = as_mapping(transforms, view.names, "transforms")
   for name in view.names:
     chosen[name].check(view.shape(name), flat[name].dtype, name=name)
@@ -96,7 +99,9 @@ def class_probability(
 
   Arguments as of ``transformation_accuracy``.
   """
-  view, flat, shape = _viewed(apply_fn, params, inputs, modality, state, others)
+  view, flat, shape = _viewed(
+    apply_fn, params, inputs, modality, state, others, classes
+  )
   label = jnp.repeat(jnp.asarray(classes, jnp.int32), shape[1])[:, None]
   label = jnp.broadcast_to(label, (label.shape[0], view.num_others))
   found = objectives.objective("log_prob", _logits(view, flat), label)
@@ -134,7 +139,9 @@ def modality_margins(
   seed]}``, averaged over other items; None of a model without scores. Arguments
   as of ``transformation_accuracy``.
   """
-  view, flat, shape = _viewed(apply_fn, params, inputs, modality, state, others)
+  view, flat, shape = _viewed(
+    apply_fn, params, inputs, modality, state, others, classes
+  )
   scores = _scores(view, flat)
   if scores is None:
     return None
@@ -175,10 +182,17 @@ def naturalness(
   Returns:
     ``[class, seed]`` each: ``total_variation``; ``feature_distance``, the mean
     distance to features of real items of the class divided by the mean distance
-    between those; and of images ``spectral_slope``, see ``spectral_slope``.
+    between those (NaN where all of those are alike); and of images
+    ``spectral_slope``, see ``spectral_slope``.
   """
-  view, flat, shape = _viewed(apply_fn, params, inputs, modality, state, others)
+  if not isinstance(modality, str):
+    raise ValueError(f"modality must be one name, got {modality!r}.")
+  view, flat, shape = _viewed(
+    apply_fn, params, inputs, modality, state, others, classes
+  )
   x = flat[modality]
+  for axis in smooth_axes:
+    _validate.whole_up_to(x.ndim - 2, smooth_axes=axis)
   found = {
     "total_variation": jnp.reshape(
       jax.vmap(
@@ -193,7 +207,7 @@ def naturalness(
       items,
     ),
   }
-  if x.ndim >= 3:
+  if x.ndim >= 3 and min(x.shape[1:3]) >= LEAST_SPECTRUM:
     found["spectral_slope"] = jnp.reshape(jax.vmap(spectral_slope)(x), shape)
   return found
 
@@ -213,6 +227,7 @@ def _distances(features, classes, view, items):
     real = _features(view, {name: jnp.asarray(items["inputs"][name][rows])})
     among = _pairwise(real, real)
     among = jnp.sum(among) / (len(rows) * (len(rows) - 1))
+    among = jnp.where(among > 0, among, jnp.nan)
     found.append(jnp.mean(_pairwise(features[row], real), axis=1) / among)
   return jnp.stack(found)
 
@@ -225,8 +240,16 @@ def spectral_slope(x: Float[Array, "h w *c"]) -> Float[Array, ""]:
   """The slope of log power over log radial frequency, averaged over channels.
 
   Natural images have about -2, white noise 0; more negative is smoother.
+
+  Raises:
+    ValueError: less than four pixels, of which there is no slope.
   """
   height, width = x.shape[:2]
+  if min(height, width) < LEAST_SPECTRUM:
+    raise ValueError(
+      f"x must have at least {LEAST_SPECTRUM} pixels each way, got "
+      f"{[height, width]}."
+    )
   flat = jnp.reshape(x, (height, width, -1))
   power = jnp.mean(jnp.abs(jnp.fft.fft2(flat, axes=(0, 1))) ** 2, axis=-1)
   frequency = np.sqrt(
@@ -290,17 +313,22 @@ def as_mapping(value: Any, names: Sequence[str], argument: str) -> dict:
   return dict(value)
 
 
-def _viewed(apply_fn, params, inputs, modality, state, others):
+def _viewed(apply_fn, params, inputs, modality, state, others, classes=None):
   """The view, inputs ``{m: [class * seed, ...]}``, and (classes, seeds)."""
   names = (modality,) if isinstance(modality, str) else tuple(modality)
   inputs = as_mapping(inputs, names, "inputs")
-  shapes = {name: tuple(inputs[name].shape[2:]) for name in names}
+  inputs = {name: jnp.asarray(inputs[name]) for name in names}
+  lead = inputs[names[0]].shape[:2]
+  for name, x in inputs.items():
+    if x.ndim < 3 or x.shape[:2] != lead:
+      raise ValueError(
+        f"inputs must be [class, seed, ...] of {name!r}, got {list(x.shape)}."
+      )
+  shapes = {name: tuple(x.shape[2:]) for name, x in inputs.items()}
   view = views.make(
     apply_fn, params, names, state=state, shape=shapes, others=others
   )
-  lead = next(iter(inputs.values())).shape[:2]
-  flat = {
-    name: jnp.reshape(jnp.asarray(x), (-1, *x.shape[2:]))
-    for name, x in inputs.items()
-  }
+  if classes is not None:
+    views.classes(view, classes, length=lead[0])
+  flat = {n: jnp.reshape(x, (-1, *x.shape[2:])) for n, x in inputs.items()}
   return view, flat, lead

@@ -60,6 +60,8 @@ def grid(
   else:
     inputs = inputs.reshape(-1, *inputs.shape[-2:])
   if inputs.dtype != np.uint8:
+    if not np.issubdtype(inputs.dtype, np.floating):
+      raise ValueError(f"inputs must be floats or uint8, got {inputs.dtype}.")
     inputs = colours.levels(inputs, value_range)
   if channels == 1 and colormap != "grey":
     inputs = colours.table()[inputs]
@@ -69,7 +71,16 @@ def grid(
 def tile(
   pictures: list[np.ndarray], num_columns: int, upscale: int = 1
 ) -> np.ndarray:
-  """uint8 pictures of one size side by side, row by row; colour if any has."""
+  """uint8 pictures of one size side by side, row by row; colour if any has.
+
+  Raises:
+    ValueError: no pictures, or some of another size.
+  """
+  sizes = sorted({p.shape[:2] for p in pictures})
+  if len(sizes) != 1:
+    raise ValueError(
+      f"pictures must be some, all of one size, got {sizes or 'none'}."
+    )
   if any(p.ndim == 3 for p in pictures):
     pictures = [
       p if p.ndim == 3 else np.repeat(p[..., None], 3, axis=-1)

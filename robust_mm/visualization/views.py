@@ -152,8 +152,48 @@ def num_classes(view: View) -> int:
     name: jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     for name, shape in view.shapes
   }
-  logits = jax.eval_shape(view.logits, one)
+  try:
+    logits = jax.eval_shape(view, one).logits
+  except (TypeError, ValueError) as error:
+    told = {name: list(shape) for name, shape in view.shapes}
+    raise ValueError(
+      f"shape: apply_fn does not take inputs {told}: {error}"
+    ) from error
+  if logits.shape[:1] != (view.num_others,) or logits.ndim != 2:
+    raise ValueError(
+      f"apply_fn must give logits [b, k], got {list(logits.shape)} of "
+      f"{view.num_others} inputs."
+    )
   return logits.shape[-1]
+
+
+def classes(view: View, asked: Any, *, length: int | None = None) -> tuple:
+  """``asked`` as whole numbers that the model knows.
+
+  Args:
+    view: of the model.
+    asked: one class, or several.
+    length: of them; any number by default.
+
+  Raises:
+    ValueError: naming ``classes``.
+  """
+  count = num_classes(view)
+  found = tuple(np.atleast_1d(np.asarray(asked)).ravel().tolist())
+  for one in found:
+    whole = isinstance(one, int) and not isinstance(one, bool)
+    if not whole or not 0 <= one < count:
+      raise ValueError(
+        f"classes must be whole numbers in 0..{count - 1}, got {one!r}."
+      )
+  if not found:
+    raise ValueError("classes must name at least one class.")
+  if length is not None and len(found) != length:
+    raise ValueError(
+      f"classes must name one for each of the {length} rows of inputs, got "
+      f"{len(found)}."
+    )
+  return found
 
 
 def _shapes(apply_fn, names, shape) -> dict[str, tuple[int, ...]]:
@@ -169,13 +209,22 @@ def _shapes(apply_fn, names, shape) -> dict[str, tuple[int, ...]]:
         f"{shape}."
       )
     shape = {names[0]: shape}
-  given = {name: tuple(int(n) for n in shape[name]) for name in shape}
+  given = {name: _sizes(shape[name]) for name in shape}
   for name, value in given.items():
     if known.get(name, value) != value:
       raise ValueError(
         f"shape says {value} for {name!r}, the model takes {known[name]}."
       )
   return {**known, **given}
+
+
+def _sizes(shape) -> tuple[int, ...]:
+  try:
+    return tuple(int(size) for size in shape)
+  except (TypeError, ValueError):
+    raise ValueError(
+      f"shape must be the sizes of one input, got {shape!r}."
+    ) from None
 
 
 def _known_shape(shapes, name) -> tuple[int, ...]:

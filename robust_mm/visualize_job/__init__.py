@@ -1,6 +1,7 @@
 """``robust-mm visualize``: the inputs that activate the classes of a run.
 
-Inside, each module imports only from those before it: asking, grids, job.
+Inside, each module imports only from those before it: asking, measures,
+grids, job.
 """
 
 from robust_mm.visualize_job.asking import Question

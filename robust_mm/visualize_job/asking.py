@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from robust_mm import _validate
 from robust_mm import data
 from robust_mm import training
 from robust_mm.training import runs
@@ -20,6 +21,12 @@ PHOTO = 96  # pixels from which an image is one
 KINDS = {"image": "image", "spectrogram": "log_mel", "video": "depth"}
 _BY_RANK = {1: "vector", 3: "image", 4: "depth"}
 _SEQUENCES = ("inertial", "skeleton")
+_CHANNELS = 4  # an image has no more
+TUNING = (
+  *("num_transforms", "learning_rate", "step_size", "every", "tv_weight"),
+  *("l2_weight", "annealing", "blur_every", "num_held_out"),
+)
+_COUNTS = ("num_transforms", "every", "blur_every", "num_held_out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +47,9 @@ class Question:
     seeds: pictures of every class.
     num_steps: of the ascent; None for 256, of photos 512.
     controls: whether they are made as well.
+    ranges: ``((option, value), ...)`` of the transformation of the modality.
+    tuning: ``((option, value), ...)`` of ``class_visualization``.
+    transfer: folders of other runs that judge what is made.
     seed: of everything random.
   """
 
@@ -55,6 +65,9 @@ class Question:
   seeds: int = 3
   num_steps: int | None = None
   controls: bool = True
+  ranges: tuple[tuple[str, Any], ...] = ()
+  tuning: tuple[tuple[str, Any], ...] = ()
+  transfer: tuple[str, ...] = ()
   seed: int = 0
 
 
@@ -72,6 +85,7 @@ class Run:
     test: examples of the split that real items are taken of.
     split: its name.
     phase: whose model; None for the last.
+    others: ``(model, params, state)`` of the runs that judge.
   """
 
   model: Any
@@ -83,16 +97,26 @@ class Run:
   test: dict
   split: str = "test"
   phase: str | None = None
+  others: tuple = ()
 
 
 def kind(facts: Mapping, dataset: str, name: str) -> str | None:
   """The kind of a modality's transformations; None where nothing says."""
+  found = _stated(dataset, name)
+  if found is not None:
+    return found
+  shape = facts["input_shapes"][name]
+  if len(shape) == 3 and shape[-1] > _CHANNELS:
+    return None  # frames of depth, say
+  return _BY_RANK.get(len(shape))
+
+
+def _stated(dataset: str, name: str) -> str | None:
+  """What the data set says, or the name of a sequence."""
   known = data.registry.get(dataset).modalities.get(name)
   if known is not None and known.kind in KINDS:
     return KINDS[known.kind]
-  if name in _SEQUENCES:
-    return name
-  return _BY_RANK.get(len(facts["input_shapes"][name]))
+  return name if name in _SEQUENCES else None
 
 
 def open_run(folder: pathlib.Path, split: str, phase: str | None) -> Run:
@@ -116,6 +140,32 @@ def open_run(folder: pathlib.Path, split: str, phase: str | None) -> Run:
   )
 
 
+def open_others(question: Question, opened: Run, own: Any) -> tuple:
+  """``(model, params, state)`` of the runs that judge what is made.
+
+  Raises:
+    UserError: the run itself, or one of other classes or modalities.
+  """
+  found = []
+  for folder in question.transfer:
+    if pathlib.Path(folder).resolve() == pathlib.Path(own).resolve():
+      raise _validate.UserError(
+        f"--transfer={folder} is the run itself; name another."
+      )
+    model, params, state, _ = training.load(folder)
+    if model.num_classes != opened.model.num_classes:
+      raise _validate.UserError(
+        f"--transfer={folder} has {model.num_classes} classes, not "
+        f"{opened.model.num_classes}."
+      )
+    if question.modality not in model.modalities:
+      raise _validate.UserError(
+        f"--transfer={folder} has no modality {question.modality!r}."
+      )
+    found.append((model, params, state))
+  return tuple(found)
+
+
 def options(opened: Run, question: Question) -> dict:
   """Names, transformations and options of ``class_visualization``.
 
@@ -129,34 +179,73 @@ def options(opened: Run, question: Question) -> dict:
   ranges, references, chosen = {}, {}, {}
   for name in names:
     ranges[name], references[name] = _range(opened, name)
-    own = question.transforms if name == question.modality else None
-    chosen[name] = _transform(opened, name, own)
-  first = names[0]
+    chosen[name] = _transform(opened, question, name)
   shapes = {m: tuple(s) for m, s in facts["input_shapes"].items()}
-  photo = chosen[first].kind == "lucid"
+  photo = chosen[names[0]].kind in ("image", "lucid") and _photo(
+    shapes[names[0]]
+  )
+  others, items = _others(opened, question, names)
+  published = question.fidelity == "published"
+  auto = question.objective_scale == "auto" and not published
   options = {
     "shape": {name: shapes[name] for name in names},
     "mode": question.mode,
     "objective": question.objective,
-    "others": _others(opened, question, names),
+    "others": others,
     "parameterization": question.parameterization,
     "fidelity": question.fidelity,
-    "objective_scale": question.objective_scale,
+    # What was published knows no scale.
+    "objective_scale": "auto" if auto else _number(question.objective_scale),
     "items": opened.train,
     "value_range": ranges,
     "reference": references,
     "num_steps": question.num_steps or (512 if photo else 256),
   }
   if photo:
-    auto = question.objective_scale == "auto"
     options |= {"num_transforms": 8, "l2_weight": 0.1 if auto else 1.0}
     if question.mode == "in_place":
       options |= {"every": 16, "step_size": 0.01}
   return {
     "names": names,
     "transforms": chosen,
-    "held_out": transforms_lib.held_out(chosen[first], shapes[first]),
-    "options": options,
+    "held_out": _held_out(chosen, shapes, references),
+    "items": items,
+    "options": options | _tuned(question.tuning),
+  }
+
+
+def _number(scale: float | str) -> float:
+  return 1.0 if isinstance(scale, str) else scale
+
+
+def _tuned(tuning) -> dict:
+  """Options of the ascent; whole numbers where they count something."""
+  found = {}
+  for name, value in tuning:
+    if name not in TUNING:
+      raise ValueError(
+        f"--tuning must be of {', '.join(TUNING)}; got {name!r}."
+        f"{_validate.suggestion(name, TUNING)}"
+      )
+    whole = name in _COUNTS and float(value).is_integer()
+    found[name] = int(value) if whole else value
+  return found
+
+
+def _held_out(chosen, shapes, references) -> dict:
+  """``{what: transform}``, or ``{what: {m: transform}}`` of several."""
+  tests = {
+    name: transforms_lib.held_out(
+      transform, shapes[name], fill=float(np.mean(references[name]))
+    )
+    for name, transform in chosen.items()
+  }
+  if len(tests) == 1:
+    return next(iter(tests.values()))
+  return {
+    what: {name: test[what] for name, test in tests.items()}
+    for what in ("near", "far")
+    if all(what in test for test in tests.values())
   }
 
 
@@ -165,13 +254,16 @@ def _range(opened: Run, name: str):
   bounds = opened.facts["value_range"].get(name)
   shape = opened.facts["input_shapes"][name]
   if bounds:
-    photo = len(shape) == 3 and min(shape[:2]) >= PHOTO
     middle = (bounds[0] + bounds[1]) / 2
-    return tuple(bounds), middle if photo else float(bounds[0])
+    return tuple(bounds), middle if _photo(shape) else float(bounds[0])
   values = _present(opened.train, name)
   axes = tuple(range(values.ndim - 1))
   low, high = np.percentile(values, PERCENTILES, axis=axes)
   return (low, high), np.clip(values.mean(axis=axes), low, high)
+
+
+def _photo(shape) -> bool:
+  return len(shape) == 3 and min(shape[:2]) >= PHOTO
 
 
 def _present(batch, name) -> np.ndarray:
@@ -181,29 +273,59 @@ def _present(batch, name) -> np.ndarray:
   return values
 
 
-def _transform(opened: Run, name: str, asked: str | None):
-  usual = kind(opened.facts, opened.dataset, name)
-  chosen = asked or usual
+def _transform(opened: Run, question: Question, name: str):
+  """What keeps a class of a modality, in ranges that fit its size."""
+  own = name == question.modality
+  asked = question.transforms if own else None
+  chosen = asked or kind(opened.facts, opened.dataset, name)
   if chosen is None:
     raise ValueError(
-      f"--transforms must say what {name!r} is: log_mel, inertial or skeleton."
+      f"--transforms must say what {name!r} is: depth, image, inertial, "
+      "log_mel or skeleton."
+    )
+  stated = _stated(opened.dataset, name)
+  if stated is not None and chosen not in _fitting(stated):
+    raise ValueError(
+      f"--transforms: {chosen} is for other inputs; {name!r} takes "
+      f"{' or '.join(_fitting(stated))}."
     )
   shape = tuple(opened.facts["input_shapes"][name])
-  if chosen == "image" and min(shape[:2]) >= PHOTO:
+  photo = chosen == "image" and _photo(shape)
+  if photo and asked is None and question.fidelity == "corrected":
     chosen = "lucid"
   options = {}
+  if chosen == "identity":
+    options["of"] = kind(opened.facts, opened.dataset, name)
+  if chosen == "image" and len(shape) == 3:
+    options["jitter"] = 2 * min(shape[:2]) / 28  # as held-out tests are
+    if question.mode == "in_place":
+      options |= {"rotation": 10.0, "scale": (0.9, 1.1)}
   if chosen == "vector":
     std = _present(opened.train, name).std(axis=0)
     options["std"] = tuple(float(value) for value in std.ravel())
   found = transforms_lib.FACTORIES[chosen](**options)
   found.check(shape, name=name)
-  return found
+  ranges = dict(question.ranges) if own else {}
+  known = [option for option, _ in found.options if option != "of"]
+  for option in ranges:
+    if option not in known:
+      raise ValueError(
+        f"--ranges: {chosen} has {', '.join(known) or 'none'}; got {option!r}."
+      )
+  return found.replace(**ranges)
 
 
-def _others(opened: Run, question: Question, names) -> Any:
+def _fitting(stated: str) -> tuple[str, ...]:
+  """Kinds that inputs of a stated one may be taken for."""
+  photos = ("lucid",) if stated == "image" else ()
+  return (stated, *photos, "identity")
+
+
+def _others(opened: Run, question: Question, names) -> tuple[Any, list]:
+  """``others`` of ``class_visualization``, and what items those are."""
   rest = [m for m in opened.model.modalities if m not in names]
   if question.others in ("absent", "joint"):
-    return question.others if question.others == "absent" or rest else "absent"
+    return question.others, []
   if not rest:
     raise ValueError(
       f"--others: the run has no modality but {question.modality!r}."
@@ -217,7 +339,16 @@ def _others(opened: Run, question: Question, names) -> Any:
       raise ValueError(
         f"--others must be an item in 0..{count - 1}, got {rows[0]}."
       )
-  return {
+  others = {
     "inputs": {m: opened.test["inputs"][m][rows] for m in rest},
     "present": {m: opened.test["present"][m][rows] for m in rest},
   }
+  items = [
+    {
+      "item": int(row),
+      "id": opened.test["id"][row].item(),
+      "class": int(opened.test["label"][row]),
+    }
+    for row in rows
+  ]
+  return others, items

@@ -9,38 +9,29 @@ import numpy as np
 from robust_mm import visualization
 from robust_mm.visualization import transforms as transforms_lib
 from robust_mm.visualize_job import asking
+from robust_mm.visualize_job import measures
 
 MOST_CLASSES = 10  # of a grid nobody has asked for in detail
+FOURIER = "Fourier, none"
+_WHITE = 255
 
 
 def make(
   opened: asking.Run, question: asking.Question, progress: Callable[..., None]
 ) -> dict[str, tuple[Any, dict, dict]]:
   """``{modality: (uint8, what is told of it, arrays)}``."""
+  labels = _labels(opened, question)
   asked = asking.options(opened, question)
-  names = asked.pop("names")
-  labels = question.labels
-  if labels is None:
-    labels = tuple(range(min(opened.model.num_classes, MOST_CLASSES)))
-  chosen = asked.pop("transforms")
+  names, chosen = asked["names"], asked["transforms"]
   several = len(names) > 1
   variants = {"": (chosen, {})}
-  if question.controls and not several:
-    (name,) = names
-    for control, transform in transforms_lib.controls(chosen[name]).items():
-      if transform != chosen[name]:
-        variants[control] = ({name: transform}, {})
-    if len(opened.facts["input_shapes"][name]) == 3:
-      fourier = {"parameterization": "fourier", "mode": "expectation"}
-      variants["Fourier, none"] = (
-        {name: transforms_lib.identity()},
-        {**fourier, "fidelity": "corrected"},
-      )
+  if question.controls:
+    variants |= _controls(chosen, asked["options"]["shape"])
   made = {}
   for done, (variant, (transform, changed)) in enumerate(variants.items()):
     progress(done, len(variants), variant or "synthesis")
-    given = {**asked["options"], **changed}
-    if variant and given["fidelity"] == "published":
+    given = {"held_out": asked["held_out"], **asked["options"], **changed}
+    if variant and question.fidelity == "published":
       # What it forbids is switched off by hand; identities are no images.
       given |= {"fidelity": "corrected", "objective": "logit"}
       given |= {"tv_weight": 0.0, "annealing": 0.0}
@@ -53,29 +44,68 @@ def make(
       seeds=question.seeds,
       state=opened.state,
       key=jax.random.key(question.seed),
-      held_out={} if several else asked["held_out"],
       **given,
     )
   progress(len(variants), len(variants), "drawing")
+  pictures = {
+    variant or measures.SYNTHESISED: found.inputs
+    if several
+    else {names[0]: found.inputs}
+    for variant, found in made.items()
+  }
+  real = _real(opened, names, labels, question.seeds)
+  pictures[measures.REAL] = real
+  numbers, notes = measures.of(opened, asked, labels, pictures, made)
   return {
-    name: _grid(opened, question, asked, name, labels, made, chosen[name])
+    name: _grid(
+      opened, question, asked, name, labels, made, pictures, numbers, notes
+    )
     for name in names
   }
 
 
-def _grid(opened, question, asked, name, labels, made, transform):
+def _labels(opened, question) -> tuple[int, ...]:
+  labels = question.labels
+  if labels is None:
+    labels = tuple(range(min(opened.model.num_classes, MOST_CLASSES)))
+  twice = sorted({label for label in labels if labels.count(label) > 1})
+  if twice:
+    raise ValueError(f"--label names class {twice[0]} more than once.")
+  return tuple(labels)
+
+
+def _controls(chosen, shapes) -> dict[str, tuple[dict, dict]]:
+  """``{control: (transforms, options)}``; of several, of each its own."""
+  every = {m: transforms_lib.controls(t) for m, t in chosen.items()}
+  found = {}
+  for control in ("none", "shifts only", "sub-pixel shifts"):
+    if not any(control in own for own in every.values()):
+      continue
+    # What has no such control, such as a vector, is left as it is.
+    transforms = {m: own.get(control, own["none"]) for m, own in every.items()}
+    if transforms != chosen:
+      found[control] = (transforms, {})
+  if len(chosen) == 1:
+    ((name, own),) = every.items()
+    if own["none"].has_frequencies(len(shapes[name])):
+      changed = {"parameterization": "fourier", "mode": "expectation"}
+      changed |= {"fidelity": "corrected", "blur_every": 0}
+      found[FOURIER] = ({name: own["none"]}, changed)
+  return found
+
+
+def _grid(
+  opened, question, asked, name, labels, made, pictures, numbers, notes
+):
   """One grid: starts, controls, real items, class means."""
+  transform = asked["transforms"][name]
   low, high = asked["options"]["value_range"][name]
   value_range = (float(np.min(low)), float(np.max(high)))
-  of = {
-    variant: np.asarray(
-      found.inputs[name] if isinstance(found.inputs, dict) else found.inputs
-    )
-    for variant, found in made.items()
-  }
-  real, means = _real(opened, name, labels, question.seeds)
-  rows = {f"start {i}": of[""][:, i] for i in range(question.seeds)}
-  rows |= {variant: x[:, 0] for variant, x in of.items() if variant}
+  of = {what: np.asarray(x[name]) for what, x in pictures.items()}
+  starts, real = of[measures.SYNTHESISED], of.pop(measures.REAL)
+  means, lacking = _means(opened, name, labels)
+  rows = {f"start {i}": starts[:, i] for i in range(question.seeds)}
+  rows |= {variant: of[variant][:, 0] for variant in made if variant}
   rows |= {"real item": real[:, 0], "class mean": means}
   colormap = "perceptual" if transform.kind == "log_mel" else "grey"
   small = [
@@ -83,108 +113,92 @@ def _grid(opened, question, asked, name, labels, made, transform):
     for row in rows.values()
     for x in row
   ]
+  for column in lacking:
+    at = len(labels) * (len(rows) - 1) + column
+    small[at] = np.full_like(small[at], _WHITE)
   upscale = max(1, 84 // max(small[0].shape[:2]))
   array = visualization.tile(small, len(labels), upscale)
-  numbers = {}
-  for variant, x in {**of, "real items": real}.items():
-    numbers[variant or "synthesised"] = _numbers(
-      opened, asked, name, labels, x, made.get(variant), transform
-    )
   first = made[""]
+  told = {
+    "title": f"{name}: {_words(question, asked['items'])}{_place(opened)}",
+    "rows": list(rows),
+    "columns": list(labels),
+    "value_range": value_range,
+    "numbers": numbers[name],
+    "margins": {
+      m: np.asarray(v).tolist() for m, v in (first.margins or {}).items()
+    },
+    "margin_means": measures.margin_means(first.margins, labels, asked),
+    "items": asked["items"],
+    "first_bad_step": np.asarray(first.first_bad_step).tolist(),
+    "notes": notes + _notes(question, asked, first, labels, lacking),
+    "settings": {**first.settings, "transfer": list(question.transfer)},
+  }
+  if transform.kind in visualization.drawing.LINES:
+    told["channel_range"] = [np.ravel(bound).tolist() for bound in (low, high)]
+  arrays = {_slug(what): x for what, x in of.items()}
+  return array, told, arrays
+
+
+def _notes(question, asked, first, labels, lacking) -> list[str]:
   bad = int(np.sum(np.asarray(first.first_bad_step) >= 0))
   notes = (
     [f"{bad} inputs stopped at a value that was not finite."] if bad else []
   )
   if first.settings["reconstruction"]:
     notes.append("Our reconstruction of what was published.")
-  told = {
-    "title": f"{name}: {_words(question)}{_place(opened)}",
-    "rows": list(rows),
-    "columns": list(labels),
-    "value_range": value_range,
-    "numbers": numbers,
-    "margins": {
-      m: np.asarray(v).tolist() for m, v in (first.margins or {}).items()
-    },
-    "first_bad_step": np.asarray(first.first_bad_step).tolist(),
-    "notes": notes,
-    "settings": first.settings,
-  }
-  if transform.kind in visualization.drawing.LINES:
-    told["channel_range"] = [np.ravel(bound).tolist() for bound in (low, high)]
-  arrays = {_slug(v or "synthesised"): x for v, x in of.items()}
-  return array, told, arrays
+  if lacking:
+    classes = ", ".join(str(labels[column]) for column in lacking)
+    notes.append(f"No training example shows class {classes}: no class mean.")
+  if len(asked["names"]) > 1:
+    notes.append(
+      "Near, far and probability are of all modalities together; alone: of "
+      "this one with the others absent."
+    )
+    if question.controls:
+      notes.append("Of several modalities there is no control by Fourier.")
+  return notes
 
 
-def _real(opened: asking.Run, name, labels, count):
-  """Items ``[class, count, ...]`` of the split and training class means."""
+def _real(opened: asking.Run, names, labels, count) -> dict[str, np.ndarray]:
+  """Items ``{m: [class, count, ...]}`` of the split, with all the names."""
   rows = []
   for label in labels:
     here = opened.test["label"] == label
-    found = np.flatnonzero(here & opened.test["present"][name])
+    for name in names:
+      here = here & opened.test["present"][name]
+    found = np.flatnonzero(here)
     if not len(found):
+      told = " and ".join(map(repr, names))
       raise ValueError(
-        f"--label: no item of the split has class {label} and {name!r}."
+        f"--label: no item of the split has class {label} and {told}."
       )
     rows.append(np.resize(found, count))
-  train = opened.train
-  means = [
-    train["inputs"][name][
-      (train["label"] == label) & train["present"][name]
-    ].mean(axis=0)
-    for label in labels
-  ]
-  return opened.test["inputs"][name][np.array(rows)], np.stack(means)
+  return {name: opened.test["inputs"][name][np.array(rows)] for name in names}
 
 
-def _numbers(opened, asked, name, labels, x, made, transform) -> dict:
-  """Means over classes and starts."""
-  others = asked["options"]["others"]
-  shared = {
-    "modality": name,
-    "state": opened.state,
-    "others": "absent" if others == "joint" else others,
-  }
-  subject = opened.model, opened.params, x
-  accuracy = {} if made is None else made.transforms_accuracy
-  if not accuracy:
-    shape = tuple(x.shape[2:])
-    accuracy = {
-      what: visualization.transformation_accuracy(
-        *subject, labels, test, key=jax.random.key(1), **shared
-      )
-      for what, test in transforms_lib.held_out(transform, shape).items()
-    }
-  found = {
-    **accuracy,
-    "probability": visualization.class_probability(*subject, labels, **shared),
-    **_natural(opened, subject, labels, transform, shared),
-    "diversity": visualization.diversity(*subject, **shared),
-  }
-  means = {what: float(np.mean(value)) for what, value in found.items()}
-  return {n: v if np.isfinite(v) else None for n, v in means.items()}
+def _means(opened: asking.Run, name, labels) -> tuple[np.ndarray, list[int]]:
+  """Training means of classes, and the columns of those without an example."""
+  train, means, lacking = opened.train, [], []
+  for column, label in enumerate(labels):
+    here = (train["label"] == label) & train["present"][name]
+    if not here.any():
+      lacking.append(column)
+      here = train["present"][name]  # drawn over
+    means.append(train["inputs"][name][here].mean(axis=0))
+  return np.stack(means), lacking
 
 
-def _natural(opened, subject, labels, transform, shared) -> dict:
-  axes = transform.smooth_axes(subject[2].shape[2:])
-  try:
-    found = visualization.naturalness(
-      *subject, labels, opened.train, smooth_axes=axes, **shared
-    )
-  except ValueError:  # a class with a single training item
-    return {}
-  if transform.kind not in ("image", "lucid"):
-    found.pop("spectral_slope", None)
-  return found
-
-
-def _words(question: asking.Question) -> str:
+def _words(question: asking.Question, items: list[dict]) -> str:
   others = {
     "absent": "the other modalities absent",
     "joint": "all modalities together",
     "average": f"on average over {asking.AVERAGED} items of the others",
   }
-  told = others.get(question.others, f"the others of item {question.others}")
+  told = others.get(question.others)
+  if told is None:
+    (item,) = items
+    told = f"the others of item {item['item']}, of class {item['class']}"
   place = ", transformed in place" if question.mode == "in_place" else ""
   published = ", as published" if question.fidelity == "published" else ""
   return told + place + published

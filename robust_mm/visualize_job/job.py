@@ -22,7 +22,18 @@ from robust_mm.visualize_job import grids
 
 PAGE = "visualization.html"
 # Of a question: how much of the answer is made, not what is asked.
-_DETAIL = ("modality", "labels", "seeds", "num_steps", "controls", "seed")
+_DETAIL = (
+  *("modality", "labels", "seeds", "num_steps", "controls", "transfer", "seed"),
+)
+# What the summary shows, and how it is called there.
+_SHOWN = {
+  "near": "near",
+  "far": "far",
+  "near alone": "near alone",
+  "other probability": "other prob.",
+  "other near": "other near",
+  "feature_distance": "distance",
+}
 
 
 def run(
@@ -59,6 +70,8 @@ def run(
   """
   question = asking.Question(**question)
   opened = asking.open_run(folder, split, phase)
+  others = asking.open_others(question, opened, folder)
+  opened = dataclasses.replace(opened, others=others)
   with _validate.user_errors():
     made = grids.make(opened, question, progress)
   home = folder / visuals.FOLDER
@@ -108,13 +121,18 @@ def summary(paths: list[pathlib.Path]) -> str:
   for path in paths:
     told = runs.read_json(path.with_suffix(".json"))
     lines.append(told["title"])
-    lines.append(f"  {'':20s}{'near':>8s}{'far':>8s}{'distance':>10s}")
+    shown = [n for n in _SHOWN if any(n in v for v in told["numbers"].values())]
+    width = max(20, *map(len, told["numbers"]))
+    heads = "".join(f"{_SHOWN[name]:>12s}" for name in shown)
+    lines.append(f"  {'':{width}s}{heads}")
     for row, values in told["numbers"].items():
-      cells = [values.get(n) for n in ("near", "far", "feature_distance")]
-      shown = ["-" if c is None else f"{c:.3f}" for c in cells]
-      lines.append(f"  {row:20s}{shown[0]:>8s}{shown[1]:>8s}{shown[2]:>10s}")
-    lines += [f"  note: {note}" for note in told["notes"]]
-    lines.append(f"  {visuals.section(path.with_suffix('.json'))['settings']}")
+      cells = [values.get(name) for name in shown]
+      cells = ["-" if cell is None else f"{cell:.3f}" for cell in cells]
+      told_row = "".join(f"{cell:>12s}" for cell in cells)
+      lines.append(f"  {row:{width}s}{told_row}")
+    section = visuals.section(path.with_suffix(".json"))
+    lines += [f"  note: {note}" for note in section["notes"]]
+    lines.append(f"  {section['settings']}")
     lines.append(f"  grid: {path}")
   return "\n".join(lines)
 
@@ -145,8 +163,15 @@ def _name(
   for field in dataclasses.fields(question):
     value = getattr(question, field.name)
     if field.name not in _DETAIL and value != field.default:
+      if isinstance(value, tuple):
+        parts += [_slug(f"{option}{value}") for option, value in value]
+        continue
       parts.append(f"{'' if isinstance(value, str) else field.name}{value}")
   parts += [split] if split != "test" else []
   # A phase may be called as an answer is, such as joint.
   parts += [f"phase_{phase}"] if phase is not None else []
   return "-".join(parts)
+
+
+def _slug(text: str) -> str:
+  return "".join(c if c.isalnum() or c in "._" else "_" for c in text)
