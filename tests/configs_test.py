@@ -91,15 +91,16 @@ def test_every_penalty_of_a_configuration_exists():
         assert recipe_lib.restraint(config).penalty.name == name
 
 
-def test_restrained_softmax_is_attacked_where_its_benchmark_is():
+def test_restrained_softmax_is_attacked_where_its_benchmark_is(monkeypatch):
   path = pathlib.Path(__file__).parents[1] / "benchmarks"
+  # As ``python benchmarks/NAME.py`` has it.
+  monkeypatch.syspath_prepend(path)
   radii = runpy.run_path(str(path / "restrained_softmax.py"))["RADIUS"]
-  assert set(radii) == {"digits", "av_digits"}
-  for dataset, radius in radii.items():
+  for dataset in ("digits", "av_digits"):  # the others are relative there
     config = config_lib.load(f"configs/restrained_softmax.py:{dataset}")
     assert config.evaluation.norm == "linf"
     assert len(config.evaluation.radii) == 3
-    assert config.evaluation.radii[1] == radius
+    assert config.evaluation.radii[1] == radii[dataset]
   config = config_lib.load("configs/restrained_softmax.py:digits")
   assert config.evaluation.attack == "auto"
   assert config.evaluation.masking_thorough
