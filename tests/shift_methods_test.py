@@ -160,6 +160,7 @@ def test_an_oracle_lies_in_one_folder_for_all_sets(tmp_path):
 
 def test_passes_are_charged_by_sets_ratio_and_teacher():
   config = config_lib.load("configs/shift.py:utd_mhad")
+  config.num_epochs = 80
   names = ("depth", "inertial", "skeleton")
   for ratio in (1, 2):
     config.data.unlabelled_ratio = ratio
@@ -180,6 +181,7 @@ def test_passes_are_charged_by_sets_ratio_and_teacher():
 
 def test_budgets_say_what_differs_by_the_size_of_a_set():
   config = config_lib.load("configs/shift.py:utd_mhad")
+  config.num_epochs = 80
   names = ("depth", "inertial", "skeleton")
   sets = modalities.subsets(names)
   sets = [tuple(sorted(subset)) for subset in sets]
