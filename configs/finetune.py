@@ -8,8 +8,8 @@ which nothing has been measured av_digits/hard, av_digits/speaker_disjoint,
 audioset, kinetics, imagenet_captions) and variants: probe (a linear head on
 frozen features), finetune (all parameters at once, from a fresh head) in place
 of the one after the other (LP-FT); dropout (fine-tuning sees random subsets of
-what is labelled); few (the first 6,000 examples, 64 a batch, for 3 epochs);
-smoke (a few steps).
+what is labelled); few (the first 6,000 examples, 64 a batch, for 3 epochs
+at a rate of 1e-3, after 300 updates of the probe); smoke (a few steps).
 
 --config.init_from is the work directory of a run of configs/pretraining.py on
 the same data set; without it training begins from scratch.

@@ -4,9 +4,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+import nullspace_linear
 import numpy as np
 import optax
 import pytest
+from nullspace_linear import linear
 
 from robust_mm import nullspace
 from robust_mm.models import vit
@@ -24,15 +26,9 @@ def mean(values):
 # ---- a linear softmax model with a kernel: 4 tokens of 16, 3 classes
 
 
-def linear(params, tokens):
-  return jnp.reshape(tokens, (len(tokens), -1)) @ params
-
-
 @pytest.fixture(scope="module")
 def wide():
-  """(params, tokens): noise in the kernel is free."""
-  params = jax.random.normal(jax.random.key(0), (64, 3))
-  return params, jax.random.normal(jax.random.key(1), (1600, 4, 16))
+  return nullspace_linear.wide(1600)
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+import nullspace_linear
 import numpy as np
 import pytest
+from nullspace_linear import linear
 
 from robust_mm import nullspace
 from robust_mm.nullspace import criteria
@@ -15,15 +17,9 @@ from robust_mm.nullspace import searching
 KEY = jax.random.key(0)
 
 
-def linear(params, tokens):
-  return jnp.reshape(tokens, (len(tokens), -1)) @ params
-
-
 @pytest.fixture(scope="module")
 def wide():
-  """(params, tokens) with a kernel."""
-  params = jax.random.normal(jax.random.key(0), (64, 3))
-  return params, jax.random.normal(jax.random.key(1), (400, 4, 16))
+  return nullspace_linear.wide(400)
 
 
 def settings(**options):

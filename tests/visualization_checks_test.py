@@ -59,13 +59,13 @@ def test_tests_are_drawn_by_keys_that_no_step_had(monkeypatch):
     steps.append(keys)
     return before(program, view, spaces, label, keys, divisor)
 
-  def test(*given, key, **options):
+  def measured(*given, key, **options):
     tests.append(key)
     return jnp.zeros((4, 2))
 
   before = ascent.run
   monkeypatch.setattr(ascent, "run", run)
-  monkeypatch.setattr(metrics, "transformation_accuracy", test)
+  monkeypatch.setattr(metrics, "transformation_accuracy", measured)
   still = transforms.identity()
   chosen = {"near": transforms.image(), "far": transforms.image()}
   make(classes=range(4), held_out=chosen, num_steps=1, transforms=still)
