@@ -8,7 +8,8 @@ small transformer, trained once a seed on cross-entropy alone, in the same
 number of updates; what a search costs comes on top. On test images:
 clean accuracy; mean accuracy under corruption, of all kinds of image corruption
 that leave something of the image, every kind and severity alike; accuracy under
-l2 PGD; and what the noise of each learnt arm does to the model that it trained.
+``attacks.auto`` in l2; and what the noise of each learnt arm does to the model
+that it trained.
 Differences to ``--against`` are paired, with 95 % intervals over seeds and
 images.
 
@@ -58,6 +59,7 @@ def main():
     images=options.images,
     attacked=options.attacked,
     radius=options.radius,
+    strength=options.strength,
     severities=options.severities,
     set=sorted(options.set),
     smoke=options.smoke,
@@ -90,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--images", type=int, default=2000)
   parser.add_argument("--attacked", type=int, default=500)
   parser.add_argument("--radius", type=float, default=0.5)
+  parser.add_argument("--strength", type=int, default=4, help="of attacks.auto")
   parser.add_argument("--severities", type=int, nargs="+", default=[1, 3, 5])
   parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
@@ -127,25 +130,28 @@ def _measured(options, arm, changes, seed: int, folder: pathlib.Path) -> dict:
   training.train(config, folder / "run", say=lambda line: None)
   model, params, state, _ = robust_mm.load(folder / "run")
 
-  def logits_fn(inputs):
-    present = {MODALITY: jnp.ones(inputs[MODALITY].shape[0], bool)}
-    outputs, _ = model.apply(params, state, inputs, present)
-    return outputs.logits
-
-  predict = jax.jit(lambda inputs: jnp.argmax(logits_fn(inputs), axis=-1))
+  # Parameters are arguments, so that seeds of an arm share what is compiled.
+  logits_of = jax.jit(functools.partial(_logits, model))
+  logits_fn = functools.partial(logits_of, params, state)
   source = setup_lib.open_split(config, "test", limit=options.images)
   data = jax.tree.map(jnp.asarray, source.batch())
 
   def right(inputs):
-    return np.asarray(predict(inputs) == data["label"]).astype(int).tolist()
+    said = np.argmax(logits_fn(inputs), axis=-1)
+    return (said == np.asarray(data["label"])).astype(int).tolist()
 
   return {
     "clean": right(data["inputs"]),
     "corrupted": _corrupted(options, config, right, data),
-    "attacked": _attacked(options, logits_fn, data),
+    "attacked": _attacked(options, (model, params, state), data),
     "searches": _searches(folder / "run"),
     "kernel": _kernel_noise(logits_fn, params, data["inputs"][MODALITY][:64]),
   }
+
+
+def _logits(model, params, state, inputs):
+  present = {MODALITY: jnp.ones(inputs[MODALITY].shape[0], bool)}
+  return model.apply(params, state, inputs, present)[0].logits
 
 
 def _corrupted(options, config, right, data) -> dict:
@@ -174,24 +180,23 @@ def _corrupted(options, config, right, data) -> dict:
   return found
 
 
-def _attacked(options, logits_fn, data) -> list[int]:
-  attack = attacks.pgd(
+def _attacked(options, trained, data) -> list[int]:
+  attack = attacks.auto(
     norm=2,
     budget=options.radius,
-    num_steps=20,
-    num_restarts=1,
+    strength=options.strength,
     valid_range={MODALITY: (0.0, 1.0)},
   )
   count = options.attacked
-  inputs = {MODALITY: data["inputs"][MODALITY][:count]}
-  label = data["label"][:count]
-
-  @jax.jit
-  def attacked(inputs, label):
-    changed = attack(jax.random.key(0), logits_fn, inputs, label)
-    return jnp.argmax(logits_fn(changed), axis=-1) == label
-
-  return np.asarray(attacked(inputs, label)).astype(int).tolist()
+  present = {MODALITY: jnp.ones(count, bool)}
+  found = attacks.attack_survivors(
+    jax.random.key(0),
+    attack,
+    attacks.logits_fn(*trained, present),
+    {MODALITY: data["inputs"][MODALITY][:count]},
+    data["label"][:count],
+  )
+  return found.robust.astype(int).tolist()
 
 
 def _searches(workdir: pathlib.Path) -> dict:
@@ -267,8 +272,9 @@ def _tables(found: dict, arms: list[str], options) -> list[str]:
   kinds = list(of[arms[0]][0]["corrupted"])
   lines = [
     f"av_digits, {MODALITY}s, {options.seeds} seeds, {options.images} test "
-    f"images, severities {', '.join(map(str, options.severities))}, l2 PGD "
-    f"{options.radius} on {options.attacked}, jax {jax.__version__}, "
+    f"images, severities {', '.join(map(str, options.severities))}, auto of "
+    f"strength {options.strength} in l2, {options.radius} on "
+    f"{options.attacked}, jax {jax.__version__}, "
     f"{jax.devices()[0].device_kind}",
     *[f"set {setting}" for setting in options.set],
     *[f"also {text}" for text in options.also],

@@ -130,7 +130,8 @@ def test_the_grid_of_noise_measures_every_arm_once(
   workdir, data_dir, monkeypatch, capsys
 ):
   common = ["--seeds=1", "--smoke", "--severities", 3, "--images=48"]
-  common += ["--attacked=16", "--arms", "twice_clean", "published"]
+  common += ["--attacked=16", "--strength=1"]
+  common += ["--arms", "twice_clean", "published"]
   common += ["--set", f"data.path={data_dir}", "mesh.data=1"]
   common += ["--workdir", workdir]
   run(monkeypatch, *common, name="nullspace_grid")
@@ -156,3 +157,33 @@ def test_the_grid_of_noise_measures_every_arm_once(
   rows = [line for line in first.splitlines() if line.startswith("published  ")]
   assert f"{clean:.4f}" in rows[0]
   assert "difference to twice_clean" in first
+
+
+def test_captions_of_two_losses_are_compared_example_by_example(
+  workdir, data_dir, monkeypatch, capsys
+):
+  common = ["--seeds=1", "--smoke", "--examples=8", "--steps=1"]
+  common += ["--restarts=1", "--radii", 0.02, 0.04, "--workdir", workdir]
+  common += ["--set", f"data.path={data_dir}"]
+  run(monkeypatch, *common, "--losses", "cross-entropy", name="captions")
+  (path,) = workdir.glob("cross_entropy/0/measured.json")
+  found = json.loads(path.read_text())
+  assert len(found["right"]["worst case"]) == found["num_examples"] == 8
+  # Of another loss it is right three times of four; a smoke model never is.
+  found["right"]["worst case"] = [True] * 6 + [False] * 2
+  for row in found["rows"]:
+    if row["attack"] == "worst case":
+      row["exact_match"] = 0.75
+  other = workdir / "PRSL__0__2_" / "0" / "measured.json"
+  other.parent.mkdir(parents=True)
+  other.write_text(json.dumps(found))
+  capsys.readouterr()
+  table = workdir / "table.txt"
+  names = ["--losses", "cross-entropy", "PRSL (0, 2)"]
+  run(monkeypatch, *common, *names, "--output", table, name="captions")
+  assert table.read_text() in capsys.readouterr().out
+  rows = [
+    line for line in table.read_text().splitlines() if line.startswith("PRSL")
+  ]
+  assert "0.750" in rows[0]
+  assert "+75.00 [" in rows[0]

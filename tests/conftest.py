@@ -12,6 +12,11 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
   tempfile.gettempdir(), f"robust-mm-jit-{os.getuid()}"
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+# Three quarters of a test is compilation: code that is made faster need not be
+# fast. Of commands that tests start, too.
+os.environ["XLA_FLAGS"] = (
+  f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+).strip()
 
 import jax
 import pytest

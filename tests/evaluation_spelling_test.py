@@ -204,8 +204,12 @@ def test_a_changed_prompt_gains_loss_and_changes_its_letters_alone(
     assert second.mean() > first.mean() + 1e-3
 
 
-def test_the_worst_case_is_what_no_row_of_inputs_spoils(rows):
+def test_the_worst_case_is_what_no_row_of_inputs_spoils(found, rows):
   """Example by example: at most any row."""
+  clean, left = (np.array(found["right"][x]) for x in ("clean", "worst case"))
+  assert clean.mean() == rows["clean", "", None]["exact_match"]
+  assert left.mean() == rows["worst case", "image+sound", 0.6]["exact_match"]
+  assert np.all(left <= clean)
   worst = rows["worst case", "image+sound", 0.6]
   for (attack, _, _), row in rows.items():
     if attack in ("clean", "noise", "input", "targeted"):

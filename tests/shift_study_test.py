@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import json
+import shutil
 import types
 
 import jax
@@ -96,6 +97,35 @@ def test_the_model_between_two_phases_is_what_wise_ft_is(study):
   logits = model.apply(middle, state, data["inputs"], data["present"])[0].logits
   found = np.load(between)["left+right"]
   np.testing.assert_allclose(found, logits, atol=1e-4)
+
+
+def test_a_study_that_was_moved_goes_on_there(study, tmp_path):
+  folder, report, config = study
+  moved = tmp_path / "elsewhere"
+  shutil.copytree(folder, moved)
+  made = moved / "runs" / "finetune" / "left" / "0" / "logits.npz"
+  before = dict(np.load(made))
+  made.unlink()
+  found = shift_study.run(config, moved, progress=lambda *a: None)
+  np.testing.assert_array_equal(
+    found.matrix("finetune"), report.matrix("finetune")
+  )
+  for name, logits in np.load(made).items():
+    np.testing.assert_array_equal(logits, before[name])
+  stored = runs.read_config(made.parent)
+  assert stored.init_from == str(moved.resolve() / "pretraining" / "0")
+
+
+def test_a_run_of_another_start_is_no_moved_one(study, tmp_path):
+  folder, _, _ = study
+  place = folder / "runs" / "finetune" / "left" / "0"
+  copy = tmp_path / "0"
+  copy.mkdir()
+  shutil.copy(place / runs.CONFIG_FILE, copy)
+  before = (copy / runs.CONFIG_FILE).read_bytes()
+  runs.relocate_start(copy, "/other/pretraining/1")
+  runs.relocate_start(copy, "/other/0")
+  assert (copy / runs.CONFIG_FILE).read_bytes() == before
 
 
 def test_what_was_written_is_what_was_found(study):

@@ -96,6 +96,7 @@ def caption_report(
     ``{"num_examples", "target", "target_clean" (share of clean captions that
     reach it), "threshold", "settings", "rows" [{attack, modalities, radius,
     slots {m: share}, exact_match, distinct_1, distinct_2, entropy, success}],
+    "right" {"clean" | "worst case": bool[num_examples], of whole captions},
     "checks" [{name, passed, message}]}``; ``success`` of the targeted row
     alone, None where every clean caption reaches the target. The checks are
     those of ``masking_report`` that captions have: of whole captions, on all
@@ -135,6 +136,7 @@ def caption_report(
       "norm": "linf",
     },
     "rows": rows,
+    "right": inputs.right,
     "checks": inputs.checks() if radii else [],
   }
 
@@ -168,6 +170,7 @@ class _Inputs:
     self._key = key
     self.rows = [told.row(CLEAN, told.clean)]
     self._right, self._whole = told.right(told.clean)
+    self.right = {CLEAN: self._whole.tolist()}
     # What is said where an example is first wrong.
     self._worst = told.clean
 
@@ -242,6 +245,7 @@ class _Inputs:
   def _worst_case(self, radius):
     told = self._told
     row = told.row(WORST, self._worst, "+".join(told.floats), radius)
+    self.right[WORST] = self._whole.tolist()
     slots = {m: float(np.mean(flag)) for m, flag in self._right.items()}
     return {**row, "slots": slots, "exact_match": float(np.mean(self._whole))}
 

@@ -132,6 +132,8 @@ def _configured(study: plan.Study, name: str, train, seed: int):
   config.seed = seed
   if study.config.study.pretraining:
     config.init_from = str(study.start(seed))
+    # A study that was moved took its pretraining along.
+    runs.relocate_start(study.place(name, train, seed), config.init_from)
   config_lib.check(config)
   return config
 

@@ -105,6 +105,23 @@ def save_config(
   _files.write_json(workdir / CONFIG_FILE, tree, sort_keys=True, allow_nan=True)
 
 
+def relocate_start(workdir: pathlib.Path, init_from: str) -> None:
+  """Names the new place of what a run started from, if both were moved.
+
+  Nothing where the folder holds no run yet, or one that started from a folder
+  of another name.
+  """
+  path = workdir / CONFIG_FILE
+  if not path.is_file():
+    return
+  tree = read_json(path)
+  stored = pathlib.PurePath(tree.get("init_from", ""))
+  moved = pathlib.PurePath(init_from)
+  if stored != moved and stored.parts[-2:] == moved.parts[-2:]:
+    tree["init_from"] = init_from
+    _files.write_json(path, tree, sort_keys=True, allow_nan=True)
+
+
 def save_facts(workdir: pathlib.Path, facts: dict) -> None:
   """Stores what ``describe`` gives back."""
   # A validation loss may be NaN.
