@@ -10,6 +10,7 @@ import pytest
 
 from robust_mm import _compiling
 from robust_mm import models
+from robust_mm import nullspace
 from robust_mm import recipes
 from robust_mm.models import encoders
 from robust_mm.recipes import noise_rounds
@@ -73,6 +74,35 @@ def test_each_of_two_modalities_has_noise_of_its_own(model):
   assert abs(float(jnp.vdot(first, second[:4]))) < 0.9 * float(
     jnp.linalg.norm(first) * jnp.linalg.norm(second[:4])
   )
+
+
+def test_items_of_a_model_are_what_it_says_of_them(model):
+  params, state = model.init(jax.random.key(0))
+  data = batch(9)
+  data["present"]["first"] = jnp.arange(9) < 7
+  items, encode = nullspace.items_of(model, params, state, data, "first")
+  outputs, _ = model.apply(params, state, data["inputs"], data["present"])
+  said = encode(params, items.tokens, items.context)
+  np.testing.assert_allclose(said, outputs.logits, atol=1e-5)
+  np.testing.assert_array_equal(items.counted, np.arange(9) < 7)
+  # Noise reaches whom it is put on, and no one that is without the modality.
+  noise = jax.random.normal(jax.random.key(1), items.tokens.shape[1:])
+  moved = encode(params, items.tokens + noise[None], items.context)
+  assert np.all(np.any(moved[:7] != said[:7], axis=-1))
+  np.testing.assert_array_equal(moved[7:], said[7:])
+
+
+def test_items_of_no_tokens_are_refused(model):
+  params, state = model.init(jax.random.key(0))
+  with pytest.raises(ValueError, match="modality must be one of"):
+    nullspace.items_of(model, params, state, batch(3), "third")
+  plain = models.concat_fusion(
+    {"vector": encoders.make("mlp", embedding_dim=8)},
+    num_classes=3,
+    input_shapes={"vector": (6,)},
+  )
+  with pytest.raises(ValueError, match="split at its tokens"):
+    nullspace.items_of(plain, {}, {}, batch(3), "vector")
 
 
 def test_noise_is_drawn_on_those_that_are_named(model):

@@ -10,7 +10,8 @@ Of a linear stem the kernel is exact: :func:`patch_kernel`,
 
 Of a whole encoder it is approximate: :func:`encoder_noise` finds one tensor,
 the same for all inputs, that changes outputs by at most eps on average, on data
-it was not found on, and says whether the next size up failed. For training
+it was not found on, and says whether the next size up failed. :func:`items_of`
+is a model of several modalities, one of which gets noise. For training
 there are :class:`NoiseBank` and :func:`augmented_loss`, and what any gain has
 to be compared with: :func:`permute`, :func:`random_direction`,
 :func:`random_at_criterion`, :func:`published_noise`.
@@ -20,7 +21,7 @@ noise; that a mean criterion is below eps on unseen data, with its radius, norm
 and controls. Nothing here certifies robustness, and no radius is the largest.
 
 Inside, each module imports only from those before it: kernels, boxes, tokens,
-criteria, searching, solver, published, banks, terms.
+criteria, searching, solver, published, banks, terms, of_models.
 
 References:
   `Liu et al. (2024) <https://arxiv.org/abs/2403.10476>`_, the idea, and the
@@ -38,6 +39,7 @@ from robust_mm.nullspace.kernels import head_kernel
 from robust_mm.nullspace.kernels import linear_kernel
 from robust_mm.nullspace.kernels import patch_kernel
 from robust_mm.nullspace.kernels import project_kernel
+from robust_mm.nullspace.of_models import items_of
 from robust_mm.nullspace.published import published_noise
 from robust_mm.nullspace.published import random_at_criterion
 from robust_mm.nullspace.searching import Search
@@ -72,6 +74,7 @@ __all__ = [
   "empty_bank",
   "encoder_noise",
   "head_kernel",
+  "items_of",
   "largest_kernel_noise",
   "linear_kernel",
   "paired_loss",

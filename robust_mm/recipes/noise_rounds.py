@@ -224,7 +224,9 @@ def make_round(settings: Settings) -> Callable:
 
 def _round(settings: Settings, state, extra, batch, name, key):
   """(extra, metrics) after one modality's search."""
-  items, encode = _problem(settings.model, state, batch, name)
+  items, encode = nullspace.items_of(
+    settings.model, state.params, state.model_state, batch, name
+  )
   half = len(items) // 2
   optimise, holdout = items.take(slice(half)), items.take(slice(half, None))
   search_key, random_key, permute_key = jax.random.split(key, 3)
@@ -302,36 +304,6 @@ def _sought(settings, encode, params, halves, start_radius, keys):
     direction = nullspace.random_direction(random_key, shape, search.profile)
     return found.radius * found.size * direction
   return found.noise
-
-
-def _problem(model: Model, state, batch, name: str):
-  """(items, encode) of one modality, the others as they are."""
-  present = batch["present"]
-  tokens = model.embed(
-    state.params, state.model_state, batch["inputs"], present
-  )[name]
-  context = None
-  if len(model.modalities) > 1:
-    embeddings, _ = model.encode(
-      state.params, state.model_state, batch["inputs"], present
-    )
-    others = {n: value for n, value in embeddings.items() if n != name}
-    context = {"embeddings": others, "present": present}
-
-  def encode(params, tokens, context=None):
-    if context is None:
-      context = {
-        "embeddings": {},
-        "present": {name: jnp.ones(tokens.shape[0], bool)},
-      }
-    changed = model.encode_tokens(
-      params, state.model_state, {name: tokens}, context["present"]
-    )
-    embeddings = {**context["embeddings"], **changed}
-    return model.fuse(params, embeddings, context["present"]).logits
-
-  items = criteria.Items(tokens=tokens, context=context, counted=present[name])
-  return items, encode
 
 
 def _measure(encode, params, bank, items, settings):
