@@ -15,6 +15,7 @@ from robust_mm import config as config_lib
 from robust_mm import models
 from robust_mm import training
 from robust_mm.models import encoders
+from robust_mm.models import functional
 from robust_mm.models import pretrained
 from robust_mm.models import safetensors
 from robust_mm.models import vit
@@ -508,6 +509,33 @@ def test_an_encoder_begins_with_its_weights(params, tmp_path):
   ):
     with pytest.raises(_validate.UserError, match=message):
       build(path, **changes)
+
+
+def test_tokens_of_an_encoder_begin_with_weights_too(params, tmp_path):
+  path = reference.save(
+    tmp_path / "model.safetensors", reference.timm(NET, params)
+  )
+  options = {"size": None, "width": 16, "depth": 2, "num_heads": 2}
+  options |= {"patch_size": 2, "weights": str(path), "embedding_dim": 4}
+  with pytest.raises(ValueError, match="preprocess must be given with weights"):
+    encoders.make("vit_tokens", **options)
+  made = encoders.make("vit_tokens", preprocess=vit.HALF, **options)
+  functions = functional.encoder_functions(made, SHAPE)
+  begun, state = jax.jit(functions.init)(jax.random.key(0))
+  same(
+    begun["trunk"], {name: x for name, x in params.items() if name != "head"}
+  )
+  images = jax.random.uniform(jax.random.key(1), (3, *SHAPE))
+  tokens, _ = functions.apply(begun, state, images)
+  sequence = NET.sequence(params, NET.embed(params, images))
+  leave = begun["leave"]
+  expected = sequence @ leave["kernel"] + leave["bias"][None, None]
+  np.testing.assert_allclose(tokens, expected, atol=1e-5)
+  other = encoders.make(
+    "vit_tokens", preprocess=vit.HALF, **{**options, "depth": 3}
+  )
+  with pytest.raises(ValueError, match="depth must be 2"):
+    functional.encoder_functions(other, SHAPE).init(jax.random.key(0))
 
 
 def test_a_run_begins_with_weights_and_then_needs_their_file_no_more(

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import jax
 from flax import nnx
 
 from robust_mm import _validate
+from robust_mm.models import functional
 from robust_mm.models import vit as vit_lib
 from robust_mm.models import vit_encoders
 from robust_mm.models.functional import Encoder
@@ -23,7 +25,10 @@ def vit_tokens(
   dtype: Any = None,
   remat: str = "none",
   dropout: float = 0.0,
+  epsilon: float = 1e-6,
   pad: bool = False,
+  implementation: str = "xla",
+  weights: str | None = None,
 ) -> Encoder:
   """All tokens of a vision transformer, ``[b, 1 + N, d]``, the class's first.
 
@@ -42,10 +47,14 @@ def vit_tokens(
     dtype: of the products, "bfloat16" or "float32".
     remat: "none", "blocks" or "dots".
     dropout: rate, in training alone.
+    epsilon: of all norms.
     pad: whether sides that a patch does not divide are filled up with zeros.
+    implementation: of the attention, "xla", "cudnn" or "plain".
+    weights: path of a pretrained file that the transformer begins with, without
+      its head, as for :func:`vit`.
 
   Raises:
-    ValueError: naming the argument.
+    ValueError: naming the argument; where a model is built, also the file.
   """
   _validate.at_least(1, embedding_dim=embedding_dim)
   net = vit_lib.vision_transformer(
@@ -60,13 +69,27 @@ def vit_tokens(
     dtype=dtype,
     remat=remat,
     dropout=dropout,
+    epsilon=epsilon,
     pad=pad,
+    implementation=implementation,
   )
+  vit_encoders.check_weights(weights, preprocess)
+
+  def build(shape, rngs):
+    return _Tokens(net, shape, embedding_dim, rngs)
+
+  def pretrained(shape, key):
+    own, trunk = jax.random.split(key)
+    fresh, _ = functional.from_module(lambda rngs: build(shape, rngs)).init(own)
+    found = vit_lib.pretrained_params(net, weights, shape, key=trunk)
+    return {**fresh, "trunk": found}
+
   return Encoder(
     name="vit_tokens",
     embedding_dim=embedding_dim,
-    build=lambda shape, rngs: _Tokens(net, shape, embedding_dim, rngs),
+    build=build,
     normalizes=net.preprocess is not None,
+    pretrained=None if weights is None else pretrained,
   )
 
 

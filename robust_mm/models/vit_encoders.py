@@ -79,12 +79,17 @@ def vit(
     pad=pad,
     implementation=implementation,
   )
+  check_weights(weights, preprocess)
+  return encoder(net, weights=weights)
+
+
+def check_weights(weights: str | None, preprocess: Any) -> None:
+  """ValueError for weights without the numbers that their images had."""
   if weights is not None and preprocess is None:
     raise ValueError(
       "preprocess must be given with weights: (0.5, 0.5) for models of Google, "
       "mean and standard deviation of ImageNet for DeiT and DINO."
     )
-  return encoder(net, weights=weights)
 
 
 def encoder(
