@@ -74,6 +74,9 @@ def test_grids_numbers_and_page_are_written_and_shown_in_the_report(
   }
   for values in told["numbers"].values():
     assert 0 <= values["far"] <= values["near"] + 1
+  near = {row: values["near"] for row, values in told["numbers"].items()}
+  apart = f"Near less that of 'none': {near['synthesised'] - near['none']:+.3f}"
+  assert [note for note in told["notes"] if note.startswith(apart)]
   assert set(told["margins"]) == {"audio", "image"}
   made = np.load(home / "image.npz")["synthesised"]
   assert made.shape == (2, 2, 28, 28, 1)
@@ -166,6 +169,20 @@ def test_an_item_agrees_with_one_class_and_is_against_the_others():
     "other classes": {"audio": 0.0},
   }
   assert list(measures.margin_means(margins, (3, 7, 9), {"items": []})) == [""]
+
+
+def test_pictures_are_compared_with_those_of_no_transformation():
+  """Of four pictures; where all gain as much, nothing is left to chance."""
+  rows = {
+    measures.SYNTHESISED: {"near": np.full((2, 2), 0.75), "far": np.eye(2)},
+    measures.CONTROL: {"near": np.full((2, 2), 0.25), "far": np.zeros((2, 2))},
+  }
+  near, far = measures._apart(rows, {"near": None, "far": None})
+  assert (
+    "Near less that of 'none': +0.500, 95 % interval +0.500 to +0.5" in near
+  )
+  assert re.search(r"Far less .* \+0.500, .* interval \+0.000 to \+1.000", far)
+  assert measures._apart({measures.SYNTHESISED: {}}, {"near": None}) == []
 
 
 def test_joint_numbers_are_of_all_modalities_together(

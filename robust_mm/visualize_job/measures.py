@@ -6,9 +6,11 @@ import jax
 import numpy as np
 
 from robust_mm import visualization
+from robust_mm.evaluation import metrics
 from robust_mm.visualize_job import asking
 
 SYNTHESISED, REAL = "synthesised", "real items"
+CONTROL = "none"
 AGREEING, AGAINST = "class of the item", "other classes"
 _FEW = 2  # examples without which there is no distance between real ones
 
@@ -26,16 +28,17 @@ def of(opened: asking.Run, asked, labels, pictures, made) -> tuple[dict, list]:
   names = asked["names"]
   groups = _groups(labels, asked["items"])
   found: dict[str, dict] = {name: {} for name in names}
-  notes = []
+  rows = {}
   for row, x in pictures.items():
     whole = made.get("" if row == SYNTHESISED else row)
-    shown = _shown(opened, asked, labels, x, whole)
+    rows[row] = shown = _shown(opened, asked, labels, x, whole)
     for name in names:
       values = {**shown, **_own(opened, asked, name, labels, x[name])}
       found[name][row] = _means(values, labels)
       for group, columns in groups.items():
         if row in (SYNTHESISED, REAL):
           found[name][f"{row}, {group}"] = _means(values, labels, columns)
+  notes = _apart(rows, asked["held_out"])
   for name in names:
     scarce = [labels[i] for i in _scarce(opened, name, labels)]
     if scarce:
@@ -55,6 +58,20 @@ def margin_means(margins, labels, asked) -> dict[str, dict[str, float]]:
     group: {m: float(np.mean(np.asarray(v)[rows])) for m, v in margins.items()}
     for group, rows in groups.items()
   }
+
+
+def _apart(rows, held_out) -> list[str]:
+  """How much more often a class is kept than without transformation."""
+  found = []
+  for what in held_out if CONTROL in rows else ():
+    pairs = [np.ravel(rows[row][what]) for row in (SYNTHESISED, CONTROL)]
+    mean, low, high = metrics.paired_bootstrap(*pairs)
+    apart = f"{mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+    found.append(
+      f"{what.capitalize()} less that of {CONTROL!r}: {apart} over "
+      f"{pairs[0].size} pictures of one network."
+    )
+  return found
 
 
 def _groups(labels, items) -> dict[str, list[int]]:
