@@ -224,25 +224,7 @@ class Bench:
   @functools.cache  # noqa: B019
   def _trainer(self, name):
     config, num_steps = self._configured(name)
-    recipe = recipe_lib.make(config, self.setup)
-    (phase,) = recipe.phases
-    step = steps.make_train_step(phase)
-    create = state_lib.initializer(self.setup.model, phase)
-    size, total = config.data.batch_size, len(self.train["label"])
-
-    def run(key):
-      init_key, run_key = jax.random.split(key)
-
-      def body(state, _):
-        draw = jax.random.fold_in(jax.random.fold_in(run_key, 1), state.step)
-        rows = jax.random.randint(draw, (size,), 0, total)
-        batch = jax.tree.map(lambda x: x[rows], self.train)
-        return step(state, batch, run_key)
-
-      state, _ = jax.lax.scan(body, create(init_key), length=num_steps)
-      return state.params
-
-    return jax.jit(run)
+    return trainer(config, self.setup, self.train, num_steps)
 
   def _configured(self, name):
     base = name.removesuffix(", equal cost")
@@ -258,6 +240,31 @@ class Bench:
     if base != name:
       config.num_steps = max(1, config.num_steps // (ATTACK_STEPS + 1))
     return config, config.num_steps
+
+
+def trainer(config, setup, train, num_steps):
+  """``key -> params`` of the one phase of a configuration, as one call.
+
+  Batches are drawn with replacement from ``train``, host arrays of the split.
+  """
+  (phase,) = recipe_lib.make(config, setup).phases
+  step = steps.make_train_step(phase)
+  create = state_lib.initializer(setup.model, phase)
+  size, total = config.data.batch_size, len(train["label"])
+
+  def run(key):
+    init_key, run_key = jax.random.split(key)
+
+    def body(state, _):
+      draw = jax.random.fold_in(jax.random.fold_in(run_key, 1), state.step)
+      rows = jax.random.randint(draw, (size,), 0, total)
+      batch = jax.tree.map(lambda x: x[rows], train)
+      return step(state, batch, run_key)
+
+    state, _ = jax.lax.scan(body, create(init_key), length=num_steps)
+    return state.params
+
+  return jax.jit(run)
 
 
 def _as_l2(radius, facts):

@@ -6,6 +6,7 @@ import runpy
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
@@ -157,6 +158,18 @@ def test_the_grid_of_noise_measures_every_arm_once(
   rows = [line for line in first.splitlines() if line.startswith("published  ")]
   assert f"{clean:.4f}" in rows[0]
   assert "difference to twice_clean" in first
+
+
+def test_partial_correlation_is_that_of_three_plain_ones(monkeypatch):
+  monkeypatch.syspath_prepend(BENCHMARKS)
+  found = runpy.run_path(str(BENCHMARKS / "dispersion_correlation.py"))
+  first, second, given = np.random.default_rng(0).normal(size=(3, 30))
+  second = second + first + 2 * given
+  plain = found["correlation"]
+  a, b, c = plain(first, second), plain(first, given), plain(second, given)
+  expected = (a - b * c) / np.sqrt((1 - b**2) * (1 - c**2))
+  assert found["partial"](first, second, given) == pytest.approx(expected)
+  assert abs(expected - a) > 0.1
 
 
 def test_captions_of_two_losses_are_compared_example_by_example(
