@@ -7,9 +7,9 @@
 Models of digits, of cross-entropy alone, of several widths, lengths of training
 and seeds: of each the mean standard deviation of its wrong logits, the same
 divided by the size of its logits, which no scale of the logits moves, its clean
-accuracy and its accuracy under ``attacks.auto`` (linf). Spearman's correlation over models, and what is left of it with the
-ranks of clean accuracy taken out; 95 % intervals by a bootstrap over models.
-What is measured is kept in --workdir.
+accuracy and its accuracy under ``attacks.auto`` (linf). Spearman's correlation
+over models, and what is left of it with the ranks of clean accuracy taken out;
+95 % intervals by a bootstrap over models. All is kept in --workdir.
 """
 
 import argparse
