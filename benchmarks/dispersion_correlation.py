@@ -9,7 +9,8 @@ and seeds: of each the mean standard deviation of its wrong logits, the same
 divided by the size of its logits, which no scale of the logits moves, its clean
 accuracy and its accuracy under ``attacks.auto`` (linf). Spearman's correlation
 over models, and what is left of it with the ranks of clean accuracy taken out;
-95 % intervals by a bootstrap over models. All is kept in --workdir.
+95 % intervals by a bootstrap over pairs of a width and a length, whose seeds
+stay together. All is kept in --workdir.
 """
 
 import argparse
@@ -49,7 +50,8 @@ def main():
       options.workdir / f"{width}-{num_steps}-{seed}",
       functools.partial(_measured, options, width, num_steps, seed),
     )
-    print(json.dumps([width, num_steps, seed, found[width, num_steps, seed]]))
+    line = [width, num_steps, seed, found[width, num_steps, seed]]
+    print(json.dumps(line), flush=True)
   text = "\n".join(_table(found, options))
   print(text)
   if options.output:
@@ -84,7 +86,10 @@ def _data(width):
 @functools.cache
 def _trainer(width, num_steps):
   config, setup, train, _ = _data(width)
-  return restrained_softmax.trainer(config, setup, train, num_steps)
+  # The schedule of the rate has the length of the configuration.
+  config = config.copy_and_resolve_references()
+  config.num_steps = num_steps
+  return restrained_softmax.trainer(config, setup, train)
 
 
 def _measured(options, width, num_steps, seed, folder) -> dict:
@@ -152,8 +157,8 @@ def _table(found, options):
   yield grids.row("", heads, 28, first=24)
   for name in SPREADS:
     cells = [
-      _interval(lambda *x: correlation(*x[:2]), rows, name),
-      _interval(partial, rows, name),
+      _interval(lambda *x: correlation(*x[:2]), rows, name, options.seeds),
+      _interval(partial, rows, name, options.seeds),
     ]
     yield grids.row(name, cells, 28, first=24)
 
@@ -173,12 +178,14 @@ def partial(first, second, given) -> float:
   return float(np.corrcoef(*left)[0, 1])
 
 
-def _interval(statistic, rows, name) -> str:
+def _interval(statistic, rows, name, seeds) -> str:
+  """Seeds are the last to change in the order of models."""
   values = np.stack([rows[name], rows["robust"], rows["clean"]])
+  cells = values.reshape(3, -1, seeds)
   rng = np.random.default_rng(0)
-  number = values.shape[1]
+  number = cells.shape[1]
   draws = [
-    statistic(*values[:, rng.integers(number, size=number)])
+    statistic(*cells[:, rng.integers(number, size=number)].reshape(3, -1))
     for _ in range(2000)
   ]
   low, high = np.nanquantile(draws, [0.025, 0.975])

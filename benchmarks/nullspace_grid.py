@@ -187,14 +187,15 @@ def _attacked(options, trained, data) -> list[int]:
     strength=options.strength,
     valid_range={MODALITY: (0.0, 1.0)},
   )
-  count = options.attacked
-  present = {MODALITY: jnp.ones(count, bool)}
+  label = data["label"][: options.attacked]
+  inputs = data["inputs"][MODALITY][: options.attacked]
+  present = {MODALITY: jnp.ones(len(label), bool)}
   found = attacks.attack_survivors(
     jax.random.key(0),
     attack,
     attacks.logits_fn(*trained, present),
-    {MODALITY: data["inputs"][MODALITY][:count]},
-    data["label"][:count],
+    {MODALITY: inputs},
+    label,
   )
   return found.robust.astype(int).tolist()
 
@@ -274,7 +275,7 @@ def _tables(found: dict, arms: list[str], options) -> list[str]:
     f"av_digits, {MODALITY}s, {options.seeds} seeds, {options.images} test "
     f"images, severities {', '.join(map(str, options.severities))}, auto of "
     f"strength {options.strength} in l2, {options.radius} on "
-    f"{options.attacked}, jax {jax.__version__}, "
+    f"{len(found[arms[0], 0]['attacked'])}, jax {jax.__version__}, "
     f"{jax.devices()[0].device_kind}",
     *[f"set {setting}" for setting in options.set],
     *[f"also {text}" for text in options.also],

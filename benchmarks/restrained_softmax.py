@@ -223,14 +223,13 @@ class Bench:
 
   @functools.cache  # noqa: B019
   def _trainer(self, name):
-    config, num_steps = self._configured(name)
-    return trainer(config, self.setup, self.train, num_steps)
+    config = self._configured(name)
+    return trainer(config, self.setup, self.train)
 
   def _configured(self, name):
     base = name.removesuffix(", equal cost")
     if base not in ADVERSARIAL:
-      config = _load(self.options, *LOSSES[name])
-      return config, config.num_steps
+      return _load(self.options, *LOSSES[name])
     config = _load(self.options, ADVERSARIAL[base], ())
     with config.unlocked():
       config.recipe.options.variant = "adversarial"
@@ -239,13 +238,14 @@ class Bench:
       config.recipe.options.attack_steps = ATTACK_STEPS
     if base != name:
       config.num_steps = max(1, config.num_steps // (ATTACK_STEPS + 1))
-    return config, config.num_steps
+    return config
 
 
-def trainer(config, setup, train, num_steps):
+def trainer(config, setup, train):
   """``key -> params`` of the one phase of a configuration, as one call.
 
-  Batches are drawn with replacement from ``train``, host arrays of the split.
+  Batches are drawn with replacement from ``train``, arrays of the split on the
+  device.
   """
   (phase,) = recipe_lib.make(config, setup).phases
   step = steps.make_train_step(phase)
@@ -261,7 +261,7 @@ def trainer(config, setup, train, num_steps):
       batch = jax.tree.map(lambda x: x[rows], train)
       return step(state, batch, run_key)
 
-    state, _ = jax.lax.scan(body, create(init_key), length=num_steps)
+    state, _ = jax.lax.scan(body, create(init_key), length=config.num_steps)
     return state.params
 
   return jax.jit(run)

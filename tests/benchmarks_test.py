@@ -172,6 +172,17 @@ def test_partial_correlation_is_that_of_three_plain_ones(monkeypatch):
   assert abs(expected - a) > 0.1
 
 
+def test_a_longer_training_is_another_model(monkeypatch):
+  """Also beyond the length of the configuration, where its rate would be 0."""
+  monkeypatch.syspath_prepend(BENCHMARKS)
+  found = runpy.run_path(str(BENCHMARKS / "dispersion_correlation.py"))
+  kernels = [
+    found["_trainer"](4, length)(jax.random.key(0))["head"]["kernel"]
+    for length in (500, 510)
+  ]
+  assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
+
+
 def test_captions_of_two_losses_are_compared_example_by_example(
   workdir, data_dir, monkeypatch, capsys
 ):
@@ -182,21 +193,25 @@ def test_captions_of_two_losses_are_compared_example_by_example(
   (path,) = workdir.glob("cross_entropy/0/measured.json")
   found = json.loads(path.read_text())
   assert len(found["right"]["worst case"]) == found["num_examples"] == 8
-  # Of another loss it is right three times of four; a smoke model never is.
-  found["right"]["worst case"] = [True] * 6 + [False] * 2
-  for row in found["rows"]:
-    if row["attack"] == "worst case":
-      row["exact_match"] = 0.75
+  # Two losses alike: paired, nothing is left to chance.
+  right = [True] * 5 + [False] * 3
+  found["right"]["worst case"] = right
+  path.write_text(json.dumps(found))
   other = workdir / "PRSL__0__2_" / "0" / "measured.json"
   other.parent.mkdir(parents=True)
   other.write_text(json.dumps(found))
   capsys.readouterr()
   table = workdir / "table.txt"
   names = ["--losses", "cross-entropy", "PRSL (0, 2)"]
-  run(monkeypatch, *common, *names, "--output", table, name="captions")
-  assert table.read_text() in capsys.readouterr().out
-  rows = [
-    line for line in table.read_text().splitlines() if line.startswith("PRSL")
-  ]
-  assert "0.750" in rows[0]
-  assert "+75.00 [" in rows[0]
+
+  def compared():
+    run(monkeypatch, *common, *names, "--output", table, name="captions")
+    text = table.read_text()
+    assert text in capsys.readouterr().out
+    lines = text.splitlines()
+    return next(line for line in lines if line.startswith("PRSL (0, 2)"))
+
+  assert "+0.00 [+0.00, +0.00]" in compared()
+  found["right"]["worst case"] = [*right[:-2], True, True]
+  other.write_text(json.dumps(found))
+  assert "+25.00 [+0.00, +62.50]" in compared()

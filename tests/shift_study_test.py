@@ -117,15 +117,38 @@ def test_a_study_that_was_moved_goes_on_there(study, tmp_path):
 
 
 def test_a_run_of_another_start_is_no_moved_one(study, tmp_path):
+  """Nor is one of other settings, and what is refused changes no file."""
   folder, _, _ = study
   place = folder / "runs" / "finetune" / "left" / "0"
-  copy = tmp_path / "0"
+  copy = tmp_path / "copy"
   copy.mkdir()
   shutil.copy(place / runs.CONFIG_FILE, copy)
   before = (copy / runs.CONFIG_FILE).read_bytes()
-  runs.relocate_start(copy, "/other/pretraining/1")
-  runs.relocate_start(copy, "/other/0")
+  config = runs.read_config(copy).unlock()
+  moved = tmp_path / "pretraining" / "0"
+
+  def relocate(start):
+    config.init_from = str(start)
+    runs.relocate_start(copy, config)
+    return (copy / runs.CONFIG_FILE).read_bytes() == before
+
+  assert relocate(moved)  # there is nothing
+  shutil.copytree(folder / "pretraining" / "0", moved)
+  shutil.copytree(moved, tmp_path / "other" / "1")
+  assert relocate(tmp_path / "other" / "1")  # of another name
+  lr, config.optimizer.lr = config.optimizer.lr, 0.5
+  with pytest.raises(ValueError, match=r"config.optimizer.lr is"):
+    relocate(moved)
+  config.optimizer.lr = lr
   assert (copy / runs.CONFIG_FILE).read_bytes() == before
+  stored = (moved / runs.CONFIG_FILE).read_text()
+  (moved / runs.CONFIG_FILE).write_text(
+    stored.replace('"seed": 0', '"seed": 1')
+  )
+  assert relocate(moved)  # another pretraining
+  (moved / runs.CONFIG_FILE).write_text(stored)
+  assert not relocate(moved)
+  assert runs.read_config(copy).init_from == str(moved)
 
 
 def test_what_was_written_is_what_was_found(study):

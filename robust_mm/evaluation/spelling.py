@@ -96,7 +96,8 @@ def caption_report(
     ``{"num_examples", "target", "target_clean" (share of clean captions that
     reach it), "threshold", "settings", "rows" [{attack, modalities, radius,
     slots {m: share}, exact_match, distinct_1, distinct_2, entropy, success}],
-    "right" {"clean" | "worst case": bool[num_examples], of whole captions},
+    "right" {"clean" | "worst case" (with radii): a list of bool, whether the
+    whole caption of an example is right},
     "checks" [{name, passed, message}]}``; ``success`` of the targeted row
     alone, None where every clean caption reaches the target. The checks are
     those of ``masking_report`` that captions have: of whole captions, on all

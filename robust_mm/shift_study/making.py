@@ -133,7 +133,7 @@ def _configured(study: plan.Study, name: str, train, seed: int):
   if study.config.study.pretraining:
     config.init_from = str(study.start(seed))
     # A study that was moved took its pretraining along.
-    runs.relocate_start(study.place(name, train, seed), config.init_from)
+    runs.relocate_start(study.place(name, train, seed), config)
   config_lib.check(config)
   return config
 

@@ -105,21 +105,35 @@ def save_config(
   _files.write_json(workdir / CONFIG_FILE, tree, sort_keys=True, allow_nan=True)
 
 
-def relocate_start(workdir: pathlib.Path, init_from: str) -> None:
-  """Names the new place of what a run started from, if both were moved.
+def relocate_start(
+  workdir: pathlib.Path, config: ml_collections.ConfigDict
+) -> None:
+  """Names the new place of what a run started from, where both were moved.
 
-  Nothing where the folder holds no run yet, or one that started from a folder
-  of another name.
+  That is a finished run in a folder of the same name, and of the same
+  configuration as the old one if that is still there; else nothing is done.
+
+  Raises:
+    UserError: anything else of the configuration differs.
   """
   path = workdir / CONFIG_FILE
   if not path.is_file():
     return
   tree = read_json(path)
-  stored = pathlib.PurePath(tree.get("init_from", ""))
-  moved = pathlib.PurePath(init_from)
-  if stored != moved and stored.parts[-2:] == moved.parts[-2:]:
-    tree["init_from"] = init_from
-    _files.write_json(path, tree, sort_keys=True, allow_nan=True)
+  old, new = (
+    pathlib.Path(x) for x in (tree.get("init_from", ""), config.init_from)
+  )
+  if old == new or old.parts[-2:] != new.parts[-2:] or not has_ended(new):
+    return
+  if (old / CONFIG_FILE).is_file():
+    first, second = (read_json(place / CONFIG_FILE) for place in (old, new))
+    if first != second:
+      return
+  unmoved = config.copy_and_resolve_references()
+  unmoved.init_from = str(old)
+  check_config(workdir, unmoved)
+  tree["init_from"] = str(new)
+  _files.write_json(path, tree, sort_keys=True, allow_nan=True)
 
 
 def save_facts(workdir: pathlib.Path, facts: dict) -> None:

@@ -12,6 +12,7 @@ from robust_mm.visualize_job import asking
 SYNTHESISED, REAL = "synthesised", "real items"
 CONTROL = "none"
 AGREEING, AGAINST = "class of the item", "other classes"
+_SOME = 5  # classes that say something of others
 _FEW = 2  # examples without which there is no distance between real ones
 
 
@@ -61,15 +62,22 @@ def margin_means(margins, labels, asked) -> dict[str, dict[str, float]]:
 
 
 def _apart(rows, held_out) -> list[str]:
-  """How much more often a class is kept than without transformation."""
+  """How much more often a class is kept than without transformation.
+
+  The interval is over classes and starts, none where these are a handful.
+  """
   found = []
   for what in held_out if CONTROL in rows else ():
-    pairs = [np.ravel(rows[row][what]) for row in (SYNTHESISED, CONTROL)]
+    pairs = [np.asarray(rows[row][what]).T for row in (SYNTHESISED, CONTROL)]
     mean, low, high = metrics.paired_bootstrap(*pairs)
-    apart = f"{mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+    starts, classes = pairs[0].shape
+    apart = f"{mean:+.3f}"
+    if classes >= _SOME:
+      apart += f", 95 % interval {low:+.3f} to {high:+.3f}"
     found.append(
-      f"{what.capitalize()} less that of {CONTROL!r}: {apart} over "
-      f"{pairs[0].size} pictures of one network."
+      f"Share kept under {what} transformations, less that of pictures made "
+      f"with {CONTROL}: {apart} ({classes} classes, {starts} starts, one "
+      f"network)."
     )
   return found
 
