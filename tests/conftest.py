@@ -20,8 +20,8 @@ import pytest
 import small_data
 
 # Most of a test was compilation, and code that runs once need not be fast: this
-# compiles the step of CRMT in a fifth of the time, in commands that tests start,
-# too. ROBUST_MM_OPTIMIZED=1 compiles as users do.
+# compiles the step of CRMT in a fifth of the time, also in commands that tests
+# start. ROBUST_MM_OPTIMIZED=1 compiles as users do.
 _QUICK = (
   "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 )
