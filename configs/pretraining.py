@@ -8,8 +8,8 @@ audioset, kinetics, imagenet_captions) and variants: contrastive (features of
 one modality tell which of another belong to them) or both (a masked autoencoder
 beside that) in place of the autoencoder alone; no_hiding (no modality is hidden
 as a whole; not for mfeat and mosi, whose modalities are one token each); few
-(the first 6,000 examples, 64 a batch, for 10 epochs); smoke (a few steps of a
-small model).
+(the first 6,000 examples, 64 a batch, for 20 epochs, two layers of 64); smoke
+(a few steps of a small model).
 
 No label is read, and the model that is kept is the one with the smallest
 pretraining loss on validation examples, masks the same every time. Its linear
@@ -62,7 +62,7 @@ def get_config(argument: str = ""):
   config.selection.metric = "loss"
   if "few" in variants:
     config_variants.few(config)
-    config.num_epochs = 10
+    config.num_epochs = 20
   if "smoke" in variants:
     config_variants.shrink(config)
   return config

@@ -79,13 +79,18 @@ def token_model(config: ml_collections.ConfigDict, *, small: bool) -> None:
 
 
 def few(config: ml_collections.ConfigDict) -> None:
-  """The first 6,000 examples of a large set, in smaller batches, in place.
+  """The first 6,000 examples of a large set, and a smaller model, in place.
 
-  Those of av_digits have as many of every class; 2,000 are evaluated.
+  Those of av_digits have as many of every class; 2,000 are evaluated. Two
+  layers of 64 take a sixth of the time of four of 128, and can be trained to
+  the end.
   """
   config.data.max_train_examples = 6000
   config.data.max_eval_examples = 2000
   config.data.batch_size = 64
+  config.model.fusion_options.num_layers = 2
+  for encoder in config.model.encoders.values():
+    encoder.embedding_dim = 64
 
 
 def shrink(config: ml_collections.ConfigDict) -> None:
