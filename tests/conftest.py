@@ -3,8 +3,6 @@
 import gc
 import os
 import pathlib
-import subprocess
-import sys
 import tempfile
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -18,33 +16,6 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 import jax
 import pytest
 import small_data
-
-# Most of a test was compilation, and code that runs once need not be fast: this
-# compiles the step of CRMT in a fifth of the time, also in commands that tests
-# start. ROBUST_MM_OPTIMIZED=1 compiles as users do.
-_QUICK = (
-  "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-)
-
-
-def _compile_quickly():
-  """Sets XLA's flags, unless this version of it has other ones."""
-  flags = f"{_QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
-  # Flags that it does not know end a process.
-  tried = subprocess.run(
-    [sys.executable, "-c", "import jax; jax.devices('cpu')"],
-    env={**os.environ, "XLA_FLAGS": flags},
-    capture_output=True,
-    check=False,
-  )
-  if tried.returncode == 0:
-    os.environ["XLA_FLAGS"] = flags
-
-
-# Workers of pytest-xdist inherit what is set.
-_IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
-if not _IS_WORKER and not os.environ.get("ROBUST_MM_OPTIMIZED"):
-  _compile_quickly()
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
