@@ -270,6 +270,8 @@ def test_few_of_a_large_set_are_pretrained_on_and_tuned_alike(data_dir):
   for found in (config, before):
     assert found.data.max_train_examples == 6000
     assert found.data.batch_size == 64
+    assert found.model.fusion_options.num_layers == 2
+    assert found.model.encoders.default.embedding_dim == 64
   assert config.data.max_eval_examples == before.data.max_eval_examples == 2000
   train = setup_lib.open_split(config, "train").batch()["label"]
   assert len(train) <= 6000
