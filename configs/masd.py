@@ -7,7 +7,7 @@ The argument names the data set (those of configs/finetune.py) and
 variants: published (no ramp); ema, frozen (the teacher; the model itself
 otherwise); supersets (the teacher is the mean over all sets that hold the
 labelled one); finetune (from a fresh head, no linear probe first); few (the
-first 6,000 examples, 64 a batch, for 16 epochs, two layers of 64); smoke (a few
+first 6,000 examples, 64 a batch, for 32 epochs, two layers of 64); smoke (a few
 steps).
 
 --config.data.labelled names the modalities that have labels. Every batch has as
