@@ -87,7 +87,7 @@ def main():
   for seed in range(options.seeds):
     for name in options.losses:
       found[name, seed] = grids.kept(
-        options.workdir / _folder(name) / str(seed),
+        options.workdir / grids.slug(name) / str(seed),
         functools.partial(_measured, options, name, seed),
       )
       print(json.dumps(_line(name, seed, found[name, seed])), flush=True)
@@ -114,10 +114,6 @@ def _parser():
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
   parser.add_argument("--output", type=pathlib.Path)
   return parser
-
-
-def _folder(name: str) -> str:
-  return "".join(c if c.isalnum() else "_" for c in name)
 
 
 def _measured(options, name, seed: int, folder: pathlib.Path) -> dict:

@@ -133,7 +133,7 @@ def main():
   for row in options.rows:
     chosen, given = ROWS[row]
     found[row] = grids.kept(
-      options.workdir / _slug(row),
+      options.workdir / grids.slug(row),
       lambda folder, chosen=chosen, given=given: _measured(
         networks,
         other,
@@ -305,10 +305,6 @@ def _difference(found: dict, row: str, base: str) -> tuple[str, float]:
     found[row]["far"], found[base]["far"]
   )
   return f"{row:46s}{value:+10.3f} [{low:+.3f}, {high:+.3f}]", low
-
-
-def _slug(row: str) -> str:
-  return "".join(c if c.isalnum() else "_" for c in row)
 
 
 if __name__ == "__main__":

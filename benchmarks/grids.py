@@ -41,6 +41,11 @@ def kept(folder: pathlib.Path, measure: Callable[[pathlib.Path], Any]) -> Any:
   return json.loads(path.read_text())
 
 
+def slug(name: str) -> str:
+  """The name of a row as that of a folder."""
+  return "".join(c if c.isalnum() else "_" for c in name)
+
+
 def keep_compiled(workdir: pathlib.Path) -> None:
   """Seeds of an arm compile the same functions: once, kept in the folder."""
   cache = (workdir / "compiled").resolve()

@@ -132,7 +132,7 @@ def _references(options, study, trains):
 
 def _correct(options, study, arm: str, train, seed: int) -> list:
   """``[E][item]``: what an arm's model has right of the test split."""
-  folder = options.workdir / _slug(arm) / modalities.subset_name(train)
+  folder = options.workdir / grids.slug(arm) / modalities.subset_name(train)
 
   def measure(folder):
     config = _configured(options, study, arm, train, seed)
@@ -180,10 +180,6 @@ def _start(options, study, arm: str, seed: int) -> pathlib.Path | str:
     shift_methods.pretraining(config, seed), folder, say=lambda line: None
   )
   return folder
-
-
-def _slug(arm: str) -> str:
-  return "".join(c if c.isalnum() else "_" for c in arm)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def get_config(argument: str = ""):
   )
   config = base.default()
   config.data.name = dataset
-  config_variants.token_model(config, small="smoke" in variants)
+  config_variants.token_model(config, variants)
   config.data.batch_size = BATCH.get(dataset, 256)
   config.num_epochs = EPOCHS.get(dataset.split("/")[0], 30)
   config.recipe.name = "finetune"

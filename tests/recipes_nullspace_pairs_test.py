@@ -92,6 +92,26 @@ def test_items_of_a_model_are_what_it_says_of_them(model):
   np.testing.assert_array_equal(moved[7:], said[7:])
 
 
+def test_items_of_one_modality_need_no_context():
+  """``encode(params, tokens)``, as ``nullspace.encoder_noise`` calls it."""
+  vit = encoders.make(
+    "vit", size=None, width=8, depth=1, num_heads=2, mlp_dim=8, patch_size=2
+  )
+  alone = models.concat_fusion(
+    {"first": vit}, num_classes=3, input_shapes={"first": SHAPES["first"]}
+  )
+  params, state = alone.init(jax.random.key(0))
+  data = {
+    part: {"first": batch(5)[part]["first"]} for part in ("inputs", "present")
+  }
+  items, encode = nullspace.items_of(alone, params, state, data, "first")
+  assert items.context is None
+  outputs, _ = alone.apply(params, state, data["inputs"], data["present"])
+  np.testing.assert_allclose(
+    encode(params, items.tokens), outputs.logits, atol=1e-5
+  )
+
+
 def test_items_of_no_tokens_are_refused(model):
   params, state = model.init(jax.random.key(0))
   with pytest.raises(ValueError, match="modality must be one of"):

@@ -272,6 +272,8 @@ def test_few_of_a_large_set_are_pretrained_on_and_tuned_alike(data_dir):
     assert found.data.batch_size == 64
     assert found.model.fusion_options.num_layers == 2
     assert found.model.encoders.default.embedding_dim == 64
+  small = config_lib.load("configs/finetune.py:av_digits,few,smoke")
+  assert small.model.fusion_options.num_layers == 1
   assert config.data.max_eval_examples == before.data.max_eval_examples == 2000
   train = setup_lib.open_split(config, "train").batch()["label"]
   assert len(train) <= 6000

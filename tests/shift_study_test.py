@@ -8,6 +8,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import killed_runs
 import numpy as np
 import pytest
 from killed_runs import Killed
@@ -100,12 +101,18 @@ def test_the_model_between_two_phases_is_what_wise_ft_is(study):
 
 
 def test_a_study_that_was_moved_goes_on_there(study, tmp_path):
+  """With a model whose training had stopped on the way, too."""
   folder, report, config = study
   moved = tmp_path / "elsewhere"
   shutil.copytree(folder, moved)
   made = moved / "runs" / "finetune" / "left" / "0" / "logits.npz"
   before = dict(np.load(made))
-  made.unlink()
+  # Half of it, as it was where it began.
+  shutil.rmtree(made.parent)
+  begun = runs.read_config(folder / "runs" / "finetune" / "left" / "0")
+  with pytest.raises(Killed):
+    killed_runs.train(begun, made.parent, kill_at=6)
+  assert not runs.has_ended(made.parent)
   found = shift_study.run(config, moved, progress=lambda *a: None)
   np.testing.assert_array_equal(
     found.matrix("finetune"), report.matrix("finetune")

@@ -42,8 +42,11 @@ def logits(study: plan.Study, name: str, train, seed: int) -> np.ndarray:
   method = shift_methods.METHODS[name]
   path = _path(study, name, train, seed)
   if isinstance(method, shift_methods.Trained):
+    config = _configured(study, name, train, seed)
+    # A study that was moved took its pretraining along.
+    runs.relocate_start(path.parent, config)
     # A study of other settings is refused, whatever it has left.
-    runs.check_config(path.parent, _configured(study, name, train, seed))
+    runs.check_config(path.parent, config)
   if not is_made(study, name, train, seed):
     found = _made(study, name, train, seed)
     # The name must end so, or numpy adds it.
@@ -132,8 +135,6 @@ def _configured(study: plan.Study, name: str, train, seed: int):
   config.seed = seed
   if study.config.study.pretraining:
     config.init_from = str(study.start(seed))
-    # A study that was moved took its pretraining along.
-    runs.relocate_start(study.place(name, train, seed), config)
   config_lib.check(config)
   return config
 
