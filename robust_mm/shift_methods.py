@@ -305,9 +305,13 @@ def configured(
   """
   method = METHODS[name]
   made = config.copy_and_resolve_references()
+  asked = options(config, name)
+  if len(labelled) == 1 and not method.oracle:
+    # A random part of one modality is that modality: plain fine-tuning.
+    asked.pop("dropout_rate", None)
   with made.unlocked():
     del made["study"]
-    made.recipe.options.update(options(config, name))
+    made.recipe.options = asked
   made.data.labelled = () if method.oracle else labelled
   for key, value in method.keys.items():
     parent = made

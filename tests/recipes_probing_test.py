@@ -156,6 +156,33 @@ def test_fine_tuning_moves_what_it_may(model):
   assert all(jax.tree.leaves(moved))
 
 
+def test_dropout_of_one_modality_is_plain_fine_tuning(model):
+  """Why a study trains the two once."""
+
+  def trained(present, rate):
+    recipe = recipes.finetune(
+      model,
+      num_steps=3,
+      tx=optax.sgd(0.1),
+      method="finetune",
+      dropout_rate=rate,
+    )
+    phase = recipe.phases[0]
+    before = jax.jit(state_lib.initializer(model, phase))(jax.random.key(0))
+    batch = {**make_batch(), "present": present}
+    return helpers.repeat(phase, before, batch, 3)[0].params
+
+  alone = {"a": jnp.arange(40) > 3, "b": jnp.zeros(40, bool)}
+  plain, dropped = trained(alone, 0.0), trained(alone, 1.0)
+  jax.tree.map(  # they are compiled apart, so up to rounding
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), plain, dropped
+  )
+  both = {"a": alone["a"], "b": jnp.ones(40, bool)}
+  plain, dropped = trained(both, 0.0), trained(both, 1.0)
+  last = (found["fusion"]["last"]["kernel"] for found in (plain, dropped))
+  assert np.max(np.abs(np.subtract(*last))) > 1e-4
+
+
 @pytest.mark.parametrize(
   "options,message",
   [

@@ -114,7 +114,8 @@ def test_options_of_a_method_are_its_own():
     ("oracle", "dropout_rate", 1.0),
     ("finetune", "dropout_rate", None),
   ):
-    made = shift_methods.configured(config, name, ("left",), ("left", "right"))
+    both = ("left", "right")
+    made = shift_methods.configured(config, name, both, both)
     assert made.recipe.options.get(key) == value
     assert made.recipe.options.probe_lr == 0.5
     assert "study" not in made
@@ -156,6 +157,26 @@ def test_an_oracle_lies_in_one_folder_for_all_sets(tmp_path):
   assert making.is_made(study, "oracle", ("left",), 0)
   with pytest.raises(ValueError, match=r"optimizer\.lr"):
     making.logits(study, "oracle", ("left",), 0)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+def test_what_equals_plain_fine_tuning_is_trained_once(rate, tmp_path):
+  config = config_lib.load(
+    SPEC,
+    [
+      "--config.study.methods=finetune,dropout,masd,oracle",
+      f"--config.study.options.dropout.dropout_rate={rate}",
+    ],
+  )
+  study = shift_study.prepare(config, tmp_path)
+  for train in study.train_sets:
+    place = study.place("dropout", train, 0)
+    same = place == study.place("finetune", train, 0)
+    assert same == (len(train) == 1)
+    own = "finetune" if same else "dropout"
+    assert place == tmp_path / "runs" / own / "+".join(train) / "0"
+    assert study.place("masd", train, 0).parts[-3] == "masd"
+    assert study.place("oracle", train, 0).parts[-3] == "oracle"
 
 
 def test_passes_are_charged_by_sets_ratio_and_teacher():

@@ -78,14 +78,22 @@ class Study:
     return sorted(found, key=lambda job: shift_methods.is_derived(job[0]))
 
   def place(self, method: str, train: Subset, seed: int) -> pathlib.Path:
-    """The folder of one model."""
+    """The folder of one model, that of the reference where it is the same."""
     kind = shift_methods.METHODS[method]
-    if isinstance(kind, shift_methods.Trained) and kind.oracle:
-      train = self.names  # the same model whatever T is
+    if isinstance(kind, shift_methods.Trained):
+      if kind.oracle:
+        train = self.names  # the same model whatever T is
+      elif self._configured(method, train) == self._configured(
+        shift_methods.REFERENCE, train
+      ):
+        method = shift_methods.REFERENCE
     name = modalities.subset_name(train)
     if isinstance(kind, shift_methods.Between):
       method = f"{method}-{self.config.study.alpha:g}"
     return self.folder / "runs" / method / name / str(seed)
+
+  def _configured(self, method: str, train: Subset):
+    return shift_methods.configured(self.config, method, train, self.names)
 
   def start(self, seed: int) -> pathlib.Path:
     """The folder of the pretraining that all runs of a seed start from."""
