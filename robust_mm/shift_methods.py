@@ -104,7 +104,8 @@ METHODS = MappingProxyType(
       about="a linear head on frozen features", options={"method": "probe"}
     ),
     "dropout": Trained(
-      about="fine-tuning that sees a random part of T at every step",
+      about="fine-tuning that sees a random part of T at every step; the model "
+      "of finetune where T is one modality",
       options={"dropout_rate": 1.0},
       changeable=("dropout_rate",),
     ),
