@@ -3,8 +3,8 @@
   robust-mm train --config=configs/finetune.py:utd_mhad --workdir=runs/tuned \\
       --config.init_from=runs/pre --config.data.labelled=inertial,skeleton
 
-The argument names the data set (digits, av_digits, utd_mhad, mosi, mfeat, or of
-which nothing has been measured av_digits/hard, av_digits/speaker_disjoint,
+The argument names the data set (digits, av_digits, av_digits/hard, utd_mhad,
+mosi, mfeat, or of which nothing has been measured av_digits/speaker_disjoint,
 audioset, kinetics, imagenet_captions) and variants: probe (a linear head on
 frozen features), finetune (all parameters at once, from a fresh head) in place
 of the one after the other (LP-FT); dropout (fine-tuning sees random subsets of

@@ -2,8 +2,8 @@
 
   robust-mm train --config=configs/pretraining.py:utd_mhad --workdir=runs/pre
 
-The argument names the data set (digits, av_digits, utd_mhad, mosi, mfeat, or of
-which nothing has been measured av_digits/hard, av_digits/speaker_disjoint,
+The argument names the data set (digits, av_digits, av_digits/hard, utd_mhad,
+mosi, mfeat, or of which nothing has been measured av_digits/speaker_disjoint,
 audioset, kinetics, imagenet_captions) and variants: contrastive (features of
 one modality tell which of another belong to them) or both (a masked autoencoder
 beside that) in place of the autoencoder alone; no_hiding (no modality is hidden

@@ -2,12 +2,12 @@
 
   robust-mm shift --config=configs/shift.py:utd_mhad --workdir=runs/shift
 
-The argument names the data set (digits, av_digits, utd_mhad, mfeat, or of which
-nothing has been measured av_digits/hard, av_digits/speaker_disjoint, mosi, by
-balanced accuracy, audioset, by mAP, kinetics, imagenet_captions) and variants:
-scratch (no pretraining); few (the first 6,000 training and 2,000 test examples:
-of av_digits, whose 55,000 pairs take a day); smoke (a few steps). Everything
-but ``config.study`` is the configuration of one fine-tuning run
+The argument names the data set (digits, av_digits, av_digits/hard, utd_mhad,
+mfeat, or of which nothing has been measured av_digits/speaker_disjoint, mosi
+(by balanced accuracy), audioset (by mAP), kinetics, imagenet_captions) and
+variants: scratch (no pretraining); few (the first 6,000 training and 2,000 test
+examples: of av_digits, whose 55,000 pairs take a day); smoke (a few steps).
+Everything but ``config.study`` is the configuration of one fine-tuning run
 (``configs/finetune.py``), changed by each method (``robust_mm.shift_methods``).
 
 ``config.recipe.options`` go to every method; those of one are
