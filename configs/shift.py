@@ -16,7 +16,9 @@ in ``--config.study.methods``: masd_labelled, masd_control.
 
 Budgets: an update of MASD passes twice as many rows, and those without a label
 once more without gradient, so it has 3 / 7 of the epochs; with a teacher of
-supersets that is 3 / (6 + 2^(n - |T|)). What each method passed is printed.
+supersets that is 3 / (6 + 2^(n - |T|)). With --config.study.equal_cost=batch,
+as few has it, batches are as much smaller, and there are as many updates as in
+fine-tuning. What each method passed is printed.
 """
 
 import pathlib
@@ -73,6 +75,8 @@ def get_config(argument: str = ""):
   if dataset == "mosi":
     study.score = "balanced_accuracy"  # one of its two classes is larger
   study.cluster = CLUSTERS.get(dataset.split("/")[0], "")
+  if "few" in variants and "smoke" not in variants:
+    study.equal_cost = "batch"  # 14 epochs of MASD are few updates
   if "scratch" not in variants:
     objective = OBJECTIVES.get(dataset, "")
     study.pretraining = f"configs/pretraining.py:{dataset}{objective}{smaller}"

@@ -173,6 +173,10 @@ def study() -> ml_collections.ConfigDict:
   config.test_sets = ()
   config.pretraining = ""  # FILE.py:ARGUMENT that all start from; "" = none
   config.options = ml_collections.ConfigDict()  # {method: recipe.options}
+  # How a method pays for what an update passes beside those of fine-tuning:
+  # "epochs", it has fewer, or fewer steps; "batch", smaller batches in these
+  # epochs, so that it has as many updates.
+  config.equal_cost = "epochs"
   config.alpha = 0.5  # of weights between the probe and what follows it
   config.num_samples = 2000  # replicates of the bootstrap
   # accuracy, balanced_accuracy or macro_f1; map or auroc of several labels.

@@ -176,6 +176,7 @@ METHODS = MappingProxyType(
   }
 )
 REFERENCE = "finetune"
+EQUAL_COST = ("epochs", "batch")
 
 
 def is_derived(name: str) -> bool:
@@ -195,6 +196,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     # One replicate has no spread.
     _validate.at_least(2, **{"config.study.num_samples": study.num_samples})
     _validate.in_unit_interval(**{"config.study.alpha": study.alpha})
+    _validate.one_of(
+      EQUAL_COST, **{"config.study.equal_cost": study.equal_cost}
+    )
   names = tuple(study.methods)
   for place, name in enumerate(names):
     if name not in METHODS:
@@ -324,8 +328,12 @@ def configured(
     with made.unlocked():
       made.recipe.options.unlabelled_ratio = made.data.unlabelled_ratio
   share = 3 / passes(made, len(modalities))
-  for key in ("num_epochs", "num_steps"):
-    made[key] = _at_least_one(share, made[key])
+  made.num_epochs = _at_least_one(share, made.num_epochs)
+  # Rows of a batch or batches: an update costs what one of fine-tuning does,
+  # or there are fewer.
+  fewer = made.data if config.study.equal_cost == "batch" else made
+  key = "batch_size" if config.study.equal_cost == "batch" else "num_steps"
+  fewer[key] = _at_least_one(share, fewer[key])
   return made
 
 

@@ -200,6 +200,34 @@ def test_passes_are_charged_by_sets_ratio_and_teacher():
       assert made.num_epochs == round(80 * 3 / expected)
 
 
+@pytest.mark.parametrize("num_steps", [0, 2800])
+def test_smaller_batches_pay_for_an_update_as_fewer_epochs_do(num_steps):
+  config = config_lib.load("configs/shift.py:av_digits/hard,few")
+  assert config.study.equal_cost == "batch"
+  names = ("audio", "image")
+  config.num_steps, config.num_epochs = num_steps, 0 if num_steps else 32
+  made = shift_methods.configured(config, "masd", names[:1], names)
+  plain = shift_methods.configured(config, "finetune", names[:1], names)
+  assert (plain.data.batch_size, plain.num_steps) == (64, num_steps)
+  assert made.data.batch_size == 27  # 64 * 3 / 7
+  assert made.num_steps == num_steps
+  assert made.num_epochs == (0 if num_steps else 14)  # 32 * 3 / 7
+  said = budgets.lines(config, names, [names[:1]])
+  (line,) = [text for text in said if text.startswith("masd:")]
+  cost = "2.33"  # an epoch has all rows, an update 27 of 64
+  if num_steps:
+    cost = "0.98"
+  length = f"{num_steps} steps" if num_steps else "14 epochs"
+  wanted = f"{length} in batches of 27; each costs {cost} times one of"
+  assert f"then {wanted} finetune." in line
+
+
+def test_an_equal_cost_of_another_name_is_refused():
+  config = config_lib.load(SPEC, ["--config.study.equal_cost=epoch"])
+  with pytest.raises(ValueError, match=r"study\.equal_cost must be one of"):
+    shift_methods.check(config)
+
+
 def test_budgets_say_what_differs_by_the_size_of_a_set():
   config = config_lib.load("configs/shift.py:utd_mhad")
   config.num_epochs = 80

@@ -18,13 +18,14 @@ def budgets(
     train_sets: T.
 
   Returns:
-    ``{method: [{"sizes", "epochs", "steps", "relative_cost", "probe_steps",
-    "models"}]}``, an entry for all T of which the rest is equal: how many
-    modalities T may have; how long it trains (one of the two is 0, both where
-    there is but a probe); how many times the passes of plain fine-tuning an
-    epoch, or a step, takes (None where there is none); updates of the head
-    alone before that, each on all training examples; models of T. A pass
-    forward and backward is 3, one without gradient 1.
+    ``{method: [{"sizes", "epochs", "steps", "batch_size", "relative_cost",
+    "probe_steps", "models"}]}``, an entry for all T of which the rest is equal:
+    how many modalities T may have; how long it trains (one of the two is 0,
+    both where there is but a probe); labelled rows of an update; how many times
+    the passes of plain fine-tuning an epoch, or a step, takes (these two None
+    where there is none); updates of the head alone before that, each on all
+    training examples; models of T. A pass forward and backward is 3, one
+    without gradient 1.
   """
   found = {}
   for name in config.study.methods:
@@ -46,7 +47,8 @@ def budgets(
 
 def _entry(config, name: str, train, modalities) -> dict | None:
   method = shift_methods.METHODS[name]
-  found = {"sizes": [], "epochs": 0, "steps": 0, "relative_cost": None}
+  found = {"sizes": [], "epochs": 0, "steps": 0}
+  found |= {"batch_size": None, "relative_cost": None}
   if isinstance(method, shift_methods.Ensemble):
     return {**found, "probe_steps": 0, "models": len(train)}
   if shift_methods.is_derived(name):
@@ -56,8 +58,11 @@ def _entry(config, name: str, train, modalities) -> dict | None:
   way = asked.get("method", "lp_ft")
   if way != "probe":
     found["epochs"], found["steps"] = made.num_epochs, made.num_steps
-    number = len(modalities)
-    found["relative_cost"] = shift_methods.passes(made, number) / 3
+    cost = shift_methods.passes(made, len(modalities)) / 3
+    rows = found["batch_size"] = made.data.batch_size
+    # An epoch has all rows, whatever the batches are.
+    cost *= rows / config.data.batch_size if made.num_steps else 1
+    found["relative_cost"] = cost
   probed = asked.get("probe_steps", shift_methods.PROBE_STEPS)
   probed = 0 if way == "finetune" else probed
   return {**found, "probe_steps": probed, "models": 1}
@@ -80,22 +85,24 @@ def lines(config, modalities, train_sets) -> list[str]:
       if len(entries) > 1:
         sizes = ", ".join(map(str, entry["sizes"]))
         of = f", T of {sizes}"
-      found.append(f"{name}{of}: {_said(entry)}.")
+      found.append(f"{name}{of}: {_said(entry, config.data.batch_size)}.")
       if method.oracle:
         found[-1] = f"{found[-1][:-1]}; one model for all T."
   return found
 
 
-def _said(entry: dict) -> str:
+def _said(entry: dict, batch_size: int) -> str:
   parts = []
   if entry["probe_steps"]:
     parts.append(f"{entry['probe_steps']} {_HEAD}")
   number = entry["epochs"] or entry["steps"]
   if number:
     unit = "epoch" if entry["epochs"] else "step"
-    parts.append(f"{number} {unit}{'' if number == 1 else 's'}")
+    rows = entry["batch_size"]
+    smaller = "" if rows == batch_size else f" in batches of {rows}"
+    parts.append(f"{number} {unit}{'' if number == 1 else 's'}{smaller}")
   said = ", then ".join(parts)
   times = entry["relative_cost"]
-  if times not in (None, 1):
+  if times is not None and abs(times - 1) >= 0.005:
     said += f"; each costs {times:.2f} times one of {shift_methods.REFERENCE}"
   return said
