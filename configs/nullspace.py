@@ -21,10 +21,10 @@ first phase, seed by seed: robust-mm train once, and
 --config.recipe.options.pretrain_steps=0 for the others.
 
 A gain of nullspace noise is one over twice_clean and over random, random_at_
-criterion and permuted. Of images that were not moved there was none: over three
-seeds the mean accuracy under corruption of a bank was 0.2 points above clean,
-that of random noise of the same radius 1.0, of permuted noise 1.6; with far a
-bank was 1.8 above a clean arm of as many updates
+criterion and permuted. There is none: over three seeds the mean accuracy under
+corruption of a bank is 0.1 points above twice_clean (-0.2 to 0.5), of random
+noise of the same radius 0.7, of permuted noise 1.0; with far a bank is 1.1
+above a clean arm of as many updates, and the controls 3.0 and 4.6
 (benchmarks/results/nullspace_av_digits.txt). A search costs more than the
 updates between two: what an arm with noise costs on top is not in that table.
 """
