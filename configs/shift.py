@@ -17,7 +17,8 @@ in ``--config.study.methods``: masd_labelled, masd_control.
 Budgets: an update of MASD passes twice as many rows, and those without a label
 once more without gradient, so it has 3 / 7 of the epochs; with a teacher of
 supersets that is 3 / (6 + 2^(n - |T|)). With --config.study.equal_cost=batch,
-as few has it, batches are as much smaller, and there are as many updates as in
+as few has it, batches are as much smaller (what is left must divide over the
+devices: of 64 it is 27, of 56 it is 24), and there are as many updates as in
 fine-tuning. What each method passed is printed.
 """
 

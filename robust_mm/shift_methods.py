@@ -329,11 +329,11 @@ def configured(
       made.recipe.options.unlabelled_ratio = made.data.unlabelled_ratio
   share = 3 / passes(made, len(modalities))
   made.num_epochs = _at_least_one(share, made.num_epochs)
-  # Rows of a batch or batches: an update costs what one of fine-tuning does,
-  # or there are fewer.
-  fewer = made.data if config.study.equal_cost == "batch" else made
-  key = "batch_size" if config.study.equal_cost == "batch" else "num_steps"
-  fewer[key] = _at_least_one(share, fewer[key])
+  if config.study.equal_cost == "batch":
+    # As many updates, each of which costs what one of fine-tuning does.
+    made.data.batch_size = _at_least_one(share, made.data.batch_size)
+  else:
+    made.num_steps = _at_least_one(share, made.num_steps)
   return made
 
 

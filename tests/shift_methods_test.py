@@ -214,12 +214,32 @@ def test_smaller_batches_pay_for_an_update_as_fewer_epochs_do(num_steps):
   assert made.num_epochs == (0 if num_steps else 14)  # 32 * 3 / 7
   said = budgets.lines(config, names, [names[:1]])
   (line,) = [text for text in said if text.startswith("masd:")]
-  cost = "2.33"  # an epoch has all rows, an update 27 of 64
-  if num_steps:
-    cost = "0.98"
-  length = f"{num_steps} steps" if num_steps else "14 epochs"
+  # An epoch has all rows, an update 27 of 64.
+  length, cost = ("2800 steps", "0.98") if num_steps else ("14 epochs", "2.33")
   wanted = f"{length} in batches of 27; each costs {cost} times one of"
   assert f"then {wanted} finetune." in line
+  # As many updates, and as many passes.
+  updates = [c.num_epochs / c.data.batch_size or 1 for c in (made, plain)]
+  assert abs(updates[0] / updates[1] - 1) < 0.05
+  rows = [
+    (c.num_epochs or c.data.batch_size) * shift_methods.passes(c, 2)
+    for c in (made, plain)
+  ]
+  assert abs(rows[0] / rows[1] - 1) < 0.03
+
+
+def test_batches_that_do_not_divide_over_the_devices_are_refused(tmp_path):
+  """Before the methods with whole batches have been trained."""
+  words = ["--config.study.equal_cost=batch", "--config.mesh.data=2"]
+  config = config_lib.load(SPEC, words)  # 16, of which masd has 7
+  with pytest.raises(ValueError, match="is 16, of which masd has 7"):
+    shift_study.prepare(config, tmp_path)
+  assert not [*tmp_path.iterdir()]
+  config.data.batch_size = 14
+  shift_study.prepare(config, tmp_path)
+  config.data.batch_size = 13  # nor over the methods with whole ones
+  with pytest.raises(ValueError, match="of which finetune has 13"):
+    shift_study.prepare(config, tmp_path)
 
 
 def test_an_equal_cost_of_another_name_is_refused():

@@ -47,8 +47,10 @@ def budgets(
 
 def _entry(config, name: str, train, modalities) -> dict | None:
   method = shift_methods.METHODS[name]
-  found = {"sizes": [], "epochs": 0, "steps": 0}
-  found |= {"batch_size": None, "relative_cost": None}
+  found = {
+    **{"sizes": [], "epochs": 0, "steps": 0},
+    **{"batch_size": None, "relative_cost": None},
+  }
   if isinstance(method, shift_methods.Ensemble):
     return {**found, "probe_steps": 0, "models": len(train)}
   if shift_methods.is_derived(name):
@@ -58,10 +60,10 @@ def _entry(config, name: str, train, modalities) -> dict | None:
   way = asked.get("method", "lp_ft")
   if way != "probe":
     found["epochs"], found["steps"] = made.num_epochs, made.num_steps
+    found["batch_size"] = made.data.batch_size
     cost = shift_methods.passes(made, len(modalities)) / 3
-    rows = found["batch_size"] = made.data.batch_size
-    # An epoch has all rows, whatever the batches are.
-    cost *= rows / config.data.batch_size if made.num_steps else 1
+    if not made.num_epochs:  # an epoch has all rows, whatever the batches are
+      cost *= made.data.batch_size / config.data.batch_size
     found["relative_cost"] = cost
   probed = asked.get("probe_steps", shift_methods.PROBE_STEPS)
   probed = 0 if way == "finetune" else probed

@@ -131,7 +131,7 @@ def _trained(study: plan.Study, name: str, train, seed: int) -> pathlib.Path:
 
 
 def _configured(study: plan.Study, name: str, train, seed: int):
-  config = shift_methods.configured(study.config, name, train, study.names)
+  config = study.configured(name, train)
   config.seed = seed
   if study.config.study.pretraining:
     config.init_from = str(study.start(seed))

@@ -16,6 +16,7 @@ from robust_mm.evaluation import shift_scores
 from robust_mm.training import recipe as recipe_lib
 from robust_mm.training import runs
 from robust_mm.training import setup as setup_lib
+from robust_mm.training import sharding
 
 Subset = tuple[str, ...]
 
@@ -83,7 +84,7 @@ class Study:
     if isinstance(kind, shift_methods.Trained):
       if kind.oracle:
         train = self.names  # the same model whatever T is
-      elif self._configured(method, train) == self._configured(
+      elif self.configured(method, train) == self.configured(
         shift_methods.REFERENCE, train
       ):
         method = shift_methods.REFERENCE
@@ -92,7 +93,8 @@ class Study:
       method = f"{method}-{self.config.study.alpha:g}"
     return self.folder / "runs" / method / name / str(seed)
 
-  def _configured(self, method: str, train: Subset):
+  def configured(self, method: str, train: Subset):
+    """The configuration of a trained method, but for seed and start."""
     return shift_methods.configured(self.config, method, train, self.names)
 
   def start(self, seed: int) -> pathlib.Path:
@@ -136,6 +138,7 @@ def prepare(config, folder: pathlib.Path) -> Study:
     score=_score(test.task, asked.score),
   )
   _check_recipes(study)
+  _check_batches(study)
   _check_start(study)
   _check_kept(study)
   return study
@@ -221,15 +224,32 @@ def _check_recipes(study: Study) -> None:
   for name in config.study.methods:
     if shift_methods.is_derived(name):
       continue
-    made = shift_methods.configured(
-      config, name, study.train_sets[0], study.names
-    )
+    made = study.configured(name, study.train_sets[0])
     try:
       recipe_lib.make(made, setup)
     except (TypeError, ValueError) as error:
       raise _validate.UserError(
         f"config.study.options.{name} (or config.recipe.options): {error}"
       ) from error
+
+
+def _check_batches(study: Study) -> None:
+  """Refuses batches that some method could not divide over the devices."""
+  asked = study.config.mesh
+  with _validate.user_errors():
+    mesh = sharding.make_mesh(data=asked.data, model=asked.model)
+  for name in study.config.study.methods:
+    if shift_methods.is_derived(name):
+      continue
+    for train in study.train_sets:
+      size = study.configured(name, train).data.batch_size
+      try:
+        sharding.check_batch_size(size, mesh)
+      except ValueError as error:
+        raise _validate.UserError(
+          f"config.data.batch_size is {study.config.data.batch_size}, of which "
+          f"{name} has {size} (config.study.equal_cost): {error}"
+        ) from error
 
 
 def _check_start(study: Study) -> None:
