@@ -12,6 +12,9 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
   tempfile.gettempdir(), f"robust-mm-jit-{os.getuid()}"
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+# Half of the time of a short run is compilation. Tests of rounding, and of how
+# fast something converges, are marked ``full_optimization``.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import jax
 import pytest
@@ -28,6 +31,18 @@ SHARED_VARIABLE = "ROBUST_MM_SHARED"
 # (vm.max_map_count, 65530 by default) dies of a segmentation fault.
 MAPS = pathlib.Path("/proc/self/maps")
 MOST_MAPS = 15_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _full_optimization(request):
+  """Files that are marked compile what they use, as users do."""
+  if not request.node.get_closest_marker("full_optimization"):
+    yield
+    return
+  jax.clear_caches()
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -82,7 +82,7 @@ def newton_schulz(
     return products.transpose(
       newton_schulz(products.transpose(Z), num_iters=num_iters)
     )
-  W, *_ = _polar(jnp.reshape(Z, (-1, *Z.shape[-2:])), num_iters)
+  W = _factor(jnp.reshape(Z, (-1, *Z.shape[-2:])), num_iters)
   return jnp.reshape(W, Z.shape)
 
 
@@ -92,6 +92,12 @@ def defect(W: Float[Array, "*b k d"]) -> Float[Array, "*b"]:
     W = products.transpose(W)
   error = products.dot(W, products.transpose(W)) - products.eye(W)
   return jnp.max(jnp.abs(error), axis=(-2, -1))
+
+
+# Traced once for a shape, not once for each of a model's layers.
+@functools.partial(jax.jit, static_argnums=1)
+def _factor(z: Array, num_iters: int) -> Array:
+  return _polar(z, num_iters)[0]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
