@@ -8,15 +8,16 @@ dispersion) and seed: what is written and what is said differ, "seven three",
 and a word is right or wrong by its slot. Then ``evaluation.caption_report``:
 captions and words right, clean, under noise, with the image, the sound or both
 attacked (linf PGD against the clean caption, at every radius), towards a fixed
-sentence, and in the worst case over all of these, example by example. That is
-compared with the worst case of cross-entropy, with a 95 % interval (paired
-bootstrap over examples and seeds) and its range over seeds. Where the first
-word is given, as it is (prompt), with a letter changed (text) or with both
-attacked besides (joint), the second word is right or not; these are no part of
-the worst case. ``distinct_2`` is how many different pairs of words are said, of
-all: a model that says the same of everything loses little to an attack. Weights
-are those of the configuration, not tuned to equal clean accuracy, and no arm
-trains on adversarial inputs. What is measured is kept in --workdir.
+sentence, by one step and by random search (both), and in the worst case over
+all of these, example by example. At every radius that is compared with the
+worst case of cross-entropy, with a 95 % interval (paired bootstrap over
+examples and seeds) and its range over seeds. Where the first word is given, as
+it is (prompt), with a letter changed (text) or with both attacked besides
+(joint), the second word is right or not; these are no part of the worst case.
+``distinct_2`` is how many different pairs of words are said, of all: a model
+that says the same of everything loses little to an attack. Weights are those of
+the configuration, not tuned to equal clean accuracy, and no arm trains on
+adversarial inputs. What is measured is kept in --workdir.
 """
 
 import argparse
@@ -65,6 +66,7 @@ COLUMNS = {
   "image": ("input", "image"),
   "sound": ("input", "audio"),
   "both": ("input", "audio+image"),
+  "queries": ("queries", "audio+image"),
   "prompt": ("prompt, clean", ""),
   "text": ("text", ""),
   "joint": ("joint", "audio+image"),
@@ -173,19 +175,10 @@ def _tables(found: dict, options):
     "captions right at the largest radius, mean over seeds; of prompt, text "
     "and joint the second word, the first one given"
   )
-  yield (
-    grids.row("", COLUMNS, 12, first=26)
-    + f"{'sd':>8s}{'worst less that of cross-entropy (seeds)':>46s}"
-  )
-  for name, reports in of.items():
-    worst = [_row(r, WORST)["exact_match"] for r in reports]
-    cells = [f"{_mean(reports, c, 'exact_match'):.3f}" for c in COLUMNS]
-    spread = f"{np.std(worst, ddof=1):.3f}" if len(worst) > 1 else "-"
-    yield (
-      grids.row(name, cells, 12, first=26)
-      + f"{spread:>8s}"
-      + _difference(reports, of.get(REFERENCE), name)
-    )
+  yield from _by_column(of, lambda row: row["exact_match"])
+  for place, radius in enumerate(sorted(options.radii)):
+    yield ""
+    yield from _worst_cases(of, place, radius)
   slots = list(one["rows"][0]["slots"])
   for slot in slots:
     yield ""
@@ -214,6 +207,21 @@ def _tables(found: dict, options):
     yield f"{line}  {', '.join(failed) or '-'}"
 
 
+def _worst_cases(of: dict, place: int, radius: float):
+  yield (
+    f"captions right in the worst case up to {radius:.4f}; sd over seeds; less "
+    "that of cross-entropy (range over seeds)"
+  )
+  for name, reports in of.items():
+    worst = [np.mean(r["right"][WORST][place]) for r in reports]
+    cells = [f"{np.mean(worst):.3f}"]
+    cells.append(f"{np.std(worst, ddof=1):.3f}" if len(worst) > 1 else "-")
+    yield (
+      grids.row(name, cells, 12, first=26)
+      + _difference(reports, of.get(REFERENCE), name, place)
+    )
+
+
 def _by_column(of, value):
   yield grids.row("", COLUMNS, 12, first=26)
   for name, reports in of.items():
@@ -223,10 +231,6 @@ def _by_column(of, value):
     ]
     cells = ["-" if np.isnan(cell) else f"{cell:.3f}" for cell in cells]
     yield grids.row(name, cells, 12, first=26)
-
-
-def _mean(reports, column: str, key: str) -> float:
-  return float(np.mean([_row(report, column)[key] for report in reports]))
 
 
 def _by_radius(reports) -> np.ndarray:
@@ -255,11 +259,12 @@ def _reached(reports) -> float:
   return float(np.mean(found)) if found else float("nan")
 
 
-def _difference(reports, reference, name: str) -> str:
+def _difference(reports, reference, name: str, place: int) -> str:
   if reference is None or name == REFERENCE:
     return ""
   pairs = [
-    (a["right"][WORST], b["right"][WORST]) for a, b in zip(reports, reference)
+    [report["right"][WORST][place] for report in both]
+    for both in zip(reports, reference)
   ]
   apart = [100 * (np.mean(a) - np.mean(b)) for a, b in pairs]
   text = grids.interval(*zip(*pairs))

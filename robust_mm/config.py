@@ -127,11 +127,14 @@ def default() -> ml_collections.ConfigDict:
   config.evaluation.surrogate = ""
   # Of captioners: the sentence attacks aim at, "" = the caption of the first
   # class; the share of its letters that is success; letters of a prompt that an
-  # attack may change.
+  # attack may change; steps and restarts of PGD, queries of random search.
   config.evaluation.captions = ml_collections.ConfigDict()
   config.evaluation.captions.target = ""
   config.evaluation.captions.threshold = 0.8
   config.evaluation.captions.num_substitutions = 1
+  config.evaluation.captions.num_steps = 50
+  config.evaluation.captions.num_restarts = 5
+  config.evaluation.captions.num_queries = 200
   # Shares of absent modalities, such as (0.1, 0.3, 0.5, 0.7); () = no curve.
   config.evaluation.missing_rates = ()
   # Or "one_kept", "per_batch", "frames": see robust_mm.missing.

@@ -282,9 +282,8 @@ def _check_captions(config: ml_collections.ConfigDict) -> None:
 def _check_spelling(settings: ml_collections.ConfigDict) -> None:
   path = "config.evaluation.captions"
   _validate.in_unit_interval(**{f"{path}.threshold": settings.threshold})
-  _validate.at_least(
-    1, **{f"{path}.num_substitutions": settings.num_substitutions}
-  )
+  names = ("num_substitutions", "num_steps", "num_restarts", "num_queries")
+  _validate.at_least(1, **{f"{path}.{name}": settings[name] for name in names})
 
 
 def _check_penalty(config: ml_collections.ConfigDict) -> None:

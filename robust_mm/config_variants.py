@@ -117,6 +117,9 @@ def shrink(config: ml_collections.ConfigDict) -> None:
   config.evaluation.num_steps = 2
   config.evaluation.num_restarts = 1
   config.evaluation.num_queries = 10
+  config.evaluation.captions.num_steps = 2
+  config.evaluation.captions.num_restarts = 1
+  config.evaluation.captions.num_queries = 10
   config.evaluation.masking_examples = 0
   config.evaluation.tightness = ()
   config.evaluation.smoothing.num_selection = 10

@@ -193,10 +193,11 @@ def test_captions_of_two_losses_are_compared_example_by_example(
   run(monkeypatch, *common, "--losses", "cross-entropy", name="captions")
   (path,) = workdir.glob("cross_entropy/0/measured.json")
   found = json.loads(path.read_text())
-  assert len(found["right"]["worst case"]) == found["num_examples"] == 8
+  smaller, larger = found["right"]["worst case"]
+  assert len(smaller) == len(larger) == found["num_examples"] == 8
   # Two losses alike: paired, nothing is left to chance.
   right = [True] * 5 + [False] * 3
-  found["right"]["worst case"] = right
+  found["right"]["worst case"] = [right, right]
   path.write_text(json.dumps(found))
   other = workdir / "PRSL__0__2_" / "0" / "measured.json"
   other.parent.mkdir(parents=True)
@@ -210,9 +211,14 @@ def test_captions_of_two_losses_are_compared_example_by_example(
     text = table.read_text()
     assert text in capsys.readouterr().out
     lines = text.splitlines()
-    return next(line for line in lines if line.startswith("PRSL (0, 2)"))
+    (first,) = (i for i, line in enumerate(lines) if "up to 0.0400; sd" in line)
+    return lines[first - 2], lines[first + 2]
 
-  assert "+0.00 [+0.00, +0.00]" in compared()
-  found["right"]["worst case"] = [*right[:-2], True, True]
+  for line in compared():
+    assert line.startswith("PRSL (0, 2)")
+    assert "+0.00 [+0.00, +0.00]" in line
+  found["right"]["worst case"] = [right, [*right[:-2], True, True]]
   other.write_text(json.dumps(found))
-  assert re.search(r"\+25\.00 \[\+0\.00, \+[56]\d\.\d+\]", compared())
+  smaller, larger = compared()
+  assert "+0.00 [+0.00, +0.00]" in smaller
+  assert re.search(r"\+25\.00 \[\+0\.00, \+[56]\d\.\d+\]", larger)

@@ -26,6 +26,8 @@ from robust_mm.training import state as state_lib
 from robust_mm.training import steps
 from robust_mm.training import validation
 
+pytestmark = pytest.mark.full_optimization
+
 SHAPES = {"image": (3,), "sound": (3,)}
 WORDS = ("one", "two", "six")
 
@@ -156,7 +158,10 @@ def test_a_report_has_every_attack_of_the_protocol(found):
     ("input", "sound", 0.6),
     ("input", "image+sound", 0.02),
     ("input", "image+sound", 0.6),
+    ("one step", "image+sound", 0.6),
+    ("queries", "image+sound", 0.6),
     ("targeted", "image+sound", 0.6),
+    ("worst case", "image+sound", 0.02),
     ("worst case", "image+sound", 0.6),
     ("prompt, clean", "", None),
     ("text", "", None),
@@ -204,18 +209,28 @@ def test_a_changed_prompt_gains_loss_and_changes_its_letters_alone(
     assert second.mean() > first.mean() + 1e-3
 
 
+OF_INPUTS = ("clean", "noise", "input", "one step", "queries", "targeted")
+
+
 def test_the_worst_case_is_what_no_row_of_inputs_spoils(found, rows):
-  """Example by example: at most any row."""
-  clean, left = (np.array(found["right"][x]) for x in ("clean", "worst case"))
+  """Example by example: at most any row of its radius or a smaller one."""
+  clean = np.array(found["right"]["clean"])
   assert clean.mean() == rows["clean", "", None]["exact_match"]
-  assert left.mean() == rows["worst case", "image+sound", 0.6]["exact_match"]
-  assert np.all(left <= clean)
-  worst = rows["worst case", "image+sound", 0.6]
-  for (attack, _, _), row in rows.items():
-    if attack in ("clean", "noise", "input", "targeted"):
+  smaller, larger = np.array(found["right"]["worst case"])
+  assert np.all(larger <= smaller)
+  assert np.all(smaller <= clean)
+  for left, radius in ((smaller, 0.02), (larger, 0.6)):
+    worst = rows["worst case", "image+sound", radius]
+    assert left.mean() == worst["exact_match"]
+    for (attack, _, reach), row in rows.items():
+      if attack not in OF_INPUTS or (reach or 0) > radius:
+        continue
       assert worst["exact_match"] <= row["exact_match"] + 1e-9
       for name, share in worst["slots"].items():
         assert share <= row["slots"][name] + 1e-9
+  # Nothing of the larger radius counts at the smaller one.
+  assert smaller.mean() == 1
+  assert larger.mean() < 0.3
 
 
 def test_noise_is_the_control_of_the_attack(found, rows):
@@ -227,6 +242,8 @@ def test_noise_is_the_control_of_the_attack(found, rows):
   assert passed == {
     "conclusive": False,
     "falls_with_radius": True,
+    "many_steps_beat_one": True,
+    "gradients_beat_queries": True,
     "attack_beats_noise": 1 - noise <= (1 - attacked) / 2 + 1 / 12 + 1e-6,
   }
 
@@ -311,8 +328,9 @@ def test_the_joint_attack_moves_inputs_for_what_follows_the_prompt(
   evaluation.caption_report(
     model, params, batch, radii=(0.3, 0.1), num_steps=1, num_restarts=1
   )
-  # Each modality, both, towards the target, joint: nothing runs twice.
-  assert len(asked) == 5
+  # Each modality, both, by one step, by queries, towards the target, joint:
+  # nothing runs twice.
+  assert len(asked) == 7
   judged, ids = asked[-1]["judged"], np.asarray(asked[-1]["ids"])
   told = told_of(model, params, batch)
   space = model.captions.vocabulary.index(" ")
@@ -336,6 +354,7 @@ def test_a_configuration_names_target_threshold_and_letters(
       f"{path}.target=six six",
       f"{path}.threshold=0.5",
       f"{path}.num_substitutions=2",
+      f"{path}.num_queries=7",
     ],
   )
   protocol = protocols.of_run(config, {"value_range": {}, "units": {}})
@@ -346,10 +365,13 @@ def test_a_configuration_names_target_threshold_and_letters(
   found = report.results["captions"]
   assert (found["target"], found["threshold"]) == ("six six", 0.5)
   assert found["settings"]["num_substitutions"] == 2
+  assert found["settings"]["num_queries"] == 7
+  # Of smoke.
+  assert found["settings"]["num_steps"] == 2
   wrong = dataclasses.replace(protocol, captions={"target": "zebra"})
   with pytest.raises(ValueError, match="text must be of the letters"):
     evaluation.evaluate(model, params, batch, protocol=wrong)
-  for given in ("threshold=1.5", "num_substitutions=0"):
+  for given in ("threshold=1.5", "num_substitutions=0", "num_steps=0"):
     with pytest.raises(ValueError, match=f"captions.{given.split('=')[0]}"):
       config_lib.load(spec, [f"{path}.{given}"])
   for given in ({"threshold": 2}, {"num_substitutions": 0}, {"words": 1}):

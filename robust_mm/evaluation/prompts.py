@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -101,7 +102,7 @@ class Prompts:
     def logits_fn(params, moved):
       return told.raised(*judge(params, moved), self.judged)
 
-    @told_lib.compiled
+    @jax.jit
     def run(params, key):
       moved = attack(
         key,

@@ -49,7 +49,13 @@ CORRUPTION_SETTINGS = (
   "unknown",
 )
 MISSING_PROTOCOLS = ("per_sample", "one_kept", "per_batch", "frames")
-CAPTION_SETTINGS = ("target", "threshold", "num_substitutions")
+_CAPTION_COUNTS = (
+  "num_substitutions",
+  "num_steps",
+  "num_restarts",
+  "num_queries",
+)
+CAPTION_SETTINGS = ("target", "threshold", *_CAPTION_COUNTS)
 # Of ``corruptions.suite``, by name.
 _SUITES = {
   "suite": {},
@@ -235,8 +241,9 @@ def standard(
       "share", "forms", "unknown"}`` of ``corruptions.suite`` (all of it where
       not named); None for none.
     mispair: of models that spell captions, as ``caption_report`` takes it.
-    captions: likewise ``{"target", "threshold", "num_substitutions"}``, its
-      defaults where not named.
+    captions: likewise ``{"target", "threshold", "num_substitutions",
+      "num_steps", "num_restarts", "num_queries"}``, its defaults where not
+      named.
 
   Returns:
     A frozen :class:`Protocol`.
@@ -341,9 +348,9 @@ def _captions(given) -> dict | None:
     _validate.one_of(CAPTION_SETTINGS, captions=name)
   if "threshold" in given:
     _validate.in_unit_interval(**{"captions.threshold": given["threshold"]})
-  if "num_substitutions" in given:
-    number = given["num_substitutions"]
-    _validate.at_least(1, **{"captions.num_substitutions": number})
+  for name in _CAPTION_COUNTS:
+    if name in given:
+      _validate.at_least(1, **{f"captions.{name}": given[name]})
   return dict(given)
 
 

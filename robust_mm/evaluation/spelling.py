@@ -26,7 +26,7 @@ from robust_mm.evaluation import verdicts
 MAX_EXAMPLES = 128
 RADII = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
 CLEAN, NOISE, INPUT, TARGETED = "clean", "noise", "input", "targeted"
-WORST = "worst case"
+ONE_STEP, QUERIES, WORST = "one step", "queries", "worst case"
 NUM_DRAWS = 10
 
 
@@ -43,6 +43,7 @@ def caption_report(
   target: str | None = None,
   threshold: float = 0.8,
   num_substitutions: int = 1,
+  num_queries: int = 200,
   max_examples: int = MAX_EXAMPLES,
   mispair: bool = True,
   seed: int = 0,
@@ -54,10 +55,12 @@ def caption_report(
   - ``input``: linf PGD on the sum of token losses of the clean greedy caption,
     which stays fixed, on each modality alone and on all; of several restarts
     one that has another caption said, then the largest loss;
+  - ``one step`` (FGSM) and ``queries`` (Square) on the same of all modalities,
+    at the largest radius: what should not do better than PGD;
   - ``targeted``: towards one fixed sentence, on all modalities at the largest
     radius; success: at least ``threshold`` of its letters in their places, of
     the examples of which that is not said as it is;
-  - ``worst case``: right under all of these, example by example;
+  - ``worst case``: right under all of these up to a radius, example by example;
   - ``text``: the word of the first slot is given as a prompt, and up to
     ``num_substitutions`` of its letters are changed
     (``attacks.substitute``); what the model goes on with is scored;
@@ -87,6 +90,7 @@ def caption_report(
     target: the fixed sentence; the caption of the first class by default.
     threshold: share of its letters that counts as success.
     num_substitutions: letters of the prompt.
+    num_queries: of random search.
     max_examples: evenly spaced examples.
     mispair: shift every modality but the first by an example, its class with
       it, so that the words of a caption differ.
@@ -96,8 +100,8 @@ def caption_report(
     ``{"num_examples", "target", "target_clean" (share of clean captions that
     reach it), "threshold", "settings", "rows" [{attack, modalities, radius,
     slots {m: share}, exact_match, distinct_1, distinct_2, entropy, success}],
-    "right" {"clean" | "worst case" (with radii): a list of bool, whether the
-    whole caption of an example is right},
+    "right" {"clean": a list of bool, whether the whole caption of an example is
+    right; "worst case" (with radii): such a list for every radius, ascending},
     "checks" [{name, passed, message}]}``; ``success`` of the targeted row
     alone, None where every clean caption reaches the target. The checks are
     those of ``masking_report`` that captions have: of whole captions, on all
@@ -107,7 +111,9 @@ def caption_report(
     ValueError: a model without captions, or a bad argument.
   """
   data = _data(model, batch, max_examples, radii)
-  _validate.at_least(1, num_substitutions=num_substitutions)
+  _validate.at_least(
+    1, num_substitutions=num_substitutions, num_queries=num_queries
+  )
   _validate.in_unit_interval(threshold=threshold)
   target = _target(model, target)
   told = told_lib.Told(model, params, state or {}, data, mispair)
@@ -119,6 +125,8 @@ def caption_report(
   radii = tuple(sorted(radii)) if told.floats else ()
   inputs = _Inputs(told, pgd(**common), radii, key)
   inputs.measure(seed, valid_range)
+  inputs.compare(ONE_STEP, attacks.fgm(**common))
+  inputs.compare(QUERIES, attacks.square(num_queries=num_queries, **common))
   reached = inputs.aim(model.captions.ids(target), threshold)
   rows = inputs.rows
   if len(model.captions.slots) > 1:
@@ -133,6 +141,7 @@ def caption_report(
       "num_steps": num_steps,
       "num_restarts": num_restarts,
       "num_substitutions": num_substitutions,
+      "num_queries": num_queries,
       "mispair": mispair,
       "norm": "linf",
     },
@@ -170,10 +179,9 @@ class _Inputs:
     self._told, self._attack, self._radii = told, attack, radii
     self._key = key
     self.rows = [told.row(CLEAN, told.clean)]
-    self._right, self._whole = told.right(told.clean)
-    self.right = {CLEAN: self._whole.tolist()}
-    # What is said where an example is first wrong.
-    self._worst = told.clean
+    right, whole = told.right(told.clean)
+    self.right = {CLEAN: whole.tolist()}
+    self._worst = {r: _Worst(told.clean, right, whole) for r in radii}
 
   def measure(self, seed, valid_range) -> None:
     """Noise, and PGD on each modality alone and on all."""
@@ -192,8 +200,16 @@ class _Inputs:
         moved = away(self._key, radius)
         self.rows.append(self._say(INPUT, moved, names, radius))
 
+  def compare(self, name, attack) -> None:
+    """The row of another attack on all modalities."""
+    if not self._radii:
+      return
+    told, largest = self._told, self._radii[-1]
+    moved = told.attack(attack)(self._key, largest)
+    self.rows.append(self._say(name, moved, told.floats, largest))
+
   def aim(self, wanted, threshold) -> float:
-    """The targeted row and the worst case; the share there without attack."""
+    """The targeted row and the worst cases; the share there without attack."""
     told = self._told
     own = wanted != told.captions.pad
 
@@ -209,7 +225,7 @@ class _Inputs:
       row = self._say(TARGETED, moved, told.floats, largest)
       hits = reaches(told.greedy(moved))[~already]
       success = float(np.mean(hits)) if hits.size else None
-      self.rows += [{**row, "success": success}, self._worst_case(largest)]
+      self.rows += [{**row, "success": success}, *self._worst_cases()]
     return float(np.mean(already))
 
   def checks(self) -> list[dict]:
@@ -224,7 +240,7 @@ class _Inputs:
     found = {
       "clean": left[CLEAN],
       "white box": joint[-1][1],
-      "noise": left[NOISE],
+      **{name: left[name] for name in (ONE_STEP, QUERIES, NOISE)},
     }
     number = len(self._told.clean)
     least = verdicts.least(number)
@@ -238,17 +254,32 @@ class _Inputs:
     told = self._told
     said = told.greedy(moved)
     right, whole = told.right(said)
-    self._worst = np.where((self._whole & ~whole)[:, None], said, self._worst)
-    self._whole = self._whole & whole
-    self._right = {m: self._right[m] & right[m] for m in right}
+    for reach, worst in self._worst.items():
+      if reach >= radius:
+        worst.take(said, right, whole)
     return told.row(attack, said, "+".join(names), radius)
 
-  def _worst_case(self, radius):
+  def _worst_cases(self):
     told = self._told
-    row = told.row(WORST, self._worst, "+".join(told.floats), radius)
-    self.right[WORST] = self._whole.tolist()
-    slots = {m: float(np.mean(flag)) for m, flag in self._right.items()}
-    return {**row, "slots": slots, "exact_match": float(np.mean(self._whole))}
+    self.right[WORST] = [w.whole.tolist() for w in self._worst.values()]
+    for radius, worst in self._worst.items():
+      row = told.row(WORST, worst.said, "+".join(told.floats), radius)
+      slots = {m: float(np.mean(flag)) for m, flag in worst.right.items()}
+      share = float(np.mean(worst.whole))
+      yield {**row, "slots": slots, "exact_match": share}
+
+
+class _Worst:
+  """Who is right under all attacks so far, and what is first said wrong."""
+
+  def __init__(self, said, right, whole):
+    self.said, self.right, self.whole = said, right, whole
+
+  def take(self, said, right, whole) -> None:
+    """One attack more."""
+    self.said = np.where((self.whole & ~whole)[:, None], said, self.said)
+    self.whole = self.whole & whole
+    self.right = {m: self.right[m] & right[m] for m in right}
 
 
 def _mean(rows: Sequence[dict]) -> dict:
@@ -274,15 +305,12 @@ def check(model: Model, captions: Mapping[str, Any] | None) -> None:
 def of_protocol(model, params, state, batch, protocol, tick) -> dict | None:
   """The report of a captioner; None of other models.
 
-  With the pairs of the protocol, its ``captions``, the steps of its first
-  attack and, in linf without units, its radii.
+  With the pairs of the protocol, its ``captions`` and, in linf without units,
+  its radii.
   """
   if model.captions is None:
     return None
-  given = protocol.attacks[0] if protocol.attacks else {}
-  options = {
-    name: given[name] for name in ("num_steps", "num_restarts") if name in given
-  }
+  options = {}
   raw = protocol.norm == math.inf and protocol.units is None
   if protocol.radii and raw:
     options["radii"] = protocol.radii

@@ -36,9 +36,9 @@ def captions(found: Mapping) -> dict:
     f"{found['num_examples']} examples{pairs}; PGD with "
     f"{settings['num_steps']} steps and "
     f"{_validate.counted(settings['num_restarts'], 'restart')} in linf, raw "
-    f"units; up to {settings['num_substitutions']} letters of a "
-    f"prompt. The target of the targeted one is {found['target']!r}, reached "
-    f"where it is not said anyway{_anyway(found)}.{_doubts(found)}",
+    f"units{_queries(settings)}; up to {settings['num_substitutions']} letters "
+    f"of a prompt. The target of the targeted one is {found['target']!r}, "
+    f"reached where it is not said anyway{_anyway(found)}.{_doubts(found)}",
     [
       ("attack", False),
       ("of", False),
@@ -72,6 +72,12 @@ def _anyway(found: Mapping) -> str:
   # Results of earlier versions have neither this nor checks.
   share = found.get("target_clean")
   return "" if share is None else f", as it is of {wording.percent(share)}"
+
+
+def _queries(settings: Mapping) -> str:
+  # Results of earlier versions have none.
+  number = settings.get("num_queries")
+  return f", random search with {number} queries" if number else ""
 
 
 def _doubts(found: Mapping) -> str:

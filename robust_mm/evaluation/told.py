@@ -46,7 +46,7 @@ class Told:
       params, state, inputs, self.present
     )[0]
     # Parameters are arguments: constants would be folded for minutes.
-    self._generate = compiled(self.goes_on)
+    self._generate = jax.jit(self.goes_on)
     self.clean = self.greedy(self.inputs)
 
   def greedy(self, inputs) -> np.ndarray:
@@ -134,7 +134,8 @@ class Told:
         budget=dict.fromkeys(names, radius),
       )
 
-    return functools.partial(compiled(run), self.params)
+    # Hundreds of gradients a call: worth optimising.
+    return functools.partial(jax.jit(run), self.params)
 
   def noise(self, rng: np.random.Generator, radius, valid_range) -> dict:
     """Inputs with every entry moved by the radius, up or down by chance."""
