@@ -312,14 +312,18 @@ def _tables(found: dict, arms: list[str], options) -> list[str]:
       for k in kinds
     ]
     lines.append(grids.row(arm, cells, 17))
-  lines += ["", "searches of the first seed: relative radius, mean criterion"]
+  lines += ["", "searches, seed by seed, on the network of the arm itself"]
   for arm in arms:
-    one = of[arm][0]["searches"]
-    if one:
-      first, last = one["radius"]
+    each = [measured["searches"] for measured in of[arm]]
+    if all(each):
+      radii = [f"{a:.2f} -> {b:.2f}" for a, b in (x["radius"] for x in each)]
+      mean = np.mean([one["criterion"] for one in each])
+      held, rounds = (
+        sum(one[key] for one in each) for key in ("held", "rounds")
+      )
       lines.append(
-        f"{arm:22s}radius {first:.3f} -> {last:.3f}, criterion "
-        f"{one['criterion']:.4f}, held in {one['held']} of {one['rounds']}"
+        f"{arm:22s}relative radius {', '.join(radii)}; mean criterion "
+        f"{mean:.4f}, held in {held} of {rounds}"
       )
   lines += ["", "exact kernel of the trained models: largest relative change"]
   dims = [m["kernel"]["dims"] for ms in of.values() for m in ms]

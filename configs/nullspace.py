@@ -5,10 +5,11 @@
 The argument names the data set (av_digits, digits), variants of the noise:
 clean (no second term), twice_clean (another clean view, moved and stretched
 anew as the images of every arm and phase are), random (Gaussian, as
-large as what is learnt), random_at_criterion (Gaussian, small enough to change
-as little), permuted (what is learnt, its entries permuted), published (by the
-published procedure, in as many steps, from as many examples), corrected (one
-noise a round); a bank of noises where none is named;
+large as what a search on the same network finds), random_at_criterion
+(Gaussian, small enough to change as little), permuted (what such a search
+finds, its entries permuted), published (by the published procedure, in as many
+steps, from as many examples), corrected (one noise a round); a bank of noises
+where none is named;
 far (noise three times as large as what was found, which is no nullspace noise
 any more, and 1,500 updates in place of 500; of clean and twice_clean the
 updates alone);
@@ -23,10 +24,11 @@ first phase, seed by seed: robust-mm train once, and
 A gain of nullspace noise is one over twice_clean and over random, random_at_
 criterion and permuted. There is none: over three seeds the mean accuracy under
 corruption of a bank is 0.1 points above twice_clean (-0.2 to 0.5), of random
-noise of the same radius 0.7, of permuted noise 1.0; with far a bank is 1.1
-above a clean arm of as many updates, and the controls 3.0 and 4.6
-(benchmarks/results/nullspace_av_digits.txt). A search costs more than the
-updates between two: what an arm with noise costs on top is not in that table.
+noise 0.7, of permuted noise 1.0; with far a bank is 1.1 above a clean arm of as
+many updates, and the controls 3.0 and 4.6
+(benchmarks/results/nullspace_av_digits.txt). The radii of the controls, sought
+on their own networks, come out larger. A search costs more than the updates
+between two: what an arm with noise costs on top is not in that table.
 """
 
 from robust_mm import config as base

@@ -73,7 +73,7 @@ def nullspace(
   ====================  ======================================================
   clean                 no second term
   twice_clean           a second clean view: other dropout, other augmentation
-  random                Gaussian, of the profile and the radius of the learnt
+  random                Gaussian, of profile and radius as a search finds them
   random_at_criterion   Gaussian, shrunk until its criterion is eps
   permuted              the learnt one, its entries permuted anew each round
   published             by the published procedure, one for all items of a round
@@ -82,9 +82,10 @@ def nullspace(
   ====================  ======================================================
 
   ``random``, ``random_at_criterion`` and ``permuted`` are drawn as ``bank`` is.
-  A gain of nullspace noise is one over ``twice_clean`` *and* over those. On
-  images of ``av_digits`` there was none, of one small network: at its radius,
-  random and permuted noise, which change more, gained more
+  The search is one on the network of the arm itself: as the networks drift
+  apart, so do the radii. A gain of nullspace noise is one over ``twice_clean``
+  *and* over those. On images of ``av_digits`` there was none, of one small
+  network: random and permuted noise, which change more, gained more
   (``benchmarks/results/nullspace_av_digits.txt``). Without dropout and
   augmentation a second clean view is the first one again.
 
