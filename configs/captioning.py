@@ -4,7 +4,8 @@
 
 A vision transformer reads the image, a temporal network the sound, and a causal
 transformer spells what is said and what is written. In training sounds are
-shuffled over a batch, so that the two differ.
+shuffled over a batch, so that the two differ. Both words are digits; who speaks
+is not asked.
 
 The argument names the data set (av_digits, digits) and at most one penalty of
 the wrong letters, an item being a letter: prsl, drsl, complement_kl,
@@ -84,6 +85,7 @@ def get_config(argument: str = ""):
   config.data.max_eval_examples = 1000
   config.evaluation.norm = "linf"
   config.evaluation.radii = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
+  # Of the class in a caption; captions have steps of their own.
   config.evaluation.num_steps = 20
   config.evaluation.num_restarts = 2
   config.evaluation.certificate = "none"
