@@ -12,8 +12,6 @@ from jax.sharding import PartitionSpec
 
 from robust_mm import augmentations
 
-pytestmark = pytest.mark.full_optimization
-
 KEY = jax.random.key(5)
 SHAPES = {
   "image": (6, 5, 3),

@@ -18,8 +18,6 @@ from robust_mm import attacks
 from robust_mm import certification
 from robust_mm.models import encoders
 
-pytestmark = pytest.mark.full_optimization
-
 SHAPES = {"a": (5,), "b": (3, 2)}
 SIZE = 12
 KINDS = {

@@ -12,8 +12,6 @@ import robust_mm as rmm
 from robust_mm import certification
 from robust_mm.models import functional
 
-pytestmark = pytest.mark.full_optimization
-
 RADIUS = 1.5
 
 

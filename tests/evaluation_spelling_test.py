@@ -26,8 +26,6 @@ from robust_mm.training import state as state_lib
 from robust_mm.training import steps
 from robust_mm.training import validation
 
-pytestmark = pytest.mark.full_optimization
-
 SHAPES = {"image": (3,), "sound": (3,)}
 WORDS = ("one", "two", "six")
 

@@ -9,8 +9,6 @@ import pytest
 
 from robust_mm import hypergrad
 
-pytestmark = pytest.mark.full_optimization
-
 
 def _spd(seed=0, size=20, condition=124.0):
   rng = np.random.default_rng(seed)

@@ -5,8 +5,6 @@ import pytest
 
 from robust_mm import linalg
 
-pytestmark = pytest.mark.full_optimization
-
 SHAPES = [(2, 32), (10, 64), (27, 64), (31, 512), (101, 512)]
 
 

@@ -9,8 +9,6 @@ from flax import nnx
 
 from robust_mm import lipschitz
 
-pytestmark = pytest.mark.full_optimization
-
 
 def _random(seed, *shape):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)

@@ -14,8 +14,6 @@ from robust_mm.nullspace import criteria
 from robust_mm.nullspace import published
 from robust_mm.nullspace import searching
 
-pytestmark = pytest.mark.full_optimization
-
 KEY = jax.random.key(0)
 
 

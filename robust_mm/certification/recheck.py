@@ -1,6 +1,7 @@
 """The release check: does float64 confirm what a certificate says?"""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +132,8 @@ def _refuted_balls(model, params, state, inputs, stated: Certificate):
   world = stated.sensitivity if stated.fusion == "additive" else None
   balls = stated.balls
   # A network of one example knows nothing of what others do to it.
-  unlike = ~relaxed.explains(model, network, problem, logits)
+  explains = jax.jit(functools.partial(relaxed.explains, model, network))
+  unlike = ~explains(problem, logits)
   claims = [(tuple(stated.modalities), balls.joint)]
   claims += [((name,), balls.alone[name]) for name in stated.modalities]
   # A radius is the larger one of the polytope's and the balls'.
@@ -145,15 +147,9 @@ def _refuted_balls(model, params, state, inputs, stated: Certificate):
   for name, radius in stated.modality_radius.items():
     own = margins.radii(ratios[name]) if stated.fusion != "ball" else 0
     wrong |= _larger(radius, np.maximum(own, balls.alone[name]))
+  proves = relaxed.prover(network, problem, norm=stated.norm, sensitivity=world)
   for moving, radius in claims:
-    proved = relaxed.proves(
-      network,
-      problem,
-      moving,
-      jnp.asarray(radius, jnp.float64),
-      norm=stated.norm,
-      sensitivity=world,
-    )
+    proved = proves(moving, jnp.asarray(radius, jnp.float64))
     wrong |= np.asarray((radius > 0) & ~proved)
   other = unlike | (problem.prediction != stated.prediction)
   other &= stated.radius > 0

@@ -209,42 +209,50 @@ def confirms(
   return jnp.all(jnp.where(rival, lowest > 0, True), axis=-1)
 
 
-def proves(
+def prover(
   network: relaxation.Network,
   problem: Problem,
-  moving: tuple[str, ...],
-  radius: Float[Array, " b"],
   *,
   norm: tuple,
   sensitivity: Mapping[str, Array] | None = None,
-) -> Bool[Array, " b"]:
-  """Whether one method or the other certifies a given ball.
+) -> Callable[..., Bool[Array, " b"]]:
+  """``(moving, radius) -> bool[b]``: whether either method certifies a ball.
+
+  ``moving`` are the modalities that move, the others stay; ``radius`` is [b],
+  an infinite one holds where none of them is present. One program for all.
 
   Args:
     network: from ``network_of``.
     problem: the batch.
-    moving: the modalities that move; the others stay.
-    radius: ``[b]``; an infinite one holds where none of them is present.
     norm: ``((m, norm), ...)``.
     sensitivity: as in ``balls``.
   """
-  margin, _ = first_order(network, problem, norm)
-  chosen = margins.one_hot(problem.prediction, margin.shape[-1])
-  margin = jnp.where(chosen, jnp.inf, margin)
-  sizes = {
-    name: size if name in moving else jnp.zeros_like(size)
-    for name, size in _sizes(problem).items()
-  }
-  finite = jnp.where(jnp.isfinite(radius), radius, 1)
-  world = {name: sensitivity[name] for name in moving} if sensitivity else {}
-  reach = _local_reach(network, problem, sizes, norm, margin, world, finite)
-  found = reach >= finite
-  # A search ends where a bound jumps, and rounding puts the jump elsewhere.
-  for lean in (1.0, 1 - _JUMP, 1 + _JUMP):
-    found |= confirms(network, problem, sizes, finite, norm=norm, lean=lean)
-  found &= jnp.isfinite(radius)
-  here = [problem.present[name] for name in moving]
-  return jnp.where(functools.reduce(jnp.logical_or, here), found, True)
+
+  @jax.jit
+  def proves(problem, sensitivity, sizes, radius):
+    margin, _ = first_order(network, problem, norm)
+    chosen = margins.one_hot(problem.prediction, margin.shape[-1])
+    margin = jnp.where(chosen, jnp.inf, margin)
+    finite = jnp.where(jnp.isfinite(radius), radius, 1)
+    reach = _local_reach(
+      network, problem, sizes, norm, margin, sensitivity, finite
+    )
+    found = reach >= finite
+    # A search ends where a bound jumps, and rounding puts the jump elsewhere.
+    for lean in (1.0, 1 - _JUMP, 1 + _JUMP):
+      found |= confirms(network, problem, sizes, finite, norm=norm, lean=lean)
+    return found & jnp.isfinite(radius)
+
+  def holds(moving: tuple[str, ...], radius: Float[Array, " b"]):
+    sizes = {
+      name: size if name in moving else jnp.zeros_like(size)
+      for name, size in _sizes(problem).items()
+    }
+    found = proves(problem, dict(sensitivity or {}), sizes, radius)
+    here = [problem.present[name] for name in moving]
+    return jnp.where(functools.reduce(jnp.logical_or, here), found, True)
+
+  return holds
 
 
 def first_order(
