@@ -30,9 +30,9 @@ def canonical(fn: Callable[..., Any], *args: Any) -> Any:
 
 def _rewritten(value):
   """The same program, or parameter of an equation, rewritten at any depth."""
-  if isinstance(value, core.ClosedJaxpr):
+  if isinstance(value, core.ClosedJaxpr) and value.jaxpr is not value:
     return value.replace(jaxpr=_rewritten(value.jaxpr))
-  if isinstance(value, core.Jaxpr):
+  if isinstance(value, core.Jaxpr):  # since jax 0.11 with its constants
     return value.replace(eqns=[_rewritten_equation(e) for e in value.eqns])
   if isinstance(value, tuple) and any(
     isinstance(item, (core.ClosedJaxpr, core.Jaxpr)) for item in value

@@ -50,7 +50,8 @@ FEW_OPTIMIZATIONS = "jax_disable_most_optimizations"
 @pytest.fixture(scope="module", autouse=True)
 def _optimizations(request):
   """Compiles quickly in files that are named above, else as users do."""
-  quickly = request.path.name.startswith(QUICKLY)
+  quickly = jax.default_backend() == "cpu"
+  quickly = quickly and request.path.name.startswith(QUICKLY)
   if quickly != jax.config.read(FEW_OPTIMIZATIONS):
     # Nothing that was compiled the other way goes on.
     jax.clear_caches()

@@ -69,6 +69,7 @@ def block(
   epsilon: float,
   dropout: float,
   implementation: str,
+  length: int | None = None,
 ) -> Array:
   """Pre-norm self-attention and a perceptron, ``[b, n, d] -> [b, n, d]``.
 
@@ -80,12 +81,14 @@ def block(
     epsilon: of the norms.
     dropout: rate.
     implementation: of the attention.
+    length: tokens at the front that may be attended to, for "cudnn" without
+      ``keep``; None for all.
   """
   first, second = (None, None) if keys is None else keys
   y = norm(params["norm_attention"], x, epsilon)
   y = dense(params["qkv"], y)
   y = attend(y[..., 0, :, :], y[..., 1, :, :], y[..., 2, :, :], keep,
-             implementation)  # fmt: skip
+             implementation, length)  # fmt: skip
   y = dense(params["out"], jnp.reshape(y, x.shape))
   x = x + residual.dropped(y, dropout, first)
   y = norm(params["norm_mlp"], x, epsilon)
@@ -128,10 +131,9 @@ def dense(params: Params, x: Array) -> Array:
 @jax.checkpoint
 def gelu(x: Array) -> Array:
   """The exact one, by the error function, of pretrained models."""
-  if jnp.finfo(x.dtype).bits < 32:
-    # By erfc: 1 + erf loses what bfloat16 has near -1.
-    return jax.nn.gelu(x, approximate=False)
-  return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  y = 0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))
+  return y.astype(x.dtype)
 
 
 def attend(
@@ -140,17 +142,39 @@ def attend(
   value: Array,
   keep: Array | None,
   implementation: str,
+  length: int | None = None,
 ) -> Array:
   """Softmax attention, ``[b, n, heads, d_head]``; weights in float32 at least.
 
   A key that is not kept has weight 0 exactly; some key must be kept.
   """
+  if implementation == "cudnn":
+    return _attend_cudnn(query, key, value, keep, length)
   mask = None if keep is None else keep[:, None, None, :]
   # jax.nn.dot_product_attention rounds the weights of float64 to float32.
   if implementation == "plain" or query.dtype == jnp.float64:
     return _attend_plain(query, key, value, mask)
   return jax.nn.dot_product_attention(
     query, key, value, mask=mask, implementation=implementation
+  )
+
+
+def _attend_cudnn(query, key, value, keep, length):
+  batch, number = query.shape[:2]
+  mask = lengths = None
+  if keep is not None:
+    mask = keep[:, None, None, :]  # it wants a row for every query
+    mask = jnp.broadcast_to(mask, (batch, 1, number, number))
+  elif length is not None:
+    lengths = jnp.full(batch, length, jnp.int32)
+  return jax.nn.dot_product_attention(
+    query,
+    key,
+    value,
+    mask=mask,
+    query_seq_lengths=lengths,
+    key_value_seq_lengths=lengths,
+    implementation="cudnn",
   )
 
 

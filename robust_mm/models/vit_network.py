@@ -319,11 +319,19 @@ class VisionTransformer:
       x = x.astype(self.dtype)
     keys = vit_blocks.keys(key if train and self.dropout else None, self.depth)
     x = residual.dropped(x, self.dropout, keys[0])
-    block = self._block()
+    number = x.shape[1]
+    even = self.implementation == "cudnn" and number % 2 == 1
+    if even:
+      # cuDNN has gradients of even lengths alone; nobody attends to the last.
+      x = jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
+      if keep is not None:
+        keep = jnp.pad(keep, ((0, 0), (0, 1)))
+    block = self._block(number if even else None)
     # Not lax.scan over stacked blocks: ViT-S/16 then takes as long to compile.
     for index in range(self.depth):
       x = block(params["blocks"][str(index)], x, keep, keys[1 + index])
-    return vit_blocks.norm(params["norm"], x.astype(wide), self.epsilon)
+    x = x[:, :number].astype(wide)
+    return vit_blocks.norm(params["norm"], x, self.epsilon)
 
   def apply(
     self,
@@ -338,12 +346,13 @@ class VisionTransformer:
     tokens = self.embed(params, images)
     return self.encode(params, tokens, present, train=train, key=key)
 
-  def _block(self):
+  def _block(self, length):
     block = functools.partial(
       vit_blocks.block,
       epsilon=self.epsilon,
       dropout=self.dropout,
       implementation=self.implementation,
+      length=length,
     )
     if self.remat == "none":
       return block
