@@ -84,6 +84,6 @@ def spread(values) -> str:
   return f"{np.mean(values):.4f} +- {deviation}"
 
 
-def row(head: str, cells, width: int, *, first: int = 22) -> str:
+def row(head: str, cells, width: int, *, first: int = 24) -> str:
   """A line of a table."""
   return f"{head:{first}s}" + "".join(f"{cell:>{width}s}" for cell in cells)

@@ -322,7 +322,7 @@ def _tables(found: dict, arms: list[str], options) -> list[str]:
         sum(one[key] for one in each) for key in ("held", "rounds")
       )
       lines.append(
-        f"{arm:22s}relative radius {', '.join(radii)}; mean criterion "
+        f"{arm:24s}relative radius {', '.join(radii)}; mean criterion "
         f"{mean:.4f}, held in {held} of {rounds}"
       )
   lines += ["", "exact kernel of the trained models: largest relative change"]
@@ -335,7 +335,7 @@ def _tables(found: dict, arms: list[str], options) -> list[str]:
       for key in ("change", "generic", "norm")
     )
     lines.append(
-      f"{word:22s}dimension {of[arms[0]][0]['kernel']['dim']}, norm "
+      f"{word:24s}dimension {of[arms[0]][0]['kernel']['dim']}, norm "
       f"{np.mean(norm):.2f}, change at most {max(change):.1e}; Gaussian noise "
       f"of the same norm {min(generic):.2f} to {max(generic):.2f}"
     )
