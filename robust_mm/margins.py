@@ -23,6 +23,7 @@ from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
 
+from robust_mm import _extremes
 from robust_mm import _validate
 from robust_mm import modalities
 
@@ -122,7 +123,7 @@ def of_scores(
 
 def smallest(margins: Float[Array, "*b k"]) -> Float[Array, "*b"]:
   """The hard margin: the minimum over all rivals."""
-  return jnp.min(margins, axis=-1)
+  return _extremes.smallest(margins)
 
 
 def smooth_smallest(
@@ -375,4 +376,4 @@ def hard_shortfall(
   ratios: Float[Array, "*b n"], *, target: float | Array
 ) -> Float[Array, "*b"]:
   """``max(0, target - min_j ratio_j)``, the limit of ``shortfall``."""
-  return jnp.maximum(target - jnp.min(ratios, axis=-1), 0)
+  return jnp.maximum(target - _extremes.smallest(ratios), 0)

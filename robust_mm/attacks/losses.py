@@ -13,6 +13,7 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
+from robust_mm import _extremes
 from robust_mm import _validate
 
 Label = Int[Array, " b"]
@@ -33,7 +34,7 @@ def margin(
   [-2.0]
   """
   chosen = jax.nn.one_hot(label, logits.shape[-1], dtype=bool)
-  rival = jnp.max(jnp.where(chosen, -jnp.inf, logits), axis=-1)
+  rival = _extremes.largest(jnp.where(chosen, -jnp.inf, logits))
   rival = _targeted(rival, logits, target)
   return rival - _pick(logits, label)
 

@@ -208,8 +208,11 @@ def _through(equation, given):
   name, params = equation.primitive.name, equation.params
   everything = [frozenset().union(*given)] * len(equation.outvars)
   if name == "scan":
-    fixed, size = params["num_consts"], params["num_carry"]
-    return _loop(params["jaxpr"].jaxpr, given, fixed, size)
+    body = params["jaxpr"].jaxpr
+    # By their shapes: what scan calls these numbers differs with its version.
+    size = _num_alike(equation.outvars, body.outvars)
+    fixed = _num_alike(equation.invars, body.invars) - size
+    return _loop(body, given, fixed, size)
   if name == "while":
     skipped, fixed = params["cond_nconsts"], params["body_nconsts"]
     body = given[skipped:]
@@ -231,6 +234,14 @@ def _through(equation, given):
   if same_inputs and len(inner[0].outvars) == len(equation.outvars):
     return _flow(inner[0], given)
   return everything
+
+
+def _num_alike(outside, inside) -> int:
+  """How many values a loop passes whole, not one slice after another."""
+  return sum(
+    len(a.aval.shape) == len(b.aval.shape)
+    for a, b in zip(outside, inside, strict=True)
+  )
 
 
 def _loop(body, given, num_fixed, num_carry):

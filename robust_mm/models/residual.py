@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from robust_mm import _extremes
 from robust_mm.models import lipschitz
 
 _STRIDE = 2
@@ -125,7 +126,9 @@ class _Trunk(nnx.Module):
     for block in self.blocks:
       x = block(x, next(keys))
     x = nnx.relu(self.norm(x))
-    x = jnp.concatenate([jnp.mean(x, axis=1), jnp.max(x, axis=1)], axis=-1)
+    x = jnp.concatenate(
+      [jnp.mean(x, axis=1), _extremes.largest(x, axis=1)], axis=-1
+    )
     return dropped(x, self.dropout, next(keys))
 
 
