@@ -222,3 +222,12 @@ def test_captions_of_two_losses_are_compared_example_by_example(
   smaller, larger = compared()
   assert "+0.00 [+0.00, +0.00]" in smaller
   assert re.search(r"\+25\.00 \[\+0\.00, \+[56]\d\.\d+\]", larger)
+
+
+def test_the_rate_is_of_the_steps_that_were_taken(monkeypatch, capsys):
+  small = ["--size=tiny", "--patch-size=32", "--batch=2", "--repeats=1"]
+  run(monkeypatch, "--rate", *small, "--dtype=float32", name="vit_cost")
+  *_, line = capsys.readouterr().out.strip().splitlines()
+  found = re.search(r"step (\S+) ms +(\S+) images/s +(\S+) TFLOP/s", line)
+  milliseconds, images, _ = map(float, found.groups())
+  assert images == pytest.approx(2 / (milliseconds / 1e3), rel=0.05, abs=1)
