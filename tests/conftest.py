@@ -6,6 +6,8 @@ import pathlib
 import tempfile
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+# On eight devices, wherever they run; JAX_PLATFORMS=cuda runs what one GPU can.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Many tests compile the same functions; they, all workers and the commands they
 # start share the results.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(

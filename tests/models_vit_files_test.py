@@ -150,6 +150,18 @@ def test_networks_refuse_by_name(options, message):
     encoders.make("vit", size="tiny", **options)
 
 
+@pytest.mark.parametrize(("width", "num_heads"), [(20, 1), (320, 1), (24, 2)])
+def test_flash_attention_refuses_heads_it_has_not(width, num_heads):
+  with pytest.raises(ValueError, match="num_heads must leave a multiple of 8"):
+    vit.vision_transformer(
+      width=width,
+      depth=1,
+      num_heads=num_heads,
+      implementation="cudnn",
+      dtype="bfloat16",
+    )
+
+
 def test_flash_attention_is_refused_where_there_is_no_gpu():
   if jax.default_backend() == "gpu":
     pytest.skip("there is one")

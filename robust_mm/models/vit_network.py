@@ -126,6 +126,13 @@ class VisionTransformer:
         f"dtype must be 'bfloat16' with implementation='cudnn', got "
         f"{self.dtype!r}."
       )
+    head = self.width // self.num_heads
+    if self.implementation == "cudnn" and (head % 8 or head > 256):
+      raise ValueError(
+        f"num_heads must leave a multiple of 8, at most 256, of width "
+        f"{self.width} to each with implementation='cudnn', got "
+        f"{self.num_heads}."
+      )
 
   @property
   def output_dim(self) -> int:
