@@ -25,7 +25,7 @@ A gain of nullspace noise is one over twice_clean and over random, random_at_
 criterion and permuted. There is none: over three seeds the mean accuracy under
 corruption of a bank is 0.1 points above twice_clean (-0.2 to 0.5), of random
 noise 0.7, of permuted noise 1.0; with far a bank is 1.1 above a clean arm of as
-many updates, and the controls, half as large (smaller than its noise), 2.2 and
+many updates, and the controls, by half the factor smaller than it, 2.2 and
 3.2 (benchmarks/results/nullspace_av_digits.txt). A search costs more than the
 updates between two: what an arm with noise costs on top is not in that table.
 """

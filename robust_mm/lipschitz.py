@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array
 from jaxtyping import Float
 
+from robust_mm import _extremes
 from robust_mm import _validate
 from robust_mm import linalg
 
@@ -370,7 +371,7 @@ def batch_norm(
 
   With batch statistics there is no bound at all.
   """
-  return jnp.max(jnp.abs(scale) * jax.lax.rsqrt(variance + epsilon))
+  return _extremes.largest(jnp.abs(scale) * jax.lax.rsqrt(variance + epsilon))
 
 
 def layer_norm(
@@ -378,7 +379,7 @@ def layer_norm(
 ) -> Float[Array, ""]:
   """Layer normalisation: its true supremum, 316 at the usual epsilon."""
   _validate.positive(epsilon=epsilon)
-  return jnp.max(jnp.abs(scale)) / math.sqrt(epsilon)
+  return _extremes.largest(jnp.abs(scale)) / math.sqrt(epsilon)
 
 
 def compose(*constants):
@@ -403,4 +404,4 @@ def concatenate(*constants):
 
 def parallel(*constants):
   """Maps of disjoint parts of the input, side by side: the maximum."""
-  return jnp.max(jnp.stack([jnp.asarray(c) for c in constants]))
+  return _extremes.largest(jnp.stack([jnp.asarray(c) for c in constants]))

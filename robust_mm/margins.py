@@ -122,7 +122,10 @@ def of_scores(
 
 
 def smallest(margins: Float[Array, "*b k"]) -> Float[Array, "*b"]:
-  """The hard margin: the minimum over all rivals."""
+  """The hard margin: the minimum over all rivals.
+
+  Of equal ones the first has the gradient.
+  """
   return _extremes.smallest(margins)
 
 
@@ -202,7 +205,9 @@ def joint_sensitivity(
 def _dual(stacked, ball):
   if ball == "l2":
     return norm(stacked)
-  return (jnp.sum if ball == "linf" else jnp.max)(stacked, axis=-1)
+  if ball == "linf":
+    return jnp.sum(stacked, axis=-1)
+  return _extremes.largest(stacked)
 
 
 def joint_ratios(
@@ -342,7 +347,7 @@ def check_budgets(sensitivity: Mapping, budgets: Mapping) -> None:
 
 def radii(ratios: Float[Array, "*b k"]) -> Float[Array, "*b"]:
   """The certified radius: minimum over all rivals, 0 where one already wins."""
-  return jnp.maximum(jnp.min(ratios, axis=-1), 0)
+  return jnp.maximum(_extremes.smallest(ratios), 0)
 
 
 def shortfall(

@@ -44,6 +44,38 @@ def _scan(inputs):
   return {"audio": one, "image": two}
 
 
+def _scan_rows(inputs):
+  """Slices of one modality meet the carry that began as the other."""
+  sound, rows = jax.lax.scan(
+    lambda carry, row: (0.5 * carry, row + jnp.sum(carry)),
+    inputs["audio"],
+    inputs["image"],
+  )
+  return {"audio": sound, "image": rows}
+
+
+def _scan_constant(inputs):
+  sound = jnp.sum(inputs["audio"])
+  _, rows = jax.lax.scan(
+    lambda carry, row: (carry + 1, carry * row + sound), 0.0, inputs["image"]
+  )
+  return {**inputs, "image": rows}
+
+
+def _scan_twice_removed(inputs):
+  """What is read reaches the slices in the third step only."""
+
+  def step(carry, row):
+    one, two, three = carry
+    return (one, one, two), row + three
+
+  zero = jnp.zeros(())
+  _, rows = jax.lax.scan(
+    step, (jnp.sum(inputs["audio"]), zero, zero), inputs["image"]
+  )
+  return {**inputs, "image": rows}
+
+
 def _while(inputs):
   count = jax.lax.while_loop(
     lambda c: c[0] < jnp.sum(inputs["audio"]),
@@ -66,6 +98,9 @@ READS = {
   "relu": lambda x: {**x, "image": jax.nn.relu(x["image"] + x["audio"])},
   "remat": jax.checkpoint(lambda x: {**x, "image": x["image"] + x["audio"]}),
   "scan": _scan,
+  "scan over rows": _scan_rows,
+  "scan with a constant": _scan_constant,
+  "scan with a delay": _scan_twice_removed,
   "while": _while,
   "cond": _cond,
 }
@@ -87,6 +122,13 @@ def _together(inputs):
 
   both = jax.jit(lambda x: jax.tree.map(jax.nn.relu, x))(inputs)
   both = jax.lax.scan(step, both, None, length=2)[0]
+  factor = jnp.array(0.9)
+  sound, columns = jax.lax.scan(
+    lambda carry, column: (factor * carry, factor * jnp.sin(column)),
+    both["audio"],
+    both["image"].T,
+  )
+  both = {"audio": sound, "image": columns.T}
   return jax.lax.cond(True, lambda x: x, lambda x: x, both)
 
 

@@ -6,7 +6,8 @@ import pathlib
 import tempfile
 
 os.environ.setdefault("MPLBACKEND", "Agg")
-# On eight devices, wherever they run; JAX_PLATFORMS=cuda runs what one GPU can.
+# Tests count on eight devices, which a CPU can play. JAX_PLATFORMS=cuda runs
+# them on a GPU instead; with one alone those of eight devices fail.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Many tests compile the same functions; they, all workers and the commands they
 # start share the results.

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from robust_mm import _extremes
+from robust_mm import lipschitz
 from robust_mm import margins
 from robust_mm.attacks import losses
 
@@ -33,17 +34,32 @@ def _given(num_classes):
   return [jax.random.normal(k, s) for k, s in zip(keys, shapes)]
 
 
+def _label(rows):
+  return jnp.arange(rows.shape[0]) % rows.shape[-1]
+
+
+USES = {
+  "largest": _extremes.largest,
+  "smallest": _extremes.smallest,
+  "hard margin": lambda x: margins.smallest(margins.pairwise(x, _label(x))),
+  "shortfall": lambda x: margins.hard_shortfall(x, target=0.3),
+  "radii": lambda x: margins.radii(x + 3),
+  "l1 ball": lambda x: margins.joint_sensitivity(
+    dict(zip("ab", jnp.split(jnp.abs(x), 2, axis=-1))), ball="l1"
+  ).sum(-1),
+  "attack": lambda x: losses.margin(x, _label(x)),
+  "layer norm": lambda x: jax.vmap(lipschitz.layer_norm)(x),
+}
+
+
 @pytest.mark.usefixtures("_compiled")
+@pytest.mark.parametrize("name", USES)
 @pytest.mark.parametrize("num_classes", [4, 10, 64])
-def test_gradients_are_finite_however_it_is_compiled(num_classes):
+def test_gradients_are_finite_however_it_is_compiled(name, num_classes):
   given = _given(num_classes)
-  label = jnp.arange(32) % num_classes
 
   def total(*given):
-    logits = _normalised(*given)
-    hard = margins.smallest(margins.pairwise(logits, label))
-    short = margins.hard_shortfall(logits, target=0.3)
-    return jnp.sum(losses.margin(logits, label) + 0.5 * hard + 0.1 * short)
+    return jnp.sum(jnp.sin(USES[name](_normalised(*given))))
 
   for found in jax.jit(jax.grad(total, (0, 1, 2)))(*given):
     assert jnp.all(jnp.isfinite(found))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from robust_mm import _extremes
 from robust_mm import _validate
 from robust_mm import margins
 from robust_mm import modalities
@@ -99,7 +100,7 @@ def margin_certificate(
     )
   else:
     logits = jnp.asarray(logits)
-    scale = jnp.max(jnp.abs(logits), axis=-1)
+    scale = _extremes.largest(jnp.abs(logits))
   _check_width(logits)
   loss = slack.margin * scale
   if rounding is not None:
@@ -185,7 +186,7 @@ def _assemble(contributions, known, present, bias, logits, reduction, rounding):
   if bias is None:
     bias = jnp.zeros(total.shape[-1:], total.dtype)
   bias = jnp.broadcast_to(jnp.asarray(bias, total.dtype), total.shape)
-  scale = jnp.max(size + jnp.abs(bias), axis=-1)
+  scale = _extremes.largest(size + jnp.abs(bias))
   if logits is None:
     return masked, total + bias, scale
   logits = jnp.asarray(logits)

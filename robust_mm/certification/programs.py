@@ -209,7 +209,8 @@ def _through(equation, given):
   everything = [frozenset().union(*given)] * len(equation.outvars)
   if name == "scan":
     body = params["jaxpr"].jaxpr
-    # By their shapes: what scan calls these numbers differs with its version.
+    # By their shapes: the parameters of scan say it as ``num_consts`` until jax
+    # 0.10 and in a tree of their own since then.
     size = _num_alike(equation.outvars, body.outvars)
     fixed = _num_alike(equation.invars, body.invars) - size
     return _loop(body, given, fixed, size)

@@ -48,6 +48,7 @@ def gram_norm(
     # The largest entry first: squares of entries near 1e-20 or 1e20 are
     # outside float32.
     peak = jnp.max(jnp.abs(G), axis=(-2, -1), keepdims=True)
+    peak = jax.lax.stop_gradient(peak)  # it cancels
     scale = peak * products.frobenius(G / peak)
     log_norm += jnp.log(scale[..., 0, 0]) / 2**step
     G = G / scale

@@ -130,7 +130,10 @@ def dense(params: Params, x: Array) -> Array:
 
 @jax.checkpoint
 def gelu(x: Array) -> Array:
-  """The exact one, by the error function, of pretrained models."""
+  """The exact one, by the error function, of pretrained models.
+
+  In float32 at least: bfloat16 has no 1 + erf near -1.
+  """
   wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   y = 0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))
   return y.astype(x.dtype)
@@ -146,7 +149,9 @@ def attend(
 ) -> Array:
   """Softmax attention, ``[b, n, heads, d_head]``; weights in float32 at least.
 
-  A key that is not kept has weight 0 exactly; some key must be kept.
+  A key that is not kept has weight 0 exactly; some key must be kept. Of
+  ``length``, the number of tokens that are real, only "cudnn" knows, and only
+  without ``keep``.
   """
   if implementation == "cudnn":
     return _attend_cudnn(query, key, value, keep, length)
@@ -163,7 +168,7 @@ def _attend_cudnn(query, key, value, keep, length):
   batch, number = query.shape[:2]
   mask = lengths = None
   if keep is not None:
-    mask = keep[:, None, None, :]  # it wants a row for every query
+    mask = keep[:, None, None, :]  # cuDNN wants a row for every query
     mask = jnp.broadcast_to(mask, (batch, 1, number, number))
   elif length is not None:
     lengths = jnp.full(batch, length, jnp.int32)

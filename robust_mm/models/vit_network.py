@@ -65,8 +65,10 @@ class VisionTransformer:
     pad: whether sides that a patch does not divide are filled up with zeros at
       their end, after ``preprocess``; they are refused otherwise.
     implementation: of the attention: "xla" or "cudnn" (flash attention on GPUs,
-      with dtype "bfloat16"), both by ``jax.nn.dot_product_attention``; "plain",
-      two products and a softmax, is faster on CPUs.
+      with dtype "bfloat16"; heads of more than 128 features need Hopper or
+      later; a key drops other units than with "xla"), both by
+      ``jax.nn.dot_product_attention``; "plain", two products and a softmax, is
+      faster on CPUs.
 
   Parameters: ``embed/kernel`` [p, d], ``embed/bias``; ``cls`` [d]; ``position``
   [1 + N, d], that of the class token first; ``blocks/<i>/`` with
@@ -327,13 +329,8 @@ class VisionTransformer:
     keys = vit_blocks.keys(key if train and self.dropout else None, self.depth)
     x = residual.dropped(x, self.dropout, keys[0])
     number = x.shape[1]
-    even = self.implementation == "cudnn" and number % 2 == 1
-    if even:
-      # cuDNN has gradients of even lengths alone; nobody attends to the last.
-      x = jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
-      if keep is not None:
-        keep = jnp.pad(keep, ((0, 0), (0, 1)))
-    block = self._block(number if even else None)
+    x, keep, length = self._filled(x, keep)
+    block = self._block(length)
     # Not lax.scan over stacked blocks: ViT-S/16 then takes as long to compile.
     for index in range(self.depth):
       x = block(params["blocks"][str(index)], x, keep, keys[1 + index])
@@ -352,6 +349,19 @@ class VisionTransformer:
     """``encode(embed(images))``, see there."""
     tokens = self.embed(params, images)
     return self.encode(params, tokens, present, train=train, key=key)
+
+  def _filled(self, x, keep):
+    """Tokens, who is kept, and how many are real, None for all of them.
+
+    JAX (0.10 to 0.12) refuses the gradient of cuDNN's attention for sequences
+    of odd length: they get a token more, to which nobody attends.
+    """
+    number = x.shape[1]
+    if self.implementation != "cudnn" or number % 2 == 0:
+      return x, keep, None
+    if keep is not None:
+      keep = jnp.pad(keep, ((0, 0), (0, 1)))
+    return jnp.pad(x, ((0, 0), (0, 1), (0, 0))), keep, number
 
   def _block(self, length):
     block = functools.partial(
