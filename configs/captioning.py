@@ -16,6 +16,12 @@ padding counted, no ramp, no clipping of gradients), smoke (a few steps).
 The evaluation has, beside what it says of the class in a caption, the rows of
 evaluation.caption_report: words right, captions right, how diverse they are,
 clean, and with the image, the prompt or both attacked.
+
+Expected of av_digits (three seeds, 128 test examples): 95 % of captions right;
+in the worst case of all attacks on both inputs 85 % at linf 1/255, 62 % at
+2/255, 10 % at 4/255, none at 8/255; no penalty differs from cross-entropy
+(benchmarks/results/captions_av_digits.txt). Training takes 6 minutes on one CPU
+core.
 """
 
 from robust_mm import config as base

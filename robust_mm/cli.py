@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
   if options.command in ("train", "shift"):
     options.overrides = overrides
   elif overrides:
-    parser.error(f"{overrides[0]} is for robust-mm train and shift only.")
+    parser.error(f"{overrides[0]} is for robust-mm train and shift only")
   try:
     return options.run(options) or 0
   except (_validate.UserError, FloatingPointError) as error:

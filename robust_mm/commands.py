@@ -301,7 +301,7 @@ def _evaluated(
       seed=config.seed,
       reference=reference,
       dataset=config.data.name,
-      recipe=facts["recipe"],
+      recipe=_recipe_name(facts, config),
       progress=progress,
       sharding=sharding.batch_sharding(mesh),
       surrogate=protocols.surrogate(
@@ -309,6 +309,12 @@ def _evaluated(
       ),
     )
   return found
+
+
+def _recipe_name(facts, config) -> str:
+  """That of the run, with the penalty of wrong logits beside it."""
+  penalty = config.penalty.name if "penalty" in config else ""
+  return f"{facts['recipe']} + {penalty}" if penalty else facts["recipe"]
 
 
 def _devices(count: int | None) -> None:

@@ -164,6 +164,7 @@ def test_points_made_for_another_run_are_in_the_report(
   code, _, err = run(capsys, *asked, "--radius=0.3", f"--surrogate={plain}")
   assert code == 0, err
   results = json.loads((restrained / "results.json").read_text())
+  assert results["recipe"] == "joint + wrong_class_dispersion"
   found = results["masking"]
   assert 0 <= found["transfer"] <= found["accuracy"]["clean"]
   assert "white_box_beats_transfer" in {c["name"] for c in found["checks"]}

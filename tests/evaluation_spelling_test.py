@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from robust_mm import _validate
 from robust_mm import config as config_lib
 from robust_mm import evaluation
 from robust_mm import models
@@ -339,6 +340,16 @@ def test_the_joint_attack_moves_inputs_for_what_follows_the_prompt(
   np.testing.assert_array_equal(judged[~given], told.clean[~given])
   np.testing.assert_array_equal(ids[~given], told.clean[~given])
   assert np.any(ids[given] != told.clean[given])
+
+
+def test_a_target_that_cannot_be_spelt_is_refused_before_training():
+  config = config_lib.load(
+    "configs/captioning.py:digits,smoke",
+    ["--config.evaluation.captions.target=six zebras"],
+  )
+  sentence = r"^config\.evaluation\.captions\.target must be of the letters"
+  with pytest.raises(_validate.UserError, match=sentence):
+    setup_lib.prepare(config)
 
 
 def test_a_configuration_names_target_threshold_and_letters(

@@ -286,5 +286,13 @@ def test_page_says_where_the_files_of_each_run_lie(results, tmp_path):
 def test_recipes_are_explained_where_they_are_known(results):
   assert "baseline" in dict(wording.run(results[0]))["training recipe"]
   assert "margin" in dict(wording.run(results[1]))["training recipe"]
+  for name, word in (
+    ("joint + topk_level", "baseline, and a penalty of the wrong logits"),
+    ("nullspace-bank", "noise on tokens"),
+    ("captioning + topk_level", "letter of a caption, and a penalty"),
+  ):
+    told = dict(wording.run(made.make_result(name)))["training recipe"]
+    assert told.startswith(f"{name}: ")
+    assert word in told
   other = made.make_result("jointly")
   assert dict(wording.run(other))["training recipe"] == "jointly"

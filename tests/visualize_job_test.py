@@ -50,11 +50,11 @@ def test_grids_numbers_and_page_are_written_and_shown_in_the_report(
   assert code == 0, err
   home = trained / visuals.FOLDER
   assert sorted(p.name for p in home.iterdir()) == [
-    "image.json",
+    "image-class3_7.json",
     "image.npz",
     "image.png",
   ]
-  told = json.loads((home / "image.json").read_text())
+  told = json.loads((home / "image-class3_7.json").read_text())
   assert told["rows"] == [
     *("start 0", "start 1", "none", "shifts only", "sub-pixel shifts"),
     *("Fourier, none", "real item", "class mean"),
@@ -80,12 +80,12 @@ def test_grids_numbers_and_page_are_written_and_shown_in_the_report(
   )
   assert [note for note in told["notes"] if apart in note]
   assert set(told["margins"]) == {"audio", "image"}
-  made = np.load(home / "image.npz")["synthesised"]
+  made = np.load(home / "image-class3_7.npz")["synthesised"]
   assert made.shape == (2, 2, 28, 28, 1)
   assert made.min() >= 0
   assert made.max() <= 1
   assert "synthesised" in out
-  assert "image.png" in out
+  assert "image-class3_7.png" in out
   for page in ("visualization.html", "report.html"):
     text = (trained / page).read_text()
     html.parser.HTMLParser().feed(text)
@@ -100,25 +100,29 @@ def test_grids_numbers_and_page_are_written_and_shown_in_the_report(
 @pytest.mark.parametrize(
   "options, stems, shown",
   [
-    (("--modality=audio", "--others=2"), ["audio-others2"], [1, 28, 28, 1]),
+    (
+      ("--modality=audio", "--others=2"),
+      ["audio-class3_7-others2"],
+      [1, 28, 28, 1],
+    ),
     (
       ("--modality=audio", "--others=average"),
-      ["audio-average"],
+      ["audio-class3_7-average"],
       [asking.AVERAGED, 28, 28, 1],
     ),
     (
       ("--modality=image", "--others=joint"),
-      ["audio-joint", "image-joint"],
+      ["audio-class3_7-joint", "image-class3_7-joint"],
       None,
     ),
     (
       ("--modality=image", "--mode=in_place", "--fidelity=published"),
-      ["image-in_place-published"],
+      ["image-class3_7-in_place-published"],
       None,
     ),
     (
       ("--modality=image", "--split=validation", "--phase=joint"),
-      ["image-validation-phase_joint"],
+      ["image-class3_7-validation-phase_joint"],
       None,
     ),
   ],
@@ -149,7 +153,7 @@ def test_every_question_has_a_file_of_its_own(
     if shown is not None:
       assert told["settings"]["others"] == {"image": shown}
       assert len(told["items"]) == shown[0]
-    if path.stem == "audio-others2":
+    if path.stem == "audio-class3_7-others2":
       (item,) = told["items"]
       assert item["item"] == 2
       assert told["title"].endswith(f"of item 2, of class {item['class']}")
@@ -254,7 +258,7 @@ def test_another_network_judges_and_ranges_and_tuning_are_as_asked(
   )
   assert code == 0, err
   (path,) = (other / visuals.FOLDER).glob("*.json")
-  assert path.stem == "image-rotation5.0-scale_0.9__1.2_-" + (
+  assert path.stem == "image-class3_7-rotation5.0-scale_0.9__1.2_-" + (
     "num_transforms2.0-tv_weight0.5"
   )
   told = json.loads(path.read_text())
@@ -356,6 +360,7 @@ def test_frames_without_channels_are_no_image(tiny, shape, kind):
 
 def test_a_question_is_told_from_every_other_by_its_file():
   asked = {
+    "labels": (3,),
     "others": "average",
     "mode": "in_place",
     "objective": "logit",
@@ -381,6 +386,22 @@ def test_a_question_is_told_from_every_other_by_its_file():
   assert set(asked) | set(job._DETAIL) == {
     field.name for field in dataclasses.fields(plain)
   }
+
+
+@pytest.mark.parametrize(
+  ("labels", "name"),
+  [
+    (None, "image"),
+    ((3,), "image-class3"),
+    ((3, 4), "image-class3_4"),
+    ((7, 3, 5), "image-class7_3_5"),
+    (tuple(range(27)), "image-class0_to_26"),
+  ],
+)
+def test_classes_are_in_the_name(labels, name):
+  assert (
+    job._name("image", asking.Question(modality="image", labels=labels)) == name
+  )
 
 
 def test_output_goes_elsewhere_and_leaves_the_run_alone(

@@ -118,19 +118,31 @@ _RECIPES = {
     "removed, damaged or its embeddings collapsed, as configured"
   ),
   "certified_radius": "trained for a large certified radius",
+  "captioning": "cross-entropy of every letter of a caption",
   **OF_TOKENS,
 }
-_CRMT = (
-  "certified robust multimodal training: enlarges every modality's own margin, "
-  "then weighs modalities by how reliable they are"
-)
+# Recipes whose names have variants behind a hyphen.
+_FAMILIES = {
+  "crmt": (
+    "certified robust multimodal training: enlarges every modality's own "
+    "margin, then weighs modalities by how reliable they are"
+  ),
+  "nullspace": (
+    "cross-entropy, then fine-tuned with noise on tokens that the network "
+    "ignores, or as the control that the name says"
+  ),
+}
 
 
 def recipe(name: str | None) -> str:
   """A recipe's name and, where it is one of this package, what it does."""
   if name is None:
     return "not stated"
-  text = _CRMT if name.startswith("crmt-") else _RECIPES.get(name)
+  base, _, penalty = name.partition(" + ")
+  kind = base.partition("-")[0]
+  text = _FAMILIES.get(kind) or _RECIPES.get(base)
+  if penalty:
+    text = f"{text or base}, and a penalty of the wrong logits"
   return f"{name}: {text}" if text else name
 
 

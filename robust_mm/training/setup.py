@@ -86,6 +86,7 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
   }
   facts = starts.adopt(facts, earlier, config)
   model = make_model(config, facts, pretrained=not config.init_from)
+  _check_target(config, model)
   # Facts are of all inputs, which need no labels; what is trained and selected
   # on is of the labelled modalities alone.
   train = starts.labelled(config, train)
@@ -97,6 +98,20 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
     facts=facts,
     reference=reference_batch(train),
   )
+
+
+def _check_target(config, model) -> None:
+  """The sentence of an attack on captions, before anything is trained."""
+  target = config.evaluation.captions.target
+  if not target or model.captions is None:
+    return
+  try:
+    model.captions.ids(target)
+  except ValueError as error:
+    told = str(error).removeprefix("text ")
+    raise _validate.UserError(
+      f"config.evaluation.captions.target {told}"
+    ) from error
 
 
 def _describe_inputs(source) -> dict:

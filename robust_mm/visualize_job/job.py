@@ -22,9 +22,7 @@ from robust_mm.visualize_job import grids
 
 PAGE = "visualization.html"
 # Of a question: how much of the answer is made, not what is asked.
-_DETAIL = (
-  *("modality", "labels", "seeds", "num_steps", "controls", "transfer", "seed"),
-)
+_DETAIL = (*("modality", "seeds", "num_steps", "controls", "transfer", "seed"),)
 # What the summary shows, and how it is called there.
 _SHOWN = {
   "near": "near",
@@ -50,9 +48,9 @@ def run(
   Each grid is ``NAME.png``, ``NAME.json`` (settings, numbers, range of values)
   and ``NAME.npz`` (the inputs) in ``visualization/`` of the run's folder, where
   the report of the run finds them; ``visualization.html`` shows them all, and
-  the report of an evaluated run is drawn again. NAME says what is asked, and
-  the split and phase where they are not the usual; a grid of other classes,
-  starts or steps alone replaces the one before.
+  the report of an evaluated run is drawn again. NAME says what is asked, of
+  which classes, and the split and phase where they are not the usual; a grid of
+  other starts or steps alone replaces the one before.
 
   Args:
     folder: of the run.
@@ -163,6 +161,9 @@ def _name(
   for field in dataclasses.fields(question):
     value = getattr(question, field.name)
     if field.name not in _DETAIL and value != field.default:
+      if field.name == "labels":
+        parts.append(_classes(value))
+        continue
       if isinstance(value, tuple):
         parts += [_slug(f"{option}{value}") for option, value in value]
         continue
@@ -171,6 +172,13 @@ def _name(
   # A phase may be called as an answer is, such as joint.
   parts += [f"phase_{phase}"] if phase is not None else []
   return "-".join(parts)
+
+
+def _classes(labels) -> str:
+  first, last = labels[0], labels[-1]
+  if len(labels) > 2 and tuple(labels) == tuple(range(first, last + 1)):
+    return f"class{first}_to_{last}"
+  return f"class{'_'.join(map(str, labels))}"
 
 
 def _slug(text: str) -> str:
