@@ -51,8 +51,8 @@ def test_grids_numbers_and_page_are_written_and_shown_in_the_report(
   home = trained / visuals.FOLDER
   assert sorted(p.name for p in home.iterdir()) == [
     "image-class3_7.json",
-    "image.npz",
-    "image.png",
+    "image-class3_7.npz",
+    "image-class3_7.png",
   ]
   told = json.loads((home / "image-class3_7.json").read_text())
   assert told["rows"] == [
