@@ -36,8 +36,9 @@ def captions(found: Mapping) -> dict:
     f"{found['num_examples']} examples{pairs}; PGD with "
     f"{settings['num_steps']} steps and "
     f"{_validate.counted(settings['num_restarts'], 'restart')} in linf, raw "
-    f"units{_queries(settings)}; up to {settings['num_substitutions']} letters "
-    f"of a prompt. The target of the targeted one is {found['target']!r}, "
+    f"units{_queries(settings)}; up to "
+    f"{_validate.counted(settings['num_substitutions'], 'letter')} of a "
+    f"prompt. The target of the targeted one is {found['target']!r}, "
     f"reached where it is not said anyway{_anyway(found)}.{_doubts(found)}",
     [
       ("attack", False),

@@ -7,6 +7,7 @@ A number from a sound bound is *certified*; one from estimated constants is
 from collections.abc import Mapping
 from collections.abc import Sequence
 
+from robust_mm import _validate
 from robust_mm.evaluation import rows as rows_lib
 from robust_mm.evaluation import texts
 
@@ -58,8 +59,8 @@ def attack_words(result: Mapping, name: str) -> str:
   """An attack and what it cost: ``pgd (50 steps, 5 restarts)``."""
   settings = result["settings"]["attacks"][name]
   spent = [
-    f"{settings[key]} {word}"
-    for key, word in (("num_steps", "steps"), ("num_restarts", "restarts"))
+    _validate.counted(settings[key], word)
+    for key, word in (("num_steps", "step"), ("num_restarts", "restart"))
     if settings.get(key) is not None
   ]
   return f"{name} ({', '.join(spent)})" if spent else name
@@ -283,10 +284,9 @@ def _sentence(result: Mapping) -> str:
   alone = rows_lib.alone(result)
   text += _worst_sentence(result) + _smoothed_sentence(result)
   if len(alone) > 1:
-    text += (
-      f" With one modality only it is right on {_named_share(alone, min)} to "
-      f"{_named_share(alone, max)}."
-    )
+    least, most = (_named_share(alone, end) for end in (min, max))
+    text += f" With one modality only it is right on {least}"
+    text += f" to {most}." if least != most else "."
   if result.get("corrupted"):
     text += (
       f" Corrupted, it is right on {percent(result['corrupted']['score'])} in "
@@ -400,4 +400,4 @@ def plain(value) -> str:
     return "yes" if value else "no"
   if value is None:
     return "none"
-  return f"{value:g}" if isinstance(value, float) else str(value)
+  return f"{value:g}" if isinstance(value, float) else str(value) or "none"

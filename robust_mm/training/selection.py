@@ -88,7 +88,10 @@ def finish_phase(
   }
   if jax.process_index() == 0:
     runs.save_facts(run.workdir, run.facts)
-  shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())
+  radius = {"certified_accuracy": f" at {run.config.selection.radius:g}"}
+  shown = ", ".join(
+    f"{k}{radius.get(k, '')} {v:.4f}" for k, v in metrics.items()
+  )
   run.say(
     f"phase {phase.name}: {sentence + '; ' if sentence else ''}keeps the "
     f"{name} model of step {step}, validation {shown}"

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from robust_mm import _validate
 from robust_mm import visualization
 from robust_mm.evaluation import metrics
 from robust_mm.visualize_job import asking
@@ -74,10 +75,11 @@ def _apart(rows, held_out) -> list[str]:
     apart = f"{mean:+.3f}"
     if classes >= _SOME:
       apart += f", 95 % interval {low:+.3f} to {high:+.3f}"
+    plural = "class" if classes == 1 else "classes"
     found.append(
       f"Share kept under {what} transformations, less that of pictures made "
-      f"with {CONTROL}: {apart} ({classes} classes, {starts} starts, one "
-      f"network)."
+      f"with {CONTROL}: {apart} ({classes} {plural}, "
+      f"{_validate.counted(starts, 'start')}, one network)."
     )
   return found
 
