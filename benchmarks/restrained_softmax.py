@@ -90,6 +90,8 @@ def _parser():
   parser.add_argument("--losses", nargs="*", help="rows; all by default")
   parser.add_argument("--radius", type=float, help="linf")
   parser.add_argument("--strength", type=int, default=4, help="of attacks.auto")
+  parser.add_argument("--examples", type=int, help="of the test split")
+  parser.add_argument("--no-report", action="store_true", help="no masking one")
   parser.add_argument("--data", help="config.data.path")
   parser.add_argument("--smoke", action="store_true", help="a few steps of all")
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
@@ -113,6 +115,7 @@ class Bench:
       radius=self.radius,
       strength=options.strength,
       smoke=options.smoke,
+      **({"examples": options.examples} if options.examples else {}),
     )
     self.config = _load(options, "ce", ())
     self.setup = setup_lib.prepare(self.config)
@@ -192,7 +195,7 @@ class Bench:
     found = {k: np.asarray(v).astype(int).tolist() for k, v in left.items()}
     seen = self.describe(params)
     found["metrics"] = {k: float(v) for k, v in seen.items()}
-    if seed == 0 and not self.options.smoke:
+    if seed == 0 and not (self.options.smoke or self.options.no_report):
       found.update(self._checked(params, self._trained(REFERENCE, 1000)))
     path.write_text(json.dumps(found))
     print(
@@ -282,6 +285,7 @@ def _as_l2(radius, facts):
 
 def _load(options, variant, overrides):
   train, test = LIMITS.get(options.dataset, (0, 0))
+  test = options.examples or test
   if options.data:
     overrides = (*overrides, f"data.path={options.data}")
   if options.smoke:
@@ -328,7 +332,8 @@ def _table(options, rows, radius):
       line += f"{np.mean(values):{12 if metric[0] == 'w' else 8}.2f}"
     report = runs[0].get("report")
     line += f"{'-' if report is None else f'{report:.3f}':>8s}"
-    yield f"{line}  {', '.join(runs[0].get('misled', ())) or '-'}"
+    misled = ", ".join(runs[0].get("misled", ())) or "-"
+    yield f"{line}  {'not looked for' if report is None else misled}"
 
 
 def _difference(runs, reference, name):
