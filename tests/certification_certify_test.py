@@ -208,9 +208,10 @@ def test_balls_agree_under_vmap_and_on_eight_devices(mlp, batch, source):
   rows = NamedSharding(mesh, PartitionSpec("data"))
   whole = NamedSharding(mesh, PartitionSpec())
   del traces[:]
-  spread = run(jax.device_put(params, whole), jax.device_put(batch, rows))
   other = jax.tree.map(lambda x: x[:16], models.random_batch(9, 64))
-  run(jax.device_put(params, whole), jax.device_put(other, rows))
+  with jax.set_mesh(mesh):  # jax 0.12 wants it where axes are explicit
+    spread = run(jax.device_put(params, whole), jax.device_put(batch, rows))
+    run(jax.device_put(params, whole), jax.device_put(other, rows))
   assert len(traces) <= 1
   # A bisection may stop one step apart.
   for name in ("radius", *(f"modality_radius.{m}" for m in NAMES)):

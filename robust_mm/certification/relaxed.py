@@ -322,11 +322,15 @@ def _each(fn: Callable, network, problem, sizes, radius, norm) -> Any:
     rows = jax.nn.one_hot(prediction, number, dtype=radius.dtype)
     return fn(bound, ball, rows[None] - jnp.eye(number, dtype=radius.dtype))
 
+  # With explicit shardings vmap wants all rows alike, also those of constants.
+  spread = 0 * problem.prediction.astype(radius.dtype)
+  sizes = {name: size + spread for name, size in sizes.items()}
+  radius = radius + spread
   return jax.vmap(one, in_axes=(0, 0, 0, 0, 0, None, None))(
     dict(problem.inputs),
     dict(problem.present),
     problem.prediction,
-    dict(sizes),
+    sizes,
     radius,
     problem.params,
     problem.state,
