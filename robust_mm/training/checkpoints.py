@@ -12,6 +12,9 @@ from robust_mm.training import state as state_lib
 
 FOLDER = "checkpoints"
 _STATE = "state"
+# Orbax makes the folders of a checkpoint side by side and trips over itself at
+# times on a busy machine: FileExistsError, and once more from the next call.
+_TRIES = 4
 
 
 class Checkpoints:
@@ -56,13 +59,21 @@ class Checkpoints:
     metrics: Mapping[str, float] | None = None,
   ) -> None:
     """Saves a tree of arrays and metrics; waits for it."""
-    self._checkpointer.save_checkpointables(
-      step,
-      {_STATE: jax.tree.map(_plain, tree)},
-      force=True,
-      overwrite=True,
-      metrics=dict(metrics or {}),
-    )
+    # Several processes have to save together: there nobody tries again alone.
+    tries = _TRIES if jax.process_count() == 1 else 1
+    for left in reversed(range(tries)):
+      try:
+        self._checkpointer.save_checkpointables(
+          step,
+          {_STATE: jax.tree.map(_plain, tree)},
+          force=True,
+          overwrite=True,
+          metrics=dict(metrics or {}),
+        )
+        return
+      except FileExistsError:
+        if not left:
+          raise
 
   def restore(self, abstract: PyTree, *, step: int | None = None) -> PyTree:
     """Arrays as ``abstract`` says: shape, dtype, sharding.
