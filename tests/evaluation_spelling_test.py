@@ -347,7 +347,7 @@ def test_a_target_that_cannot_be_spelt_is_refused_before_training():
     "configs/captioning.py:digits,smoke",
     ["--config.evaluation.captions.target=six zebras"],
   )
-  sentence = r"^config\.evaluation\.captions\.target must be of the letters"
+  sentence = r"^config\.evaluation\.captions\.target: text must be of the"
   with pytest.raises(_validate.UserError, match=sentence):
     setup_lib.prepare(config)
 

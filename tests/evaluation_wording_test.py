@@ -283,6 +283,11 @@ def test_page_says_where_the_files_of_each_run_lie(results, tmp_path):
     evaluation.render(results, folders=folders[:1], path=home)
 
 
+def test_settings_are_written_as_a_reader_would():
+  given = {"target": "", "lr": 0.1, "steps": None, "on": True}
+  assert wording.settings_line(given) == "target none, lr 0.1, on yes"
+
+
 def test_recipes_are_explained_where_they_are_known(results):
   assert "baseline" in dict(wording.run(results[0]))["training recipe"]
   assert "margin" in dict(wording.run(results[1]))["training recipe"]

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from robust_mm.models import vit
-from robust_mm.models import vit_blocks
 
 on_gpus = pytest.mark.skipif(
   jax.default_backend() != "gpu", reason="cuDNN runs on GPUs alone"
@@ -59,17 +58,15 @@ def _run(net, params, images, present):
   return logits, gradient
 
 
-def _stand_in(query, key, value, keep, length):
-  """XLA's attention in place of cuDNN's; even lengths alone, as that has."""
-  assert query.shape[1] % 2 == 0
-  mask = lengths = None
-  if keep is not None:
-    mask = keep[:, None, None, :]
-  elif length is not None:
-    lengths = jnp.full(query.shape[0], length, jnp.int32)
-  return jax.nn.dot_product_attention(
-    query, key, value, mask=mask, key_value_seq_lengths=lengths
-  )
+ATTENTION = jax.nn.dot_product_attention
+
+
+def _stand_in(query, key, value, *, mask=None, implementation=None, **lengths):
+  """XLA's attention where cuDNN's is asked for, and what that refuses."""
+  if implementation == "cudnn":
+    assert query.shape[1] % 2 == 0
+    assert mask is None or mask.shape[2:] == (query.shape[1],) * 2
+  return ATTENTION(query, key, value, mask=mask, **lengths)
 
 
 @pytest.mark.parametrize("side", [21, 28])
@@ -80,7 +77,7 @@ def _stand_in(query, key, value, keep, length):
 def test_a_token_more_changes_nothing(side, kind, options, monkeypatch):
   (cudnn, xla), params, images = _networks(side, **options)
   present = _present(kind, cudnn.num_tokens(images.shape[1:]))
-  monkeypatch.setattr(vit_blocks, "_attend_cudnn", _stand_in)
+  monkeypatch.setattr(jax.nn, "dot_product_attention", _stand_in)
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   ours, gradient = _run(cudnn, params, images, present)
   theirs, expected = _run(xla, params, images, present)

@@ -108,10 +108,8 @@ def _check_target(config, model) -> None:
   try:
     model.captions.ids(target)
   except ValueError as error:
-    told = str(error).removeprefix("text ")
-    raise _validate.UserError(
-      f"config.evaluation.captions.target {told}"
-    ) from error
+    key = "config.evaluation.captions.target"
+    raise _validate.UserError(f"{key}: {error}") from error
 
 
 def _describe_inputs(source) -> dict:

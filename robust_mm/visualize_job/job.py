@@ -22,7 +22,7 @@ from robust_mm.visualize_job import grids
 
 PAGE = "visualization.html"
 # Of a question: how much of the answer is made, not what is asked.
-_DETAIL = (*("modality", "seeds", "num_steps", "controls", "transfer", "seed"),)
+_DETAIL = ("modality", "seeds", "num_steps", "controls", "transfer", "seed")
 # What the summary shows, and how it is called there.
 _SHOWN = {
   "near": "near",
