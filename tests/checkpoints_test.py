@@ -1,44 +1,71 @@
-"""What a save does when Orbax stumbles over folders of its own."""
+"""What a save does when Orbax stumbles over folders of its own.
 
-import os
+In a process of its own, which ends at once: a save that stumbled leaves Orbax's
+threads waiting for minutes, and coroutines that a later test would pay for.
+"""
 
+import subprocess
+import sys
+
+_STUMBLES = """
+import os, pathlib, sys
 import jax.numpy as jnp
-import numpy as np
-import pytest
-
 from robust_mm.training import checkpoints
 
+folder, made = pathlib.Path(sys.argv[1]), os.makedirs
+left = 0
 
-def _stumbling(monkeypatch, times):
-  """The folder of the state is there already, so many times."""
-  makedirs, left = os.makedirs, [times]
+def makedirs(path, *args, **kwargs):
+  global left
+  made(path, *args, **kwargs)
+  if "state.orbax" in str(path) and left:
+    left -= 1
+    raise FileExistsError(17, "File exists", str(path))
 
-  def stumble(path, *args, **kwargs):
-    makedirs(path, *args, **kwargs)
-    if "state.orbax" in str(path) and left[0]:
-      left[0] -= 1
-      raise FileExistsError(17, "File exists", str(path))
+os.makedirs = makedirs
 
-  monkeypatch.setattr(os, "makedirs", stumble)
-  return left
+def main(store):
+  {code}
+
+try:
+  main(checkpoints.Checkpoints(folder, keep=2))
+  sys.stdout.flush()
+except BaseException as error:
+  print(repr(error), file=sys.stderr, flush=True)
+  os._exit(1)
+os._exit(0)
+"""
 
 
-def test_a_save_that_stumbles_is_tried_again(tmp_path, monkeypatch):
-  store = checkpoints.Checkpoints(tmp_path / "run", keep=2)
-  store.save(1, {"a": jnp.ones(3)})
-  left = _stumbling(monkeypatch, 1)
-  store.save(2, {"a": 2 * jnp.ones(3)}, metrics={"loss": 0.5})
-  assert left == [0]
-  assert store.latest_step == 2
-  assert store.metrics() == {"loss": 0.5}
-  np.testing.assert_array_equal(store.restore({"a": jnp.zeros(3)})["a"], 2)
-  store.save(3, {"a": 3 * jnp.ones(3)})
-  store.close()
+def _run(folder, *lines):
+  code = _STUMBLES.replace("{code}", "\n  ".join(("global left", *lines)))
+  return subprocess.run(
+    [sys.executable, "-W", "ignore", "-c", code, folder],
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=120,
+  )
+
+
+def test_a_save_that_stumbles_is_tried_again(tmp_path):
+  done = _run(
+    tmp_path / "run",
+    "store.save(1, {'a': jnp.ones(3)})",
+    "left = 1",
+    "store.save(2, {'a': 2 * jnp.ones(3)}, metrics={'loss': 0.5})",
+    "print(left, store.latest_step, store.metrics())",
+    "print(store.restore({'a': jnp.zeros(3)})['a'])",
+    "store.save(3, {'a': 3 * jnp.ones(3)})",
+    "store.close()",
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.splitlines() == ["0 2 {'loss': 0.5}", "[2. 2. 2.]"]
   assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["2", "3"]
 
 
-def test_one_that_stumbles_for_ever_says_so(tmp_path, monkeypatch):
-  store = checkpoints.Checkpoints(tmp_path / "run")
-  _stumbling(monkeypatch, -1)
-  with pytest.raises(FileExistsError):
-    store.save(1, {"a": jnp.ones(3)})
+def test_one_that_stumbles_for_ever_says_so(tmp_path):
+  save = "store.save(1, {'a': jnp.ones(3)})"
+  done = _run(tmp_path / "run", "left = 99", save)
+  assert done.returncode == 1
+  assert done.stderr.splitlines()[-1].startswith("FileExistsError")
