@@ -1,5 +1,6 @@
 """Shared fixtures: strict rank promotion, fake devices, the real data sets."""
 
+import functools
 import gc
 import os
 import pathlib
@@ -15,10 +16,13 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
   tempfile.gettempdir(), f"robust-mm-jit-{os.getuid()}"
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+# Where a line of a program comes from costs a fifth of compiling it.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import jax
 import pytest
 import small_data
+from jax._src import compiler
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -61,6 +65,36 @@ QUICKLY = (
   "visualize_job_",
 )
 FEW_OPTIMIZATIONS = "jax_disable_most_optimizations"
+# Most of the time that is left goes into loops that are written by MLIR.
+QUICK_FLAGS = {
+  "xla_cpu_use_fusion_emitters": False,
+  "xla_cpu_parallel_codegen_split_count": 1,
+}
+GIVEN_FLAGS = os.environ.get("XLA_FLAGS", "")
+
+
+@functools.cache
+def _quick_flags() -> dict:
+  """Those flags, where this XLA knows them: it dies of what it does not."""
+  try:
+    jax.jit(lambda: 0, compiler_options=QUICK_FLAGS)()
+  except Exception:
+    return {}
+  return QUICK_FLAGS
+
+
+_compile_options = compiler.get_compile_options
+
+
+def _options_of_this_file(*args, **kwargs):
+  options = _compile_options(*args, **kwargs)
+  if jax.config.read(FEW_OPTIMIZATIONS):
+    options.env_option_overrides += list(_quick_flags().items())
+  return options
+
+
+# Flags are read once a process, and files differ.
+compiler.get_compile_options = _options_of_this_file
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,11 +103,15 @@ def _optimizations(request):
   quickly = jax.default_backend() == "cpu"
   quickly = quickly and request.path.name.startswith(QUICKLY)
   if quickly != jax.config.read(FEW_OPTIMIZATIONS):
+    flags = _quick_flags()
     # Nothing that was compiled the other way goes on.
     jax.clear_caches()
     jax.config.update(FEW_OPTIMIZATIONS, quickly)
     # For the commands that tests start.
     os.environ[FEW_OPTIMIZATIONS.upper()] = str(int(quickly))
+    words = (f"--{name}={int(value)}" for name, value in flags.items())
+    quick = " ".join((GIVEN_FLAGS, *words))
+    os.environ["XLA_FLAGS"] = quick if quickly else GIVEN_FLAGS
 
 
 @pytest.fixture(scope="module", autouse=True)
