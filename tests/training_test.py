@@ -360,7 +360,7 @@ def test_processes_that_share_a_part_of_their_rows_are_refused(owners):
     ("mesh.rules=(('alpha', ('data',)),)", "dimensions, its rule has"),
     ("mesh.rules=(('proxy', ('date', None)),)", "mesh.rules axis"),
     ("data.modalities=left,wright", "wright"),
-    ("recipe.options.rho=-1.0", "rho must be non-negative"),
+    ("recipe.options.rho=-1.0", "^config.recipe.options.rho must be non-neg"),
     ("recipe.options.units=relatve", "Did you mean 'relative'"),
     ("recipe.options.units={'lift': 2.0}", "Did you mean 'left'"),
     ("recipe.options.no_such_option=1", "no_such_option"),

@@ -228,8 +228,9 @@ def _check_recipes(study: Study) -> None:
     try:
       recipe_lib.make(made, setup)
     except (TypeError, ValueError) as error:
+      told = str(error).removeprefix(recipe_lib.OPTIONS)
       raise _validate.UserError(
-        f"config.study.options.{name} (or config.recipe.options): {error}"
+        f"config.study.options.{name} (or config.recipe.options): {told}"
       ) from error
 
 

@@ -1,7 +1,9 @@
 """The recipe that a configuration asks for, and what goes around it."""
 
+import contextlib
 import dataclasses
 import inspect
+import re
 
 import ml_collections
 import numpy as np
@@ -16,6 +18,8 @@ from robust_mm.recipes import interventions
 from robust_mm.training import optimizers
 from robust_mm.training import setup as setup_lib
 from robust_mm.training import units
+
+OPTIONS = "config.recipe.options."
 
 
 def make(
@@ -62,7 +66,8 @@ def make(
         f"{config.penalty.name!r}."
       )
     options["restraint"] = restraint(config)
-  recipe = factory(setup.model, num_steps=num_steps, tx=tx, **options)
+  with _named(config.recipe.options):
+    recipe = factory(setup.model, num_steps=num_steps, tx=tx, **options)
   if config.penalty.name:
     _check_parts(options["restraint"], recipe, config, len(setup.train))
   return _augmented(
@@ -70,6 +75,17 @@ def make(
     setup_lib.chosen_alone(config, config.augmentation),
     setup.train.spec,
   )
+
+
+@contextlib.contextmanager
+def _named(options: ml_collections.ConfigDict):
+  """A refusal that begins with one of those names tells where it stands."""
+  try:
+    yield
+  except ValueError as error:
+    name = re.match(r"\w*", str(error))[0]
+    where = OPTIONS if name in options else ""
+    raise _validate.UserError(f"{where}{error}") from error
 
 
 def restraint(config: ml_collections.ConfigDict) -> recipes.Restraint:
