@@ -24,11 +24,9 @@ def makedirs(path, *args, **kwargs):
 
 os.makedirs = makedirs
 
-def main(store):
-  {code}
-
 try:
-  main(checkpoints.Checkpoints(folder, keep=2))
+  store = checkpoints.Checkpoints(folder, keep=2)
+  {code}
   sys.stdout.flush()
 except BaseException as error:
   print(repr(error), file=sys.stderr, flush=True)
@@ -38,7 +36,7 @@ os._exit(0)
 
 
 def _run(folder, *lines):
-  code = _STUMBLES.replace("{code}", "\n  ".join(("global left", *lines)))
+  code = _STUMBLES.replace("{code}", "\n  ".join(lines))
   return subprocess.run(
     [sys.executable, "-W", "ignore", "-c", code, folder],
     capture_output=True,

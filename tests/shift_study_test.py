@@ -366,6 +366,7 @@ def test_a_path_that_cannot_be_is_refused(study, words, said, capsys):
     ("study.cluster=speaker", "config.study.cluster"),
     ("data.labelled=left", "config.data.labelled"),
     ("study.options.masd.wieght=3.0", "Did you mean 'weight'"),
+    ("study.options.masd.weight=-1.0", "config.recipe.options): weight must"),
     ("study.options.mask.weight=3.0", "no method of the study"),
     ("study.options.wise_ft.weight=3.0", "trains nothing"),
     ("study.options.masd=3", "must be a group"),

@@ -84,8 +84,9 @@ def _named(options: ml_collections.ConfigDict):
     yield
   except ValueError as error:
     name = re.match(r"\w*", str(error))[0]
-    where = OPTIONS if name in options else ""
-    raise _validate.UserError(f"{where}{error}") from error
+    if name not in options:
+      raise
+    raise _validate.UserError(f"{OPTIONS}{error}") from error
 
 
 def restraint(config: ml_collections.ConfigDict) -> recipes.Restraint:
